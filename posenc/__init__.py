@@ -1,0 +1,29 @@
+"""posenc: position in attention, every scheme interchangeable."""
+
+from posenc.attention import Attention
+from posenc.convolution import DepthwiseConv
+from posenc.encodings import CARoPE, Encoding, Learned, NoPE, Polar, Relative, RoPE, Sinusoidal
+from posenc.gpt import GPT, GPTConfig
+from posenc.routing import MoH
+from posenc.zoo import attention, names
+
+__version__ = "0.1.0"
+
+# `attention` is the function; the module of that name is reached as posenc.attention only by its import statement.
+__all__ = [
+    "GPT",
+    "Attention",
+    "CARoPE",
+    "DepthwiseConv",
+    "Encoding",
+    "GPTConfig",
+    "Learned",
+    "MoH",
+    "NoPE",
+    "Polar",
+    "Relative",
+    "RoPE",
+    "Sinusoidal",
+    "attention",
+    "names",
+]

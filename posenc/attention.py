@@ -1,0 +1,189 @@
+"""Attention: causal multi-head attention with three seams.
+
+    q, k, v = heads(x W_qkv)             (B, H, T, D) each
+    q, k, v = conv(q, k, v)              seam 1: mix along time
+    q, k    = encoding.rotate(q, k)      seam 2: position in q and k ..
+    o       = softmax(scores) v                  .. and in the logits (encoding.scores)
+    y       = sum_h gate_h o_h W_o       seam 3: the router weighs the heads
+
+With every seam empty it is plain multi-head attention. Legend: B batch, T query length, S key length, H heads,
+C embed_dim, D head dim = C/H.
+"""
+
+from typing import Literal, overload
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from posenc.cache import Cache, Stream, place
+from posenc.convolution import DepthwiseConv
+from posenc.core import attend, check_impl
+from posenc.encodings.base import Encoding, check_heads, check_positions
+from posenc.routing import MoH
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention, (B, T, C) -> (B, T, C).
+
+    Args:
+        embed_dim: C.
+        num_heads: H, must divide C.
+        encoding: position in q, k or the logits; None is no encoding.
+        conv: causal convolution of q, k and v before the encoding.
+        router: weighs each head's output per token.
+        bias: of both projections.
+        dropout: of the attention weights, in training.
+        impl: "auto", "reference", "sdpa" or "fused", see `posenc.core`.
+
+    Raises:
+        ValueError: for sizes that do not divide, a dropout outside [0, 1), or an impl that cannot run.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        encoding: Encoding | None = None,
+        conv: DepthwiseConv | None = None,
+        router: MoH | None = None,
+        bias: bool = False,
+        dropout: float = 0.0,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.head_dim = check_heads(embed_dim, num_heads)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1); got {dropout}.")
+        self.embed_dim, self.num_heads = embed_dim, num_heads
+        self.dropout, self.impl = dropout, check_impl(impl)
+        self.c_attn = nn.Linear(embed_dim, 3 * embed_dim, bias=bias)
+        self.c_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.encoding = Encoding() if encoding is None else encoding
+        self.conv = conv
+        self.router = router
+        self._init_projections()
+
+    def _init_projections(self) -> None:
+        for weight in (*self.c_attn.weight.split(self.embed_dim), self.c_proj.weight):
+            with torch.no_grad():
+                self.encoding.init_projection(weight)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, those of the parts too (after materialising from `meta`)."""
+        self.c_attn.reset_parameters()
+        self.c_proj.reset_parameters()
+        self._init_projections()
+        for part in (self.encoding, self.conv, self.router):
+            if part is not None:
+                part.reset_parameters()
+
+    def make_cache(
+        self,
+        batch_size: int,
+        max_length: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Cache:
+        """Empty decoding state for up to `max_length` tokens; device and dtype default to the weights'."""
+        weight = self.c_attn.weight
+        streams = {
+            "k": Stream((self.num_heads, self.head_dim)),
+            "v": Stream((self.num_heads, self.head_dim)),
+            **self.encoding.streams(),
+            **({} if self.conv is None else self.conv.streams()),
+        }
+        return Cache(
+            batch_size,
+            max_length,
+            streams,
+            device=device or weight.device,
+            dtype=dtype or weight.dtype,
+        )
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        return_aux: Literal[False] = False,
+        shared: Tensor | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        return_aux: Literal[True],
+        shared: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        return_aux: bool = False,
+        shared: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend causally over x, and over what `cache` holds before it.
+
+        Args:
+            x: (B, T, C).
+            positions: integer (T,) or (B, T). None is 0 .. T-1, or what follows the cache. A negative entry of a
+                (B, T) tensor marks a padded token: nothing sees it, and its own output is arbitrary but finite.
+            cache: from `make_cache`; extended by the T tokens.
+            return_aux: also return the router's balance loss, a scalar (0 without a router).
+            shared: what a model computed once for all layers; it takes x's place in the encoding.
+
+        Raises:
+            ValueError: for wrong shapes, non-integer positions, a cache of another batch size or a full one.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.embed_dim or x.shape[1] == 0:
+            raise ValueError(
+                f"x must have shape (B, T, {self.embed_dim}) with T of at least 1; got {tuple(x.shape)}."
+            )
+        batch, length, _ = x.shape
+        given = positions is not None
+        if given:
+            positions = check_positions(positions, batch, length, x.device)
+        if cache is not None:
+            cache.check(batch, length)
+            where = cache.place(positions, length)
+        else:
+            where = place(check_positions(positions, batch, length, x.device), given=given)
+        here = None if where.real is None else where.real[:, -length:]  # (B, T)
+
+        q, k, v = rearrange(
+            self.c_attn(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads
+        )
+        if self.conv is not None:
+            q, k, v = self.conv(q, k, v, real=here, state=cache)
+        source = x if shared is None else shared
+        q, k = self.encoding.rotate(q, k, where.positions, source, cache)
+        if cache is not None:
+            k, v = cache.append("k", k).to(q.dtype), cache.append("v", v).to(q.dtype)
+        scores = self.encoding.scores(q, k, where.positions, where.keys, source, cache)
+        dropout_p = self.dropout if self.training else 0.0
+        y = attend(
+            q, k, v, scores, real=where.real, dropout_p=dropout_p, impl=self.impl
+        )  # (B, H, T, D)
+        aux = y.new_zeros((), dtype=torch.float32)
+        if self.router is not None:
+            gates, aux = self.router(x, q, real=here)  # (B, H, T)
+            y = y * gates.unsqueeze(-1).to(y.dtype)
+        y = self.c_proj(rearrange(y, "b h t d -> b t (h d)"))
+        if cache is not None:
+            cache.advance(length)
+        return (y, aux) if return_aux else y
+
+    def extra_repr(self) -> str:
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}, impl={self.impl!r}"

@@ -1,0 +1,12 @@
+"""Positional encodings, one file each; `base` is the seam they fill."""
+
+from posenc.encodings.base import Encoding
+from posenc.encodings.carope import CARoPE
+from posenc.encodings.learned import Learned
+from posenc.encodings.nope import NoPE
+from posenc.encodings.polar import Polar
+from posenc.encodings.relative import Relative
+from posenc.encodings.rope import RoPE
+from posenc.encodings.sinusoidal import Sinusoidal
+
+__all__ = ["CARoPE", "Encoding", "Learned", "NoPE", "Polar", "Relative", "RoPE", "Sinusoidal"]

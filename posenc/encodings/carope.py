@@ -1,0 +1,184 @@
+"""CARoPE: context-aware rotary position embedding (arXiv 2507.23083).
+
+    z[b,h,t]  = x[b,t] . W[:,h] (+ bias[h])                     W (C, H)
+    f[t]      = 1 / (1 + softplus(z[t]))                        in (0, 1), one rate per token and head
+    step_i[t] = f[t]^(i + first_power)                          i = 0 .. D/2-1
+    phi_i[m]  = sum over t <= m of step_i[t]                    inclusive, modulo 2 pi
+    q'[m] = R(phi[m]) q[m],  k'[n] = R(phi[n]) k[n]             v untouched, score q'.k'/sqrt(D)
+
+With constant f = base^(-2/D) it is RoPE (vectors at position m + 1, the same scores). The paper's bias-free f cannot
+be: at W = 0 it is 0.59, a base of 2e7 at D = 64. `init="rope"` therefore adds a bias and starts exactly at RoPE;
+`init="paper"` is the paper's form, W ~ N(0, 0.02) and no bias. The paper's theta_1^i leaves open whether i starts at
+0 (needed to contain RoPE, our default) or 1: `first_power`.
+
+Integer positions are not used: a gap in `positions` does not move the phase; negative ones (padding) stop it.
+Rates, steps and sums are fp64 with autocast off: the phase error does not grow with the length.
+While decoding, rotated keys are cached, and the phase of every token (fp64), so that any rollback is exact.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from posenc.cache import Stream
+from posenc.encodings.base import Encoding, check_even, check_heads
+from posenc.errors import unknown
+from posenc.phase import Float32Parameters, phase_dtype, turn, wrap
+
+
+def log_rates(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """log f = -log1p(softplus(x W + bias)): x (B, T, C), W (C, H) -> (B, H, T) in fp64.
+
+    The logarithm, never log of a computed f, which is 0 for large z and has a NaN gradient there.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        z = x.to(weight.dtype) @ weight  # (B, T, H)
+    z = (z if bias is None else z + bias).to(torch.float64)
+    # softplus turns linear past its threshold; the default, 20, is 2e-9 off there.
+    return -torch.log1p(F.softplus(z, threshold=40)).transpose(-1, -2)
+
+
+def running_phase(
+    log_f: Tensor,
+    pairs: int,
+    first_power: int = 0,
+    carry: Tensor | None = None,
+    real: Tensor | None = None,
+) -> Tensor:
+    """Inclusive sums of f^(i + first_power) over tokens, modulo 2 pi.
+
+    Args:
+        log_f: (B, H, T) fp64.
+        pairs: D/2, the number of bands.
+        carry: (B, H, 1, D/2) fp64, the phase before the first token; None is 0.
+        real: (B, T) bool, False where the phase must stand still; None is everywhere.
+
+    Returns:
+        (B, H, T, D/2) fp64 in [-pi, pi].
+    """
+    powers = torch.arange(first_power, first_power + pairs, dtype=log_f.dtype, device=log_f.device)
+    steps = torch.exp(log_f.unsqueeze(-1) * powers)  # (B, H, T, D/2)
+    if real is not None:
+        steps = steps * real[:, None, :, None]
+    phase = steps.cumsum(-2)
+    return wrap(phase if carry is None else phase + carry)
+
+
+class CARoPE(Float32Parameters, Encoding):
+    """Context-aware rotary position embedding: every head turns at a rate that the token sets.
+
+    Args:
+        embed_dim: C, the width of x.
+        num_heads: H.
+        head_dim: D, even; embed_dim / num_heads if None.
+        base: the RoPE that init="rope" starts from.
+        init: "rope" (W = 0 and a bias, exactly RoPE) or "paper" (W ~ N(0, 0.02), no bias).
+        first_power: 0 (bands f^0 .. f^(D/2-1)) or 1 (f^1 .. f^(D/2)).
+        source: "layer" reads the attention module's own input. "token" reads the token embeddings: inside GPT
+            one CARoPE serves all layers; alone, the module's input is all there is, and both read it.
+
+    Raises:
+        ValueError: for an odd head dim, heads that do not divide, or an unknown option.
+    """
+
+    no_weight_decay = frozenset({"weight", "bias"})
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        base: float = 10000.0,
+        init: Literal["rope", "paper"] = "rope",
+        first_power: int = 0,
+        source: Literal["layer", "token"] = "layer",
+    ) -> None:
+        super().__init__()
+        head_dim = check_heads(embed_dim, num_heads) if head_dim is None else head_dim
+        check_even(head_dim, "CARoPE")
+        if init not in ("rope", "paper"):
+            raise ValueError(unknown("CARoPE init", init, ("rope", "paper")))
+        if source not in ("layer", "token"):
+            raise ValueError(unknown("CARoPE source", source, ("layer", "token")))
+        if first_power not in (0, 1):
+            raise ValueError(f"first_power must be 0 or 1; got {first_power}.")
+        if base <= 1:
+            raise ValueError(f"CARoPE needs base > 1, so that the rate lies below 1; got {base}.")
+        self.num_heads, self.head_dim, self.base = num_heads, head_dim, base
+        self.init, self.first_power, self.source = init, first_power, source
+        self.weight = nn.Parameter(torch.empty(embed_dim, num_heads))
+        self.bias = nn.Parameter(torch.empty(num_heads)) if init == "rope" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.bias is None:
+            nn.init.normal_(self.weight, std=0.02)
+        else:
+            nn.init.zeros_(self.weight)
+            # softplus(bias) = base^(2/D) - 1, hence f = base^(-2/D)
+            nn.init.constant_(
+                self.bias, math.log(math.expm1(math.expm1(2 * math.log(self.base) / self.head_dim)))
+            )
+
+    def phases(self, x: Tensor, positions: Tensor | None = None, state: Any = None) -> Tensor:
+        """The running phase (B, H, T, D/2), fp64 modulo 2 pi, of the tokens x (B, T, C)."""
+        log_f = log_rates(x, self.weight, self.bias)
+        real = positions >= 0 if positions is not None and positions.ndim == 2 else None
+        carry = None if state is None else state.recent("phase")
+        phase = running_phase(log_f, self.head_dim // 2, self.first_power, carry, real)
+        if state is not None:
+            state.append("phase", phase)
+        return phase
+
+    def rotate(
+        self,
+        q: Tensor,
+        k: Tensor,
+        positions: Tensor | None = None,
+        x: Tensor | None = None,
+        state: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate q and k (B, H, T, D) by the phases of x (B, T, C)."""
+        if x is None:
+            raise ValueError(
+                "CARoPE turns by the tokens: rotate(q, k, positions, x) needs x of shape (B, T, C)."
+            )
+        return turn_by_phase(q, k, self.phases(x, positions, state))
+
+    def streams(self) -> dict[str, Stream]:
+        return {"phase": Stream((self.num_heads, self.head_dim // 2), torch.float64, history=1)}
+
+    def extra_repr(self) -> str:
+        return (
+            f"embed_dim={self.weight.shape[0]}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
+            f"base={self.base}, init={self.init!r}, first_power={self.first_power}, source={self.source!r}"
+        )
+
+
+def turn_by_phase(q: Tensor, k: Tensor, phase: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate q and k by one phase (B, H, T, D/2), rounded to the dtype of sines first."""
+    angle = phase.to(phase_dtype(q))
+    cos, sin = angle.cos(), angle.sin()
+    return turn(q, cos, sin), turn(k, cos, sin)
+
+
+class SharedPhase(Encoding):
+    """A layer's part of CARoPE(source="token"): rotates by phases that the model computed once.
+
+    Its `x` is the phase (B, H, T, D/2) that `CARoPE.phases` returned for the token embeddings.
+    """
+
+    def rotate(
+        self,
+        q: Tensor,
+        k: Tensor,
+        positions: Tensor | None = None,
+        x: Tensor | None = None,
+        state: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        assert x is not None
+        return turn_by_phase(q, k, x)

@@ -1,0 +1,54 @@
+"""Learned absolute positions (GPT-2): x_t += P[t], P (max_length, C) ~ N(0, 0.02).
+
+An input-level encoding: the model adds it once to the token embedding. Nothing is stored while decoding.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from posenc.encodings.base import Encoding
+
+
+class Learned(Encoding):
+    """A trained table of positions.
+
+    Args:
+        max_length: rows of the table, the longest sequence it can place; at least 1.
+        embed_dim: C, the width of the token embedding.
+
+    Raises:
+        ValueError: from `embed`, where a position lies beyond the table.
+    """
+
+    relative = False
+
+    def __init__(self, max_length: int, embed_dim: int) -> None:
+        super().__init__()
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1; got {max_length}.")
+        self.max_length = max_length
+        self.weight = nn.Parameter(torch.empty(max_length, embed_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+    def embed(self, positions: Tensor) -> Tensor:
+        """P[positions]: (T,) -> (T, C), (B, T) -> (B, T, C). Negative entries of (B, T) mark padding."""
+        # On CUDA and inside torch.compile the lookup itself still fails hard; a check here would sync or break the graph.
+        if (
+            positions.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and positions.numel()
+        ):
+            low, high = int(positions.min()), int(positions.max())
+            if high >= self.max_length or (low < 0 and positions.ndim == 1):
+                raise ValueError(
+                    f"the learned table has {self.max_length} positions, 0 to {self.max_length - 1}; got "
+                    f"{high if high >= self.max_length else low}. Use a shorter text or a larger max_length."
+                )
+        return F.embedding(positions.clamp(min=0), self.weight)
+
+    def extra_repr(self) -> str:
+        return f"max_length={self.max_length}, embed_dim={self.weight.shape[1]}"

@@ -1,0 +1,129 @@
+"""Relative position in the logits: Transformer-XL (arXiv 1901.02860) and RCMHA's learned form (arXiv 2308.03429).
+
+    learned      score[m,n] = ( (q[m] + u_h).k[n] + q[m].R[h,d] + S[h,d] ) / sqrt(D)         R (H,P,D) S (H,P) u (H,D)
+    sinusoidal   score[m,n] = ( (q[m] + u_h).k[n] + (q[m] + v_h).(W_R r[d])_h ) / sqrt(D)     u, v (H,D), W_R (H*D,C)
+                 r[t] = concat(sin(t w), cos(t w)),  w_j = 10000^(-2j/C), j = 0 .. C/2-1, not learned
+    d = m - n >= 0; in the learned form distances of P = max_distance and beyond use the last row.
+
+Acts in the logits only; values are untouched, and there is no absolute position beside it. Every term is divided by
+sqrt(D). RCMHA's code holds 2 * 4096 rows a layer, of which a causal model can reach half; ours holds P. Its tables start
+at 0, Transformer-XL's u and v at N(0, 0.02) (there one pair for all layers, here one a layer).
+Raw keys are cached; no further state.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from posenc.core import RelativeTerm, Scores
+from posenc.encodings.base import Encoding, check_even
+from posenc.errors import unknown
+from posenc.phase import inverse_frequencies, pairs, position_phases
+
+
+def sinusoid(distances: Tensor, embed_dim: int) -> Tensor:
+    """r[t] = concat(sin(t w), cos(t w)) for integer t (N,): (N, C) in fp64."""
+    phase = position_phases(distances, inverse_frequencies(embed_dim, 10000.0, distances.device))
+    return torch.cat((phase.sin(), phase.cos()), dim=-1)
+
+
+def sinusoidal_bias(
+    query: Tensor, weight: Tensor, positions: Tensor, key_positions: Tensor
+) -> Tensor:
+    """query[m] . (W_R r[m - n])_h for any integer positions, without a table of distances: (B, H, T, S).
+
+    sin and cos of a difference split into products, so r[m - n] turns W_R^T query by m and meets a data-free key.
+
+    Args:
+        query: (B, H, T, D); weight: W_R (H*D, C); positions: (T,) or (B, T); key_positions: (S,) or (B, S).
+    """
+    heads, embed_dim = query.shape[1], weight.shape[1]
+    frequencies = inverse_frequencies(embed_dim, 10000.0, query.device)
+    angle = position_phases(positions, frequencies)
+    cos, sin = angle.cos().to(query.dtype), angle.sin().to(query.dtype)
+    on_sin, on_cos = pairs(query @ weight.unflatten(0, (heads, -1)))  # (B, H, T, C/2) each
+    rotated = torch.cat((on_sin * sin + on_cos * cos, on_cos * sin - on_sin * cos), dim=-1)
+    key_angle = position_phases(key_positions, frequencies)
+    key = torch.cat((key_angle.cos(), key_angle.sin()), dim=-1).to(query.dtype)
+    return rotated @ key.transpose(-1, -2)
+
+
+class Relative(Encoding):
+    """Relative scores of the query with a table of distances.
+
+    Args:
+        num_heads: H.
+        head_dim: D.
+        kind: "learned" (RCMHA; Transformer-XL's attn_type 1) or "sinusoidal" (Transformer-XL's paper).
+        max_distance: P, rows of the learned table; required there. The sinusoidal form has no limit and ignores it.
+        embed_dim: C, width of the sinusoid, even; H*D if None.
+
+    Raises:
+        ValueError: for an unknown kind, a missing or non-positive max_distance, an odd embed_dim.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        *,
+        kind: Literal["learned", "sinusoidal"] = "learned",
+        max_distance: int | None = None,
+        embed_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        if kind not in ("learned", "sinusoidal"):
+            raise ValueError(unknown("Relative kind", kind, ("learned", "sinusoidal")))
+        if kind == "learned" and (max_distance is None or max_distance < 1):
+            raise ValueError(
+                f"Relative(kind='learned') needs max_distance of at least 1; got {max_distance}."
+            )
+        self.num_heads, self.head_dim, self.kind = num_heads, head_dim, kind
+        self.max_distance, self.embed_dim = max_distance, embed_dim or num_heads * head_dim
+        self.u = nn.Parameter(torch.empty(num_heads, head_dim))
+        if kind == "learned":
+            assert max_distance is not None
+            self.R = nn.Parameter(torch.empty(num_heads, max_distance, head_dim))
+            self.S = nn.Parameter(torch.empty(num_heads, max_distance))
+        else:
+            check_even(self.embed_dim, "Relative(kind='sinusoidal') (over embed_dim)")
+            self.v = nn.Parameter(torch.empty(num_heads, head_dim))
+            self.W_R = nn.Linear(self.embed_dim, num_heads * head_dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.kind == "learned":
+            for table in (self.R, self.S, self.u):
+                nn.init.zeros_(table)
+        else:
+            for bias in (self.u, self.v):
+                nn.init.normal_(bias, std=0.02)
+            self.W_R.reset_parameters()
+
+    def scores(
+        self,
+        q: Tensor,
+        k: Tensor,
+        positions: Tensor,
+        key_positions: Tensor | None = None,
+        x: Tensor | None = None,
+        state: Any = None,
+    ) -> Scores:
+        if self.kind == "learned":
+            return Scores(content=self.u, relative=RelativeTerm(self.R, offset=self.S))
+        if key_positions is None:
+            r = sinusoid(torch.arange(k.shape[-2], device=k.device), self.embed_dim).to(
+                self.W_R.weight.dtype
+            )
+            table = (
+                self.W_R(r).unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1)
+            )  # (H, S, D)
+            return Scores(content=self.u, relative=RelativeTerm(table, query=self.v))
+        query = q + self.v.unsqueeze(-2).to(q.dtype)
+        bias = sinusoidal_bias(query, self.W_R.weight.to(q.dtype), positions, key_positions)
+        return Scores(content=self.u, bias=bias / math.sqrt(self.head_dim))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, kind={self.kind!r}, max_distance={self.max_distance}"

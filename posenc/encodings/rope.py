@@ -1,0 +1,90 @@
+"""RoPE: rotary position embedding (arXiv 2104.09864).
+
+    q'[m] = R(m omega) q[m],   k'[n] = R(n omega) k[n],   omega_i = base^(-2i/D)
+    score[m, n] = q'[m] . k'[n] / sqrt(D), a function of m - n
+
+Acts on q and k after the projections; v is untouched; no parameters. Rotated keys are cached.
+Pairs are half-split (i, i + D/2) as in GPT-NeoX and Llama, or interleaved (2i, 2i + 1) as in GPT-J and the paper;
+the two agree when the features of q and k are permuted alike.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from posenc.encodings.base import Encoding, check_even, check_positions
+from posenc.encodings.scaling import scaled_frequencies
+from posenc.errors import unknown
+from posenc.phase import PAIRINGS, Pairing, phase_dtype, position_phases, turn
+
+
+class RoPE(Encoding):
+    """Rotary position embedding.
+
+    Args:
+        head_dim: D, even, at least 2.
+        base: of the geometric frequencies.
+        pairing: "half" (GPT-NeoX, Llama in Hugging Face) or "interleaved" (GPT-J, the paper).
+        rotary_dim: rotate only the first so many features (even, at most D); frequencies use it in place of D.
+        scaling: a mapping for longer texts, see `posenc.encodings.scaling`.
+
+    Raises:
+        ValueError: for an odd or too large size, an unknown pairing or scaling.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        *,
+        base: float = 10000.0,
+        pairing: Pairing = "half",
+        rotary_dim: int | None = None,
+        scaling: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        check_even(head_dim, "RoPE")
+        rotary_dim = head_dim if rotary_dim is None else rotary_dim
+        if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
+            raise ValueError(
+                f"rotary_dim must be even, between 2 and head_dim={head_dim}; got {rotary_dim}."
+            )
+        if pairing not in PAIRINGS:
+            raise ValueError(unknown("pairing", pairing, PAIRINGS))
+        if base <= 0:
+            raise ValueError(f"base must be positive; got {base}.")
+        scaled_frequencies(
+            rotary_dim, base, scaling
+        )  # a bad scaling fails here, not in the first forward
+        self.head_dim, self.rotary_dim = head_dim, rotary_dim
+        self.base, self.pairing, self.scaling = base, pairing, scaling
+
+    def rotate(
+        self,
+        q: Tensor,
+        k: Tensor,
+        positions: Tensor | None = None,
+        x: Tensor | None = None,
+        state: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate q and k (B, H, T, D) to positions (T,) or (B, T); None is 0 .. T-1."""
+        positions = check_positions(positions, q.shape[0], q.shape[-2], q.device)
+        frequencies, factor = scaled_frequencies(self.rotary_dim, self.base, self.scaling, q.device)
+        angle = position_phases(positions, frequencies).to(phase_dtype(q))
+        cos, sin = angle.cos() * factor, angle.sin() * factor
+        return turn(q, cos, sin, self.pairing), turn(k, cos, sin, self.pairing)
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.head_dim}, base={self.base}, pairing={self.pairing!r}, rotary_dim={self.rotary_dim}"
+
+
+def half_to_interleaved(weight: Tensor, num_heads: int) -> Tensor:
+    """Permute the rows of a q or k projection (H*D, C) so that interleaved RoPE scores as half-split RoPE did."""
+    rows = weight.unflatten(0, (num_heads, 2, -1))  # (H, 2, D/2, C)
+    return rows.transpose(1, 2).reshape(weight.shape)
+
+
+def interleaved_to_half(weight: Tensor, num_heads: int) -> Tensor:
+    """The inverse of `half_to_interleaved`."""
+    rows = weight.unflatten(0, (num_heads, -1, 2))  # (H, D/2, 2, C)
+    return rows.transpose(1, 2).reshape(weight.shape)

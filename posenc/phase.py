@@ -1,0 +1,86 @@
+"""Phases and rotations: what every rotary scheme shares.
+
+    R(a):  (x1, x2) -> (x1 cos a - x2 sin a,  x2 cos a + x1 sin a)          for every pair of features
+
+Phases are formed in fp64 and reduced modulo 2 pi before anything rounds them to fp32: the fp32 product
+position * frequency is off by 0.04 rad at a million positions, the reduced phase by 2e-7 rad at any.
+Only (T, D/2) or (B, H, T, D/2) numbers are touched, so fp64 costs next to nothing.
+
+Shapes: x (B, H, T, D), angles broadcastable to (B, H, T, D/2).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+Pairing = Literal["half", "interleaved"]
+PAIRINGS: tuple[Pairing, ...] = ("half", "interleaved")
+
+
+def inverse_frequencies(dim: int, base: float, device: torch.device | None = None) -> Tensor:
+    """omega_i = base^(-2i/dim) for i = 0 .. dim/2 - 1, in fp64, from Python numbers (no buffer)."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
+    return torch.pow(base, -exponents)
+
+
+def wrap(phase: Tensor) -> Tensor:
+    """Reduce radians to [-pi, pi]; the gradient passes unchanged."""
+    return phase - (2 * math.pi) * torch.round(phase / (2 * math.pi))
+
+
+def position_phases(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Integer positions (T,) or (B, T) times frequencies (F,), in fp64 modulo 2 pi: (T, F) or (B, 1, T, F)."""
+    phase = wrap(positions.to(torch.float64).unsqueeze(-1) * frequencies)
+    return phase if positions.ndim == 1 else phase.unsqueeze(1)
+
+
+def phase_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which sines are taken for x: fp64 for fp64 inputs, else fp32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def pairs(x: Tensor, pairing: Pairing = "half") -> tuple[Tensor, Tensor]:
+    """The two members of every pair of features, each (..., D/2)."""
+    shape = (2, -1) if pairing == "half" else (-1, 2)
+    first, second = x.unflatten(-1, shape).unbind(-2 if pairing == "half" else -1)
+    return first, second
+
+
+def join(first: Tensor, second: Tensor, pairing: Pairing = "half") -> Tensor:
+    """The inverse of `pairs`."""
+    if pairing == "half":
+        return torch.cat((first, second), dim=-1)
+    return torch.stack((first, second), dim=-1).flatten(-2)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing = "half") -> Tensor:
+    """Rotate the first 2 * cos.shape[-1] features of x, in cos's precision; the result has x's dtype.
+
+    x (B, H, T, D); cos, sin broadcastable to (B, H, T, R/2) with R <= D. Features beyond R pass through.
+    """
+    width = 2 * cos.shape[-1]
+    rotated, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
+    x1, x2 = pairs(rotated.to(cos.dtype), pairing)
+    y1 = torch.addcmul(x1 * cos, x2, sin, value=-1)
+    y2 = torch.addcmul(x2 * cos, x1, sin)
+    y = join(y1, y2, pairing).to(x.dtype)
+    return y if rest is None else torch.cat((y, rest), dim=-1)
+
+
+class Float32Parameters(nn.Module):
+    """A module whose parameters ignore casts below fp32.
+
+    A phase parameter rounded to bf16 is another encoding (CARoPE's bias at D=64 becomes RoPE of base 10060),
+    so `model.to(torch.bfloat16)` and `model.half()` move such a module without rounding it.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            low = moved.is_floating_point() and moved.dtype.itemsize < 4
+            return tensor.to(moved.device) if low else moved
+
+        return super()._apply(keep, *args, **kwargs)

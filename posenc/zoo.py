@@ -1,0 +1,309 @@
+"""The zoo: every named attention as one readable row, and the two functions that build from it.
+
+A row fills the seams of `Attention`. A new method is its file, a row here, and an oracle in the tests.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from posenc.attention import Attention
+from posenc.convolution import DepthwiseConv
+from posenc.encodings.base import Encoding, check_heads
+from posenc.encodings.carope import CARoPE, SharedPhase
+from posenc.encodings.learned import Learned
+from posenc.encodings.nope import NoPE
+from posenc.encodings.polar import Polar
+from posenc.encodings.relative import Relative
+from posenc.encodings.rope import RoPE
+from posenc.encodings.sinusoidal import Sinusoidal
+from posenc.errors import unknown
+from posenc.routing import MoH
+
+
+def default_moh(num_heads: int, shared: int | None = None) -> dict[str, Any]:
+    """75% of the heads active: a third shared (rounded down, at least one), at least two of the rest routed to."""
+    if num_heads < 4:
+        raise ValueError(
+            f"moh needs at least 4 heads for its default split; got {num_heads}. "
+            "Use more heads, or give both shared and top_k."
+        )
+    shared = max(1, num_heads // 3) if shared is None else shared
+    active = (3 * num_heads + 2) // 4  # to the nearest
+    return {"shared": shared, "top_k": max(2, active - shared)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row: what fills each seam, the paper, and where it acts. Parts are (class, defaults)."""
+
+    paper: str
+    acts: str
+    summary: str
+    encoding: type[Encoding] = NoPE
+    embedding: type[Encoding] | None = None
+    conv: Mapping[str, Any] | None = None
+    router: Callable[..., dict[str, Any]] | None = None
+    encoding_defaults: Mapping[str, Any] = field(default_factory=dict)
+    embedding_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+#: Encodings that an `encoding=` option can name.
+ENCODINGS: dict[str, type[Encoding]] = {
+    "nope": NoPE,
+    "rope": RoPE,
+    "carope": CARoPE,
+    "polar": Polar,
+    "relative": Relative,
+}
+
+ZOO: dict[str, Recipe] = {
+    "mha": Recipe(
+        paper="GPT-2",
+        acts="input",
+        summary="plain attention; in GPT a learned table of positions, added once to the token embedding",
+        embedding=Learned,
+    ),
+    "sinusoidal": Recipe(
+        paper="1706.03762",
+        acts="input",
+        summary="plain attention; in GPT a fixed table of sines, added once to the token embedding",
+        embedding=Sinusoidal,
+        # Beside embeddings of std 0.02 this is the original's ratio of position to token.
+        embedding_defaults={"scale": 0.02},
+    ),
+    "nope": Recipe(
+        paper="2305.19466",
+        acts="nowhere",
+        summary="no encoding: order comes from the causal mask alone",
+    ),
+    "rope": Recipe(
+        paper="2104.09864",
+        acts="q, k",
+        summary="rotation of q and k by the position",
+        encoding=RoPE,
+    ),
+    "carope": Recipe(
+        paper="2507.23083",
+        acts="q, k",
+        summary="rotation by a running phase whose rate each token sets, per head",
+        encoding=CARoPE,
+    ),
+    "cmha": Recipe(
+        paper="2505.10222",
+        acts="q, k",
+        summary="RoPE plus a learned multiple of each pair's own angle (ComplexFormer)",
+        encoding=Polar,
+    ),
+    "rmha": Recipe(
+        paper="1901.02860",
+        acts="logits",
+        summary="Transformer-XL: the query meets a projected sinusoid of the distance",
+        encoding=Relative,
+        encoding_defaults={"kind": "sinusoidal", "max_distance": 1024},
+    ),
+    "mdha": Recipe(
+        paper="2109.08668",
+        acts="q, k, v",
+        summary="Primer's causal convolution of q, k and v, one kernel for each head and channel",
+        conv={"per_head": True, "bias": False, "init": "primer"},
+    ),
+    "rcmha": Recipe(
+        paper="2308.03429",
+        acts="q, k, v; logits",
+        summary="learned relative scores over convolved q, k and v",
+        encoding=Relative,
+        encoding_defaults={"kind": "learned", "max_distance": 1024},
+        conv={},
+    ),
+    "moh": Recipe(
+        paper="2410.11842",
+        acts="heads; q, k",
+        summary="a router weighs the heads for each token and drops the rest; RoPE inside",
+        encoding=RoPE,
+        router=default_moh,
+    ),
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names that `attention` and `GPTConfig` accept."""
+    return tuple(ZOO)
+
+
+class Parts(NamedTuple):
+    """A recipe with its options sorted to the parts they belong to."""
+
+    recipe: Recipe
+    encoding: type[Encoding]
+    options: dict[str, dict[str, Any]]  # by part: attention, encoding, embedding, conv, router
+
+
+SIZES = ("embed_dim", "num_heads", "head_dim", "max_length")
+MODULE_OPTIONS = ("bias", "dropout", "impl")
+#: Shorter names for options, as the papers' users say them.
+ALIASES = {"relative": "kind"}
+
+
+def _accepted(part: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(part).parameters
+    return [name for name in parameters if name not in SIZES]
+
+
+def sort_options(name: str, options: Mapping[str, Any]) -> Parts:
+    """Sort the options of a zoo name to its parts.
+
+    A bare option goes to the first part that has it: the module itself, then router, conv, encoding, embedding;
+    `router_`, `conv_`, `encoding_` or `embedding_` before it addresses one part. `encoding=` swaps the encoding.
+
+    Raises:
+        ValueError: for an unknown name or option, with the nearest spelling and what exists.
+    """
+    if name not in ZOO:
+        raise ValueError(unknown("attention", name, ZOO))
+    recipe, options = ZOO[name], dict(options)
+    encoding = recipe.encoding
+    if "encoding" in options:
+        chosen = options.pop("encoding")
+        if chosen not in ENCODINGS:
+            raise ValueError(unknown("encoding", chosen, ENCODINGS))
+        encoding = ENCODINGS[chosen]
+    parts: dict[str, list[str]] = {"attention": list(MODULE_OPTIONS)}
+    if recipe.router is not None:
+        parts["router"] = _accepted(MoH)
+    if recipe.conv is not None:
+        parts["conv"] = _accepted(DepthwiseConv)
+    parts["encoding"] = _accepted(encoding)
+    if recipe.embedding is not None:
+        parts["embedding"] = _accepted(recipe.embedding)
+    table: dict[str, tuple[str, str]] = {}
+    for part, accepted in parts.items():
+        for option in accepted:
+            table.setdefault(option, (part, option))
+            table[f"{part}_{option}"] = (part, option)
+    for alias, option in ALIASES.items():
+        if option in table:
+            table[alias] = table[option]
+    sorted_options: dict[str, dict[str, Any]] = {
+        part: {} for part in (*parts, "embedding", "conv", "router")
+    }
+    for option, value in options.items():
+        if option not in table:
+            shown = [known for known in table if not known.startswith("attention_")]
+            raise ValueError(unknown(f"option of attention {name!r}", option, ["encoding", *shown]))
+        part, argument = table[option]
+        if argument in sorted_options[part]:
+            raise ValueError(
+                f"option {argument!r} of attention {name!r} is given twice; one of them is {option!r}."
+            )
+        sorted_options[part][argument] = value
+    return Parts(recipe, encoding, sorted_options)
+
+
+def _build(part: Callable[..., Any], sizes: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    wanted = inspect.signature(part).parameters
+    return part(**{name: size for name, size in sizes.items() if name in wanted}, **options)
+
+
+def _build_attention(
+    parts: Parts, embed_dim: int, num_heads: int, encoding: Encoding | None = None
+) -> Attention:
+    head_dim = check_heads(embed_dim, num_heads)
+    sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "head_dim": head_dim}
+    recipe, options = parts.recipe, parts.options
+    conv = router = None
+    if encoding is None:
+        encoding = _build(parts.encoding, sizes, _encoding_options(parts))
+    if recipe.conv is not None:
+        conv = _build(DepthwiseConv, sizes, {**recipe.conv, **options["conv"]})
+    if recipe.router is not None:
+        given = options["router"]
+        split = (
+            {}
+            if {"shared", "top_k"} <= given.keys()
+            else recipe.router(num_heads, given.get("shared"))
+        )
+        router = _build(MoH, sizes, {**split, **given})
+    return Attention(
+        embed_dim, num_heads, encoding=encoding, conv=conv, router=router, **options["attention"]
+    )
+
+
+def _encoding_options(parts: Parts) -> dict[str, Any]:
+    defaults = (
+        dict(parts.recipe.encoding_defaults) if parts.encoding is parts.recipe.encoding else {}
+    )
+    if parts.encoding is Relative:
+        defaults.setdefault("max_distance", 1024)
+    return {**defaults, **parts.options["encoding"]}
+
+
+def attention(name: str, embed_dim: int, num_heads: int, **options: Any) -> Attention:
+    """One attention module from the zoo.
+
+    `mha` and `sinusoidal` encode position at the input of the model: alone they are plain attention, and it is
+    `GPTConfig(attention="mha")` that adds the table.
+
+    Args:
+        name: one of `names()`.
+        embed_dim: C. num_heads: H, must divide C.
+        options: of the module (`bias`, `dropout`, `impl`) and of its parts, for example
+            `attention("carope", 768, 12, init="paper")`,
+            `attention("moh", 768, 12, encoding="carope", shared=4, top_k=5)`. Where two parts know an option,
+            `router_`, `conv_` or `encoding_` before it says which: `conv_bias=False`, `encoding_scaling={...}`.
+
+    Raises:
+        ValueError: for an unknown name, option or value, with what exists and the nearest spelling.
+    """
+    parts = sort_options(name, options)
+    if parts.options["embedding"]:
+        raise ValueError(
+            f"{sorted(parts.options['embedding'])} belong to {name}'s table at the model's input, which a lone "
+            f"attention module does not have. Give them to GPTConfig(attention={name!r}, attention_options=...)."
+        )
+    return _build_attention(parts, embed_dim, num_heads)
+
+
+class ModelAttention(NamedTuple):
+    """What a model of one zoo name is made of."""
+
+    embedding: Encoding | None  # added to the token embedding
+    shared: CARoPE | None  # computed once from the token embedding, handed to every layer
+    layers: list[Attention]
+
+
+def model_attention(
+    name: str, embed_dim: int, num_heads: int, layers: int, context: int, options: Mapping[str, Any]
+) -> ModelAttention:
+    """Build the input-level part once and one attention a layer, each without parameters that it would not use.
+
+    Args:
+        context: sizes the learned tables that the options do not.
+    """
+    parts = sort_options(name, options)
+    recipe = parts.recipe
+    if parts.encoding is Relative:
+        parts.options["encoding"].setdefault("max_distance", context)
+    sizes = {
+        "embed_dim": embed_dim,
+        "num_heads": num_heads,
+        "head_dim": check_heads(embed_dim, num_heads),
+    }
+    embedding: Encoding | None = None
+    if recipe.embedding is not None:
+        embedding_options = {**recipe.embedding_defaults, **parts.options["embedding"]}
+        embedding = _build(recipe.embedding, {**sizes, "max_length": context}, embedding_options)
+    shared: CARoPE | None = None
+    if parts.encoding is CARoPE and parts.options["encoding"].get("source") == "token":
+        shared = _build(CARoPE, sizes, _encoding_options(parts))
+    made = [
+        _build_attention(
+            parts, embed_dim, num_heads, encoding=SharedPhase() if shared is not None else None
+        )
+        for _ in range(layers)
+    ]
+    return ModelAttention(embedding, shared, made)
+
+
+__all__ = ["ENCODINGS", "ZOO", "ModelAttention", "Recipe", "attention", "model_attention", "names"]
