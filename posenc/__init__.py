@@ -9,7 +9,8 @@ from posenc.zoo import attention, names
 
 __version__ = "0.1.0"
 
-# `attention` is the function; the module of that name is reached as posenc.attention only by its import statement.
+# `attention` is the function; the module of that name is reached as posenc.attention only by its
+# import statement.
 __all__ = [
     "GPT",
     "Attention",

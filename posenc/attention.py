@@ -6,8 +6,8 @@
     o       = softmax(scores) v                  .. and in the logits (encoding.scores)
     y       = sum_h gate_h o_h W_o       seam 3: the router weighs the heads
 
-With every seam empty it is plain multi-head attention. Legend: B batch, T query length, S key length, H heads,
-C embed_dim, D head dim = C/H.
+With every seam empty it is plain multi-head attention. Legend: B batch, T query length, S key
+length, H heads, C embed_dim, D head dim = C/H.
 """
 
 from typing import Literal, overload
@@ -37,7 +37,8 @@ class Attention(nn.Module):
         impl: "auto", "reference", "sdpa" or "fused", see `posenc.core`.
 
     Raises:
-        ValueError: for sizes that do not divide, a dropout outside [0, 1), or an impl that cannot run.
+        ValueError: for sizes that do not divide, a dropout outside [0, 1), or an impl that cannot
+            run.
     """
 
     def __init__(
@@ -63,21 +64,26 @@ class Attention(nn.Module):
         self.encoding = Encoding() if encoding is None else encoding
         self.conv = conv
         self.router = router
-        self._init_projections()
+        self.init_projections()
 
-    def _init_projections(self) -> None:
+    @torch.no_grad()
+    def init_projections(self) -> None:
+        """Initialise the projections as the encoding's source prescribes, where it does."""
         for weight in (*self.c_attn.weight.split(self.embed_dim), self.c_proj.weight):
-            with torch.no_grad():
-                self.encoding.init_projection(weight)
+            self.encoding.init_projection(weight)
+
+    def reset_parts(self) -> None:
+        """Draw the parameters of encoding, conv and router anew."""
+        for part in (self.encoding, self.conv, self.router):
+            if part is not None:
+                part.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew, those of the parts too (after materialising from `meta`)."""
         self.c_attn.reset_parameters()
         self.c_proj.reset_parameters()
-        self._init_projections()
-        for part in (self.encoding, self.conv, self.router):
-            if part is not None:
-                part.reset_parameters()
+        self.init_projections()
+        self.reset_parts()
 
     def make_cache(
         self,
@@ -87,7 +93,7 @@ class Attention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Cache:
-        """Empty decoding state for up to `max_length` tokens; device and dtype default to the weights'."""
+        """Empty state for up to `max_length` tokens; device and dtype default to the weights'."""
         weight = self.c_attn.weight
         streams = {
             "k": Stream((self.num_heads, self.head_dim)),
@@ -138,18 +144,20 @@ class Attention(nn.Module):
 
         Args:
             x: (B, T, C).
-            positions: integer (T,) or (B, T). None is 0 .. T-1, or what follows the cache. A negative entry of a
-                (B, T) tensor marks a padded token: nothing sees it, and its own output is arbitrary but finite.
+            positions: integer (T,) or (B, T). None is 0 .. T-1, or what follows the cache. A
+                negative entry of a (B, T) tensor marks a padded token: nothing sees it, and its own
+                output is arbitrary but finite.
             cache: from `make_cache`; extended by the T tokens.
             return_aux: also return the router's balance loss, a scalar (0 without a router).
             shared: what a model computed once for all layers; it takes x's place in the encoding.
 
         Raises:
-            ValueError: for wrong shapes, non-integer positions, a cache of another batch size or a full one.
+            ValueError: for wrong shapes, non-integer positions, a cache of another batch size or a
+                full one.
         """
         if x.ndim != 3 or x.shape[-1] != self.embed_dim or x.shape[1] == 0:
             raise ValueError(
-                f"x must have shape (B, T, {self.embed_dim}) with T of at least 1; got {tuple(x.shape)}."
+                f"x must have shape (B, T, {self.embed_dim}), T at least 1; got {tuple(x.shape)}."
             )
         batch, length, _ = x.shape
         given = positions is not None
@@ -186,4 +194,5 @@ class Attention(nn.Module):
         return (y, aux) if return_aux else y
 
     def extra_repr(self) -> str:
-        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}, impl={self.impl!r}"
+        sizes = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"
+        return f"{sizes}, dropout={self.dropout}, impl={self.impl!r}"

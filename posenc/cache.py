@@ -1,10 +1,12 @@
 """Decoding state: named per-token streams in preallocated memory.
 
-A stream is a tensor (B, *lead, history + max_length, F); the token at position t of the sequence owns row history + t,
-and the `history` rows in front are zeros, so that what looks back from the first token reads the same number of rows.
-The length is one host integer that all streams share: truncation moves it, and nothing syncs with the device.
+A stream is a tensor (B, *lead, history + max_length, F); the token at position t of the sequence
+owns row history + t, and the `history` rows in front are zeros, so that what looks back from the
+first token reads the same number of rows. The length is one host integer that all streams share:
+truncation moves it, and nothing syncs with the device.
 
-The past is a constant: rows are stored without their graph, and gradients flow through the current call only.
+The past is a constant: rows are stored without their graph, and gradients flow through the current
+call only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +33,7 @@ class Placement(NamedTuple):
 
 
 def place(positions: Tensor, *, given: bool) -> Placement:
-    """The placement of a sequence without a past. A negative entry of (B, T) positions marks padding."""
+    """Placement without a past. A negative entry of (B, T) positions marks padding."""
     if not given:
         return Placement(positions)
     return Placement(positions, positions, positions >= 0 if positions.ndim == 2 else None)
@@ -59,7 +61,8 @@ class Cache:
         streams = {"positions": Stream((1,), torch.int64), **streams}
         if batch_size < 1 or max_length < 1:
             raise ValueError(
-                f"a cache needs batch_size and max_length of at least 1; got {batch_size}, {max_length}."
+                "a cache needs batch_size and max_length of at least 1; "
+                f"got {batch_size}, {max_length}."
             )
         self.batch_size, self.max_length = batch_size, max_length
         self.length = 0
@@ -86,7 +89,8 @@ class Cache:
         """ValueError unless `tokens` more tokens of `batch_size` sequences fit."""
         if batch_size != self.batch_size:
             raise ValueError(
-                f"the cache was made for batch size {self.batch_size}; got {batch_size}. Make a cache for this batch."
+                f"the cache was made for batch size {self.batch_size}; got {batch_size}. "
+                "Make a cache for this batch."
             )
         if self.length + tokens > self.max_length:
             raise ValueError(
@@ -115,7 +119,8 @@ class Cache:
         return Placement(positions, keys, keys >= 0 if self._ragged else None)
 
     def append(self, name: str, rows: Tensor) -> Tensor:
-        """Store the new tokens' rows (B, *lead, T, F) and return those of all tokens so far, in rows' dtype.
+        """Store the new tokens' rows (B, *lead, T, F) and return those of all tokens so far, in
+        rows' dtype.
 
         The length moves when `advance` says that every stream has been appended to.
         """
@@ -128,7 +133,7 @@ class Cache:
         return stored.narrow(-2, past, self.length + count).to(rows.dtype)
 
     def recent(self, name: str) -> Tensor:
-        """The last `history` rows before the next token (B, *lead, history, F), zeros before the first one."""
+        """The last `history` rows (B, *lead, history, F), zeros before the first token."""
         return self._rows[name].narrow(-2, self.length, self._history[name]).clone()
 
     def advance(self, tokens: int) -> None:
@@ -139,7 +144,7 @@ class Cache:
         """Forget every token from `length` on. Raises ValueError beyond the present length."""
         if not 0 <= length <= self.length:
             raise ValueError(
-                f"a cache of {self.length} tokens can be truncated to 0 .. {self.length}; got {length}."
+                f"a cache of {self.length} tokens truncates to 0 .. {self.length}; got {length}."
             )
         self.length = length
         if length == 0:

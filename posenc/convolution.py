@@ -1,12 +1,14 @@
-"""Causal depthwise convolution of q, k and v (MDHA of Primer, arXiv 2109.08668; RCMHA, arXiv 2308.03429).
+"""Causal depthwise convolution of q, k and v (MDHA of Primer, arXiv 2109.08668; RCMHA, arXiv
+2308.03429).
 
     y[t] = sum_j w[j] x[t - (k-1) + j] (+ bias),   x[t < 0] = 0,   separate weights for q, k and v
 
-Acts on the projected heads, before the encoding. RCMHA shares one set of kernels between the heads, with a bias;
-Primer has one for every head and channel, without. RCMHA's abstract speaks of convolving the embeddings; its code and
-Primer convolve the projections, and so do we.
+Acts on the projected heads, before the encoding. RCMHA shares one set of kernels between the heads,
+with a bias; Primer has one for every head and channel, without. RCMHA's abstract speaks of
+convolving the embeddings; its code and Primer convolve the projections, and so do we.
 
-While decoding the rows before the convolution are kept: the next token needs the last k-1, a rollback any of them.
+While decoding the rows before the convolution are kept: the next token needs the last k-1, a
+rollback any of them.
 """
 
 import math
@@ -44,7 +46,8 @@ def depthwise_conv(
     rows = torch.cat((past, x), dim=-2).transpose(1, 2).flatten(2)  # (B, k-1+T, H*D)
     kernel = weight.expand(heads, dim, taps).reshape(-1, 1, 1, taps).to(x.dtype)
     shift = None if bias is None else bias.expand(heads, dim).reshape(-1).to(x.dtype)
-    # As an image one pixel high with its channels last: on CPU 2x faster than conv1d, 4x than shifted sums.
+    # As an image one pixel high with its channels last: on CPU 2x faster than conv1d, 4x than
+    # shifted sums.
     y = F.conv2d(
         rows.transpose(1, 2).unsqueeze(2), kernel, shift, groups=heads * dim
     )  # (B, H*D, 1, T)
@@ -58,10 +61,11 @@ class DepthwiseConv(nn.Module):
         num_heads: H.
         head_dim: D.
         kernel_size: k, at least 1.
-        per_head: one kernel for every head and channel (Primer) or one for each channel, shared by heads (RCMHA).
+        per_head: one kernel for every head and channel (Primer) or one for each channel, shared by
+            heads (RCMHA).
         bias: add a bias to each channel.
-        init: "torch" (Conv1d's U(+-1/sqrt(k))), "identity" (0, .., 0, 1) or "primer" (0.5 on the present token, the
-            other half spread over the past).
+        init: "torch" (Conv1d's U(+-1/sqrt(k))), "identity" (0, .., 0, 1) or "primer" (0.5 on the
+            present token, the other half spread over the past).
 
     Raises:
         ValueError: for a kernel size below 1 or an unknown init.
@@ -120,18 +124,18 @@ class DepthwiseConv(nn.Module):
         """Convolve q, k and v (B, H, T, D).
 
         Args:
-            real: (B, T) bool; padded tokens (False) count as zeros, as what lies before the first token does.
+            real: (B, T) bool; padded tokens (False) count as zeros, as what lies before the first
+                token does.
             state: the cache while decoding.
         """
-        inputs = (q, k, v)
+        inputs = [q, k, v]
         if real is not None:
-            inputs = tuple(z * real[:, None, :, None] for z in inputs)
-        past = (None, None, None) if state is None else state.recent("conv").unbind(1)
+            inputs = [z * real[:, None, :, None] for z in inputs]
+        past = [None] * 3 if state is None else state.recent("conv").unbind(1)
         if state is not None:
             state.append("conv", torch.stack(inputs, dim=1))
-        biases = (None, None, None) if self.bias is None else self.bias.unbind(0)
-        outputs = map(depthwise_conv, inputs, self.weight.unbind(0), biases, past)
-        q, k, v = outputs
+        biases = [None] * 3 if self.bias is None else self.bias.unbind(0)
+        q, k, v = map(depthwise_conv, inputs, self.weight.unbind(0), biases, past)
         return q, k, v
 
     def streams(self) -> dict[str, Stream]:
@@ -139,4 +143,5 @@ class DepthwiseConv(nn.Module):
         return {"conv": Stream((3, self.num_heads, self.head_dim), history=self.kernel_size - 1)}
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, kernel_size={self.kernel_size}, init={self.init!r}"
+        sizes = f"num_heads={self.num_heads}, head_dim={self.head_dim}"
+        return f"{sizes}, kernel_size={self.kernel_size}, init={self.init!r}"

@@ -1,50 +1,28 @@
-"""attend(): one entry to softmax attention, its back ends, and the one place that aligns the causal mask.
+"""attend(): one entry to softmax attention, its back ends, and the causal mask's one owner.
 
-    y[m] = sum_n softmax_n(logits[m, n]) v[n]      over the keys that query m may see
+    y[m] = sum over n of softmax_n(logits[m, n]) v[n]      over the keys that query m may see
 
 Shapes: q (B, H, T, D), k and v (B, H, S, D) with T <= S; query row i sits at key index S - T + i.
 
 Back ends (`impl`):
     reference   materialises the definition, in fp32 or better
-    sdpa        torch's scaled_dot_product_attention, with a dense bias only where the logits need one
+    sdpa        torch's scaled_dot_product_attention; a dense bias only where the logits need one
     fused       Triton kernels
-    auto        the fastest of them that supports the case
+    auto        the fastest that supports the case; on CPU that may be `posenc.blockwise`
 An explicit choice never falls back.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from posenc.blockwise import attend_blockwise
 from posenc.errors import unknown
+from posenc.scores import Scores, add_per_head, relative_logits
 
 IMPLS = ("auto", "reference", "sdpa", "fused")
-
-
-class RelativeTerm(NamedTuple):
-    """(q[m] + query_h) . table[h, d] + offset[h, d], multiplied by the scale, d the distance of m and n.
-
-    Distances beyond the table use its last row. Kept factored: no back end needs T x S of it.
-    """
-
-    table: Tensor  # (H, P, D)
-    query: Tensor | None = None  # (H, D)
-    offset: Tensor | None = None  # (H, P)
-    distances: Tensor | None = (
-        None  # integer (T, S) or (B, 1, T, S); None: keys at consecutive positions
-    )
-
-
-class Scores(NamedTuple):
-    """How an encoding enters the logits: scale * ((q + content_h) . k + relative) + bias."""
-
-    scale: float | None = None  # None is 1/sqrt(D)
-    content: Tensor | None = None  # (H, D)
-    bias: Tensor | None = None  # broadcastable to (B, H, T, S)
-    relative: RelativeTerm | None = None
 
 
 def check_impl(impl: str) -> str:
@@ -53,19 +31,20 @@ def check_impl(impl: str) -> str:
         raise ValueError(unknown("impl", impl, IMPLS))
     if impl == "fused":
         raise ValueError(
-            "impl='fused' has no Triton kernel in this version; got a request for one. "
+            "impl='fused' asks for a Triton kernel; this version has none. "
             "Use impl='sdpa' (torch's fused attention), 'reference' or 'auto'."
         )
     return impl
 
 
 def causal_mask(length: int, key_length: int, device: torch.device | None = None) -> Tensor:
-    """True where query row i may see key n: n <= S - T + i. (T, S), aligned at the lower right."""
-    return torch.ones(length, key_length, dtype=torch.bool, device=device).tril(key_length - length)
+    """True where query row i may see key n, n <= S - T + i: (T, S), aligned at the lower right."""
+    ones = torch.ones(length, key_length, dtype=torch.bool, device=device)
+    return ones.tril(key_length - length)
 
 
 def visible(length: int, key_length: int, real: Tensor | None, device: torch.device) -> Tensor:
-    """The causal mask, less the padded keys: (T, S), or (B, 1, T, S) where `real` (B, S) marks the true tokens.
+    """The causal mask (T, S) or, less the padded keys (`real` (B, S) is False), (B, 1, T, S).
 
     A row always sees itself: a padded query has no other key, and a softmax over nothing is NaN.
     """
@@ -74,31 +53,6 @@ def visible(length: int, key_length: int, real: Tensor | None, device: torch.dev
         return causal
     itself = causal.triu(key_length - length)
     return causal & (real[:, None, None, :] | itself)
-
-
-def relative_logits(q: Tensor, term: RelativeTerm, key_length: int) -> Tensor:
-    """The relative term (B, H, T, S), unscaled; entries with n > m are arbitrary (finite) and must be masked.
-
-    For consecutive keys a product with the table in falling order of distance is skewed into place by reading its
-    rows one element further apart: a view, no gather and no copy.
-    """
-    query = q if term.query is None else q + term.query.unsqueeze(-2).to(q.dtype)
-    length, rows = q.shape[-2], term.table.shape[-2]
-    if term.distances is not None:
-        by_distance = query @ term.table.to(q.dtype).transpose(-1, -2)  # (B, H, T, P)
-        if term.offset is not None:
-            by_distance = by_distance + term.offset.unsqueeze(-2)
-        distances = term.distances.clamp(0, rows - 1)
-        shape = (*by_distance.shape[:2], *distances.shape[-2:])
-        return by_distance.gather(-1, distances.expand(shape))
-    falling = torch.arange(key_length, -1, -1, device=q.device).clamp(
-        max=rows - 1
-    )  # distances S, S-1, .. 0
-    by_distance = query @ term.table[:, falling].to(q.dtype).transpose(-1, -2)  # (B, H, T, S + 1)
-    if term.offset is not None:
-        by_distance = by_distance + term.offset[:, falling].unsqueeze(-2)
-    # Element (i, n) lies at distance S-T+i-n, column T-i+n, hence at flat index i*S + n + T.
-    return by_distance.flatten(-2)[..., length:].unflatten(-1, (length, key_length))
 
 
 def attend(
@@ -127,13 +81,29 @@ def attend(
         ValueError: for an unknown impl, "fused" without a kernel, or fewer keys than queries.
     """
     check_impl(impl)
+    scores = scores or Scores()
     if q.shape[-2] > k.shape[-2]:
         raise ValueError(
-            f"causal attention needs at least as many keys as queries; got T={q.shape[-2]}, S={k.shape[-2]}. "
-            "Pass the whole key sequence, the queries being its last tokens."
+            f"causal attention needs at least as many keys as queries; got T={q.shape[-2]}, "
+            f"S={k.shape[-2]}. Pass the whole key sequence, the queries being its last tokens."
         )
-    run = _reference if impl == "reference" else _sdpa
-    return run(q, k, v, scores or Scores(), real, dropout_p)
+    if impl == "reference":
+        return _reference(q, k, v, scores, real, dropout_p)
+    if impl == "auto" and real is None and _blockwise_is_faster(q, scores):
+        return attend_blockwise(q, k, v, scores, dropout_p=dropout_p)
+    return _sdpa(q, k, v, scores, real, dropout_p)
+
+
+def _blockwise_is_faster(q: Tensor, scores: Scores) -> bool:
+    """On CPU: with a relative term, and in low precision, as measured in `posenc.blockwise`."""
+    # Traced, its loop over blocks would make a graph of its own for every length.
+    if q.device.type != "cpu" or q.shape[-2] == 1 or torch.compiler.is_compiling():
+        return False
+    if scores.bias is not None:
+        return False
+    if scores.relative is not None:
+        return scores.relative.distances is None
+    return q.dtype in (torch.bfloat16, torch.float16)
 
 
 def _reference(
@@ -144,10 +114,7 @@ def _reference(
     allowed = visible(q.shape[-2], k.shape[-2], real, q.device)
     with torch.autocast(q.device.type, enabled=False):
         query, key, value = q.to(dtype), k.to(dtype), v.to(dtype)
-        content = (
-            query if scores.content is None else query + scores.content.unsqueeze(-2).to(dtype)
-        )
-        logits = content @ key.transpose(-1, -2)
+        logits = add_per_head(query, scores.content) @ key.transpose(-1, -2)
         if scores.relative is not None:
             logits = logits + relative_logits(query, scores.relative, k.shape[-2])
         logits = logits * scale
@@ -164,21 +131,23 @@ def _sdpa(
 ) -> Tensor:
     length, key_length = q.shape[-2], k.shape[-2]
     scale = scores.scale or 1 / math.sqrt(q.shape[-1])
-    content = q if scores.content is None else q + scores.content.unsqueeze(-2).to(q.dtype)
-    dense = scores.bias is not None or scores.relative is not None
-    if not dense and real is None and length in (1, key_length):
-        # torch aligns is_causal at the top left, which is right for T = S alone; one query sees every key.
-        return F.scaled_dot_product_attention(
-            content, k, v, is_causal=length > 1, dropout_p=dropout_p, scale=scale
-        )
-    mask = visible(length, key_length, real, q.device)
-    if dense:
-        bias = (
-            torch.zeros((), dtype=q.dtype, device=q.device) if scores.bias is None else scores.bias
-        )
-        if scores.relative is not None:
-            bias = bias + scale * relative_logits(q, scores.relative, key_length)
-        mask = bias.to(q.dtype).masked_fill(~mask, -math.inf)
+    bias = scores.bias
+    if scores.relative is not None:
+        relative = scale * relative_logits(q, scores.relative, key_length)
+        bias = relative if bias is None else bias + relative
+    mask: Tensor | None = None
+    # torch aligns is_causal at the top left, right for T = S alone; a single query sees every key.
+    aligned = bias is None and real is None and length in (1, key_length)
+    if not aligned:
+        mask = visible(length, key_length, real, q.device)
+        if bias is not None:
+            mask = bias.to(q.dtype).masked_fill(~mask, -math.inf)
     return F.scaled_dot_product_attention(
-        content, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale
+        add_per_head(q, scores.content),
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=aligned and length > 1,
+        dropout_p=dropout_p,
+        scale=scale,
     )

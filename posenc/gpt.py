@@ -4,7 +4,8 @@
     h = h + attn(ln_1(h));  h = h + mlp(ln_2(h))               for every block
     logits = ln_f(h) wte^T                                     tied
 
-Weights carry GPT-2's own names, so that a Hugging Face checkpoint loads by transposing four suffixes.
+Weights carry GPT-2's own names, so that a Hugging Face checkpoint loads by transposing four
+suffixes.
 """
 
 import math
@@ -30,7 +31,8 @@ class GPTConfig:
     """The shape of a GPT.
 
     Args:
-        context: the training length, and the rows of a learned table; other encodings can go beyond it.
+        context: the training length, and the rows of a learned table; other encodings can go beyond
+            it.
         attention: one of `posenc.names()`. attention_options: for it, see `posenc.attention`.
         dropout: after the embedding, on attention weights and on residual branches.
         bias: of every linear layer and LayerNorm.
@@ -57,7 +59,7 @@ class GPTConfig:
 
 
 class GPTOutput(NamedTuple):
-    """What a forward returns. `loss` is the cross entropy alone; the caller weighs and adds `aux_loss`."""
+    """What a forward returns; `loss` is cross entropy alone, the caller adds `aux_loss` to it."""
 
     logits: Tensor  # (B, T, V)
     loss: Tensor | None  # mean cross entropy in nats, over targets that are not -100
@@ -110,8 +112,9 @@ class GPT(nn.Module):
         self.config = config
         #: Recompute each block in the backward pass instead of keeping its activations.
         self.checkpoint_activations = False
-        # The parts draw numbers of their own while they are built; the weights that all encodings share must not
-        # depend on how many, so that two encodings under one seed start from the same ones.
+        # The parts draw numbers of their own while they are built; the weights that all encodings
+        # share must not depend on how many, so that two encodings under one seed start from the
+        # same ones.
         rng = torch.get_rng_state()
         options = {"bias": config.bias, "dropout": config.dropout, **config.attention_options}
         made = model_attention(
@@ -128,36 +131,29 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """GPT-2's init: N(0, 0.02), residual projections 1/sqrt(2 L) of it; then the parts, by their own rules."""
+        """N(0, 0.02), residual projections 1/sqrt(2 L) of it; then the parts, by their rules."""
         nn.init.normal_(self.wte.weight, std=0.02)
-        blocks = [block for block in self.h if isinstance(block, Block)]
-        for block in blocks:
-            attn = block.attn
+        residual_std = 0.02 / math.sqrt(2 * self.config.layers)
+        for block in self._blocks():
+            attn, mlp = block.attn, block.mlp
             for norm in (block.ln_1, block.ln_2):
                 norm.reset_parameters()
-            for layer in (attn.c_attn, attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
-                residual = layer is attn.c_proj or layer is block.mlp.c_proj
-                nn.init.normal_(
-                    layer.weight, std=0.02 / math.sqrt(2 * len(blocks)) if residual else 0.02
-                )
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+            for linear in (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj):
+                residual = linear is attn.c_proj or linear is mlp.c_proj
+                nn.init.normal_(linear.weight, std=residual_std if residual else 0.02)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
         self.ln_f.reset_parameters()
         for part in (self.wpe, self.shared):
             if part is not None:
                 part.reset_parameters()
-        for block in blocks:
-            attn = block.attn
-            for weight in (*attn.c_attn.weight.split(self.config.embed_dim), attn.c_proj.weight):
-                attn.encoding.init_projection(weight)
-            for part in (attn.encoding, attn.conv, attn.router):
-                if part is not None:
-                    part.reset_parameters()
-            for layer in attn.encoding.modules():
-                if isinstance(
-                    layer, nn.Linear
-                ):  # Transformer-XL's W_R is a projection like the others
-                    nn.init.normal_(layer.weight, std=0.02)
+        for block in self._blocks():
+            block.attn.init_projections()
+            block.attn.reset_parts()
+            for module in block.attn.encoding.modules():
+                # Transformer-XL's W_R is a projection like the others.
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
 
     @property
     def max_length(self) -> int | None:
@@ -214,17 +210,18 @@ class GPT(nn.Module):
         """
         if ids.ndim != 2 or ids.dtype.is_floating_point or ids.shape[1] == 0:
             raise ValueError(
-                f"ids must be integers of shape (B, T), T at least 1; got {ids.dtype} {tuple(ids.shape)}."
+                "ids must be integers of shape (B, T), T at least 1; "
+                f"got {ids.dtype} {tuple(ids.shape)}."
             )
         if targets is not None and targets.shape != ids.shape:
             raise ValueError(
-                f"targets must have the shape of ids {tuple(ids.shape)}; got {tuple(targets.shape)}."
+                f"targets must have ids' shape {tuple(ids.shape)}; got {tuple(targets.shape)}."
             )
         batch, length = ids.shape
         past = 0 if cache is None else cache.length
         if self.max_length is not None and positions is None and past + length > self.max_length:
             raise ValueError(
-                f"the learned table has {self.max_length} positions; got a text of {past + length} tokens. "
+                f"the learned table has {self.max_length} positions; got {past + length} tokens. "
                 "Shorten it, or train with a larger context."
             )
         given = positions is not None
@@ -271,7 +268,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Continue ids (B, T) by sampling: (B, T + max_new_tokens).
 
-        A model with a learned table starts over from the last half of its context when the table is full.
+        A model with a learned table starts over from the last half of its context when the table is
+        full.
 
         Args:
             temperature: divides the logits; 0 takes the most likely token.
@@ -309,7 +307,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> "GPT":
-        """Load a folder or Hub repository written by `save_pretrained`, or a Hugging Face GPT-2 (safetensors).
+        """Load a folder or Hub repository written by `save_pretrained`, or a Hugging Face GPT-2
+        (safetensors).
 
         Raises:
             ValueError: for a missing file, another architecture, or weights that do not fit.

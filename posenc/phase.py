@@ -1,10 +1,10 @@
 """Phases and rotations: what every rotary scheme shares.
 
-    R(a):  (x1, x2) -> (x1 cos a - x2 sin a,  x2 cos a + x1 sin a)          for every pair of features
+    R(a):  (x1, x2) -> (x1 cos a - x2 sin a,  x2 cos a + x1 sin a)      for every pair of features
 
-Phases are formed in fp64 and reduced modulo 2 pi before anything rounds them to fp32: the fp32 product
-position * frequency is off by 0.04 rad at a million positions, the reduced phase by 2e-7 rad at any.
-Only (T, D/2) or (B, H, T, D/2) numbers are touched, so fp64 costs next to nothing.
+Phases are formed in fp64 and reduced modulo 2 pi before anything rounds them to fp32: the fp32
+product position * frequency is off by 0.04 rad at a million positions, the reduced phase by 2e-7
+rad at any. Only (T, D/2) or (B, H, T, D/2) numbers are touched, so fp64 costs next to nothing.
 
 Shapes: x (B, H, T, D), angles broadcastable to (B, H, T, D/2).
 """
@@ -32,7 +32,7 @@ def wrap(phase: Tensor) -> Tensor:
 
 
 def position_phases(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """Integer positions (T,) or (B, T) times frequencies (F,), in fp64 modulo 2 pi: (T, F) or (B, 1, T, F)."""
+    """Positions (T,) or (B, T) times frequencies (F,), fp64 modulo 2 pi: (T, F) or (B, 1, T, F)."""
     phase = wrap(positions.to(torch.float64).unsqueeze(-1) * frequencies)
     return phase if positions.ndim == 1 else phase.unsqueeze(1)
 
@@ -57,9 +57,11 @@ def join(first: Tensor, second: Tensor, pairing: Pairing = "half") -> Tensor:
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing = "half") -> Tensor:
-    """Rotate the first 2 * cos.shape[-1] features of x, in cos's precision; the result has x's dtype.
+    """Rotate the first 2 * cos.shape[-1] features of x, in cos's precision; the result has x's
+    dtype.
 
-    x (B, H, T, D); cos, sin broadcastable to (B, H, T, R/2) with R <= D. Features beyond R pass through.
+    x (B, H, T, D); cos, sin broadcastable to (B, H, T, R/2) with R <= D. Features beyond R pass
+    through.
     """
     width = 2 * cos.shape[-1]
     rotated, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
@@ -73,8 +75,9 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing = "half") -> Tens
 class Float32Parameters(nn.Module):
     """A module whose parameters ignore casts below fp32.
 
-    A phase parameter rounded to bf16 is another encoding (CARoPE's bias at D=64 becomes RoPE of base 10060),
-    so `model.to(torch.bfloat16)` and `model.half()` move such a module without rounding it.
+    A phase parameter rounded to bf16 is another encoding (CARoPE's bias at D=64 becomes RoPE of
+    base 10060), so `model.to(torch.bfloat16)` and `model.half()` move such a module without
+    rounding it.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:

@@ -93,11 +93,11 @@ def _folder(path_or_hub_id: str | Path) -> Path:
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path
-    if path.exists() or isinstance(path_or_hub_id, Path) or str(path_or_hub_id).count("/") != 1:
-        if str(path_or_hub_id) not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-            raise ValueError(
-                f"{path_or_hub_id} is neither a folder nor a Hub id of the form OWNER/NAME."
-            )
+    repository = str(path_or_hub_id)
+    if repository in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        repository = f"openai-community/{repository}"
+    if path.exists() or isinstance(path_or_hub_id, Path) or repository.count("/") != 1:
+        raise ValueError(f"{path_or_hub_id} is neither a folder nor a Hub id OWNER/NAME.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -105,9 +105,6 @@ def _folder(path_or_hub_id: str | Path) -> Path:
         RepositoryNotFoundError,
     )
 
-    repository = str(path_or_hub_id)
-    if "/" not in repository:
-        repository = f"openai-community/{repository}"
     try:
         return Path(snapshot_download(repository, allow_patterns=["config.json", "*.safetensors"]))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -141,7 +138,7 @@ def our_config(raw: Mapping[str, Any]) -> "GPTConfig":
     values = {key: value for key, value in raw.items() if key != "model_type"}
     if strange := sorted(values.keys() - known):
         raise ValueError(
-            f"config.json holds unknown keys {strange}; was it written by a newer version of posenc?"
+            f"config.json holds unknown keys {strange}; was it written by a newer posenc?"
         )
     return GPTConfig(**values)
 
@@ -163,11 +160,12 @@ def gpt2_config(raw: Mapping[str, Any]) -> "GPTConfig":
     for key, value in expected.items():
         if raw.get(key, value) != value:
             raise ValueError(
-                f"this GPT-2 has {key}={raw[key]!r}, which GPT does not compute; expected {value!r}."
+                f"this GPT-2 has {key}={raw[key]!r}, which GPT lacks; expected {value!r}."
             )
     if activation not in activations:
         raise ValueError(
-            f"this GPT-2 has activation_function={activation!r}; expected one of {list(activations)}."
+            f"this GPT-2 has activation_function={activation!r}; "
+            f"expected one of {list(activations)}."
         )
     inner = raw.get("n_inner")
     embed_dim = raw.get("n_embd", 768)
@@ -188,7 +186,7 @@ def gpt2_config(raw: Mapping[str, Any]) -> "GPTConfig":
 
 
 def gpt2_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's GPT-2 weights under our names: four suffixes transposed, buffers and tied weights dropped."""
+    """Hugging Face's GPT-2 weights under our names: four suffixes transposed, buffers dropped."""
     renamed = {}
     for name, tensor in state.items():
         name = name.removeprefix("transformer.")
@@ -202,7 +200,7 @@ def _check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> N
         raise ValueError(f"the checkpoint lacks {len(missing)} weights, first {missing[0]!r}.")
     if strange := sorted(state.keys() - expected.keys()):
         raise ValueError(
-            f"the checkpoint holds {len(strange)} weights that the model does not have, first {strange[0]!r}."
+            f"the checkpoint holds {len(strange)} weights too many, first {strange[0]!r}."
         )
     for name, tensor in expected.items():
         if tensor.shape != state[name].shape:

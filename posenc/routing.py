@@ -1,20 +1,24 @@
 """MoH: mixture-of-head attention (arXiv 2410.11842).
 
-    y[t] = sum_h g[h, t] o[h, t] W_O[h]                 o: the heads' outputs; the first hs heads are shared, E routed
-    a = softmax(W_h x),  s = softmax(W_s x) over hs,  p = softmax(W_r x) over all E,  M = one-hot of the K largest p
-    "paper"     shared g = a0 s            routed g = a1 p M                                    (Eq. 5, 6)
-    "authors"   shared g = 2 a0 hs s       routed g = 2 a1 K p M / sum(p M)                     (released code)
-    balance     aux = sum over routed i of P_i f_i    P_i: mean of p_i, f_i: fraction of tokens that select i
-                ("authors": times E)
+    y[t] = sum_h g[h, t] o[h, t] W_O[h]         o: outputs of heads; the first hs shared, E routed
+    a = softmax(W_h x),  s = softmax(W_s x) over hs,  p = softmax(W_r x) over all E
+    M = one-hot of the K largest p
+    "paper"     shared g = a0 s            routed g = a1 p M                        (Eq. 5, 6)
+    "authors"   shared g = 2 a0 hs s       routed g = 2 a1 K p M / sum(p M)         (released code)
+    balance     aux = sum over routed i of P_i f_i  (option "authors": times E)
+                P_i: mean over tokens of p_i,  f_i: fraction of tokens that select i
 
-The two scalings are different models: with zero routers every active gate is 1 under "authors" but 0.5/hs and 0.5/E under
-"paper". A lone group has no W_h: g = K p M / sum(p M) or hs s under "authors", p M or s under "paper"; hs = 1 has no W_s.
+The two scalings are different models: with zero routers every active gate is 1 under "authors" but
+0.5/hs and 0.5/E under "paper". A lone group has no W_h: g = K p M / sum(p M) or hs s under
+"authors", p M or s under "paper"; hs = 1 has no W_s.
 
-`router="query_norm"` retrofits trained attention without parameters: shared gates 1, routed heads scored by
-||q_i|| / std over the routed heads, gate 0 or 1, with the gradient of the softmax (straight through).
+`router="query_norm"` retrofits trained attention without parameters: shared gates 1, routed heads
+scored by ||q_i|| / std over the routed heads, gate 0 or 1, with the gradient of the softmax
+(straight through).
 
-The gates read x_t only, so there is no decoding state; k and v of every head are cached, as a later token may select any.
-The balance loss is returned to the caller: kept in a class attribute, as released, it breaks under recomputation.
+The gates read x_t only, so there is no decoding state; k and v of every head are cached, as a later
+token may select any. The balance loss is returned to the caller: kept in a class attribute, as
+released, it breaks under recomputation.
 """
 
 from typing import Literal
@@ -26,7 +30,7 @@ from posenc.errors import unknown
 
 
 def select(scores: Tensor, top_k: int) -> Tensor:
-    """One-hot of the K largest along the last dimension, in scores' dtype; ties go to some K of them."""
+    """One-hot of the K largest along the last dimension; of tied scores, some K."""
     return torch.zeros_like(scores).scatter(-1, scores.topk(top_k, dim=-1).indices, 1.0)
 
 
@@ -56,7 +60,8 @@ class MoH(nn.Module):
         aux_scale: "paper" (sum P f) or "authors" (E sum P f).
 
     Raises:
-        ValueError: for a split that is impossible, or K = 1 with the authors' scaling, whose router gets no gradient.
+        ValueError: for a split that is impossible, or K = 1 with the authors' scaling, whose router
+            gets no gradient.
     """
 
     def __init__(
@@ -83,13 +88,15 @@ class MoH(nn.Module):
             raise ValueError(f"shared must lie between 0 and num_heads={num_heads}; got {shared}.")
         if not (1 <= top_k <= routed or top_k == routed == 0):
             raise ValueError(
-                f"top_k must lie between 1 and the {routed} routed heads (num_heads={num_heads} less shared={shared}); "
+                f"top_k must lie between 1 and the {routed} routed heads "
+                f"(num_heads={num_heads} less shared={shared}); "
                 f"got {top_k}. top_k=0 needs shared=num_heads."
             )
         linear = router == "linear"
         if linear and scaling == "authors" and top_k == 1:
             raise ValueError(
-                "top_k=1 with scaling='authors' gives the router no gradient: its renormalised gate is always 1. "
+                "top_k=1 with scaling='authors' gives the router no gradient: "
+                "its renormalised gate is always 1. "
                 "Use scaling='paper' or top_k of at least 2."
             )
         if not linear and routed == 1:
@@ -156,14 +163,15 @@ class MoH(nn.Module):
         norms = routed.square().sum(-1).clamp(min=1e-24).sqrt().transpose(1, 2)  # (B, T, E)
         p = torch.softmax(norms / norms.std(-1, keepdim=True).clamp(min=1e-6), dim=-1)
         selected = select(p, self.top_k)
-        # These brackets: (selected + p) - p is off by one rounding, and all heads on would not be bit for bit MHA.
+        # These brackets: (selected + p) - p is off by one rounding, and all heads on would not be
+        # bit for bit MHA.
         gates = selected + (p - p.detach())
         return torch.cat((ones, gates), dim=-1), p, selected
 
     def extra_repr(self) -> str:
         return (
-            f"shared={self.shared}, routed={self.routed}, top_k={self.top_k}, scaling={self.scaling!r}, "
-            f"router={self.router!r}, aux_scale={self.aux_scale!r}"
+            f"shared={self.shared}, routed={self.routed}, top_k={self.top_k}, "
+            f"scaling={self.scaling!r}, router={self.router!r}, aux_scale={self.aux_scale!r}"
         )
 
 

@@ -1,6 +1,7 @@
 """The zoo: every named attention as one readable row, and the two functions that build from it.
 
-A row fills the seams of `Attention`. A new method is its file, a row here, and an oracle in the tests.
+A row fills the seams of `Attention`. A new method is its file, a row here, and an oracle in the
+tests.
 """
 
 import inspect
@@ -23,7 +24,7 @@ from posenc.routing import MoH
 
 
 def default_moh(num_heads: int, shared: int | None = None) -> dict[str, Any]:
-    """75% of the heads active: a third shared (rounded down, at least one), at least two of the rest routed to."""
+    """75% of the heads active: a third shared (down, at least one), at least two more routed to."""
     if num_heads < 4:
         raise ValueError(
             f"moh needs at least 4 heads for its default split; got {num_heads}. "
@@ -62,13 +63,13 @@ ZOO: dict[str, Recipe] = {
     "mha": Recipe(
         paper="GPT-2",
         acts="input",
-        summary="plain attention; in GPT a learned table of positions, added once to the token embedding",
+        summary="plain attention; in GPT a learned table of positions added at the input",
         embedding=Learned,
     ),
     "sinusoidal": Recipe(
         paper="1706.03762",
         acts="input",
-        summary="plain attention; in GPT a fixed table of sines, added once to the token embedding",
+        summary="plain attention; in GPT a fixed table of sines added at the input",
         embedding=Sinusoidal,
         # Beside embeddings of std 0.02 this is the original's ratio of position to token.
         embedding_defaults={"scale": 0.02},
@@ -154,8 +155,9 @@ def _accepted(part: Callable[..., Any]) -> list[str]:
 def sort_options(name: str, options: Mapping[str, Any]) -> Parts:
     """Sort the options of a zoo name to its parts.
 
-    A bare option goes to the first part that has it: the module itself, then router, conv, encoding, embedding;
-    `router_`, `conv_`, `encoding_` or `embedding_` before it addresses one part. `encoding=` swaps the encoding.
+    A bare option goes to the first part that has it: the module itself, then router, conv,
+    encoding, embedding; `router_`, `conv_`, `encoding_` or `embedding_` before it addresses one
+    part. `encoding=` swaps the encoding.
 
     Raises:
         ValueError: for an unknown name or option, with the nearest spelling and what exists.
@@ -195,7 +197,7 @@ def sort_options(name: str, options: Mapping[str, Any]) -> Parts:
         part, argument = table[option]
         if argument in sorted_options[part]:
             raise ValueError(
-                f"option {argument!r} of attention {name!r} is given twice; one of them is {option!r}."
+                f"option {argument!r} of attention {name!r} is given twice, once as {option!r}."
             )
         sorted_options[part][argument] = value
     return Parts(recipe, encoding, sorted_options)
@@ -242,16 +244,17 @@ def _encoding_options(parts: Parts) -> dict[str, Any]:
 def attention(name: str, embed_dim: int, num_heads: int, **options: Any) -> Attention:
     """One attention module from the zoo.
 
-    `mha` and `sinusoidal` encode position at the input of the model: alone they are plain attention, and it is
-    `GPTConfig(attention="mha")` that adds the table.
+    `mha` and `sinusoidal` encode position at the input of the model: alone they are plain
+    attention, and it is `GPTConfig(attention="mha")` that adds the table.
 
     Args:
         name: one of `names()`.
         embed_dim: C. num_heads: H, must divide C.
         options: of the module (`bias`, `dropout`, `impl`) and of its parts, for example
             `attention("carope", 768, 12, init="paper")`,
-            `attention("moh", 768, 12, encoding="carope", shared=4, top_k=5)`. Where two parts know an option,
-            `router_`, `conv_` or `encoding_` before it says which: `conv_bias=False`, `encoding_scaling={...}`.
+            `attention("moh", 768, 12, encoding="carope", shared=4, top_k=5)`. Where two parts know
+            an option, `router_`, `conv_` or `encoding_` before it says which: `conv_bias=False`,
+            `encoding_scaling={...}`.
 
     Raises:
         ValueError: for an unknown name, option or value, with what exists and the nearest spelling.
@@ -259,8 +262,9 @@ def attention(name: str, embed_dim: int, num_heads: int, **options: Any) -> Atte
     parts = sort_options(name, options)
     if parts.options["embedding"]:
         raise ValueError(
-            f"{sorted(parts.options['embedding'])} belong to {name}'s table at the model's input, which a lone "
-            f"attention module does not have. Give them to GPTConfig(attention={name!r}, attention_options=...)."
+            f"{sorted(parts.options['embedding'])} belong to {name}'s table at the model's input, "
+            "which a lone attention module does not have. "
+            f"Give them to GPTConfig(attention={name!r}, attention_options=...)."
         )
     return _build_attention(parts, embed_dim, num_heads)
 
@@ -276,7 +280,8 @@ class ModelAttention(NamedTuple):
 def model_attention(
     name: str, embed_dim: int, num_heads: int, layers: int, context: int, options: Mapping[str, Any]
 ) -> ModelAttention:
-    """Build the input-level part once and one attention a layer, each without parameters that it would not use.
+    """Build the input-level part once and one attention a layer, each without parameters that it
+    would not use.
 
     Args:
         context: sizes the learned tables that the options do not.

@@ -1,6 +1,7 @@
 """The encoding seam: what a positional scheme may do inside attention.
 
-A scheme subclasses `Encoding` once and overrides what it needs; every default does nothing, so `Encoding()` is NoPE.
+A scheme subclasses `Encoding` once and overrides what it needs; every default does nothing, so
+`Encoding()` is NoPE.
 """
 
 from typing import TYPE_CHECKING, ClassVar
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from posenc.core import Scores
+from posenc.scores import Scores
 
 if TYPE_CHECKING:
     from posenc.cache import Cache, Stream
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
 class Encoding(nn.Module):
     """Position in attention, at one or more of three places.
 
-    Shapes: q, k (B, H, T, D); positions integer (T,) or (B, T); x (B, T, C), the attention module's own input.
+    Shapes: q, k (B, H, T, D); positions integer (T,) or (B, T); x (B, T, C), the attention module's
+    own input.
     """
 
-    #: Own parameters that must not be decayed (decay would pull them away from the encoding they stand for).
+    #: Own parameters that must not be decayed (decay would pull them away from the encoding they
+    #: stand for).
     no_weight_decay: ClassVar[frozenset[str]] = frozenset()
     #: Whether shifting all positions leaves the output unchanged.
     relative: ClassVar[bool] = True
@@ -37,7 +40,7 @@ class Encoding(nn.Module):
         x: Tensor | None = None,
         state: "Cache | None" = None,
     ) -> tuple[Tensor, Tensor]:
-        """Transform q and k, in time linear in T. `state` is given while decoding; see `streams`."""
+        """Transform q and k, in time linear in T; `state` is given while decoding."""
         return q, k
 
     def scores(
@@ -51,8 +54,8 @@ class Encoding(nn.Module):
     ) -> Scores:
         """How the scheme enters the logits of rotated q (B, H, T, D) and k (B, H, S, D).
 
-        `key_positions` is None when the S keys sit at consecutive positions that end with the queries', and
-        (S,) or (B, S) where the caller gave positions of its own.
+        `key_positions` is None when the S keys sit at consecutive positions that end with the
+        queries', and (S,) or (B, S) where the caller gave positions of its own.
         """
         return Scores()
 
@@ -60,9 +63,8 @@ class Encoding(nn.Module):
         """The per-token tensors that decoding must remember beside k and v, by name."""
         return {}
 
-    def init_projection(self, weight: Tensor) -> bool:
-        """Initialise one (C, C) projection if the scheme's source prescribes how; True if it did."""
-        return False
+    def init_projection(self, weight: Tensor) -> None:
+        """Initialise a (C, C) projection of the attention, where the scheme's source says how."""
 
     def reset_parameters(self) -> None:
         """Draw the scheme's own parameters anew (used after materialising a model from `meta`)."""
@@ -82,7 +84,8 @@ def check_heads(embed_dim: int, num_heads: int) -> int:
     if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
         lower = embed_dim - embed_dim % max(num_heads, 1)
         raise ValueError(
-            f"embed_dim must be a positive multiple of num_heads; got embed_dim={embed_dim}, num_heads={num_heads}. "
+            f"embed_dim must be a positive multiple of num_heads; got embed_dim={embed_dim}, "
+            f"num_heads={num_heads}. "
             f"Choose for example embed_dim={max(lower, num_heads, 1)}."
         )
     return embed_dim // num_heads
@@ -91,7 +94,7 @@ def check_heads(embed_dim: int, num_heads: int) -> int:
 def check_positions(
     positions: Tensor | None, batch: int, length: int, device: torch.device
 ) -> Tensor:
-    """Positions as an integer tensor (length,) or (batch, length); None is 0 .. length-1. Raises ValueError."""
+    """Integer positions (length,) or (batch, length); None is 0 .. length-1. Or ValueError."""
     if positions is None:
         return torch.arange(length, device=device)
     if not isinstance(positions, Tensor):
@@ -109,7 +112,8 @@ def check_positions(
         )
     if positions.shape not in ((length,), (batch, length)):
         raise ValueError(
-            f"positions must have shape ({length},) or ({batch}, {length}); got {tuple(positions.shape)}. "
+            f"positions must have shape ({length},) or ({batch}, {length}); "
+            f"got {tuple(positions.shape)}. "
             "Give one position per token."
         )
     return positions

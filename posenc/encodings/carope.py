@@ -1,19 +1,21 @@
 """CARoPE: context-aware rotary position embedding (arXiv 2507.23083).
 
-    z[b,h,t]  = x[b,t] . W[:,h] (+ bias[h])                     W (C, H)
-    f[t]      = 1 / (1 + softplus(z[t]))                        in (0, 1), one rate per token and head
-    step_i[t] = f[t]^(i + first_power)                          i = 0 .. D/2-1
-    phi_i[m]  = sum over t <= m of step_i[t]                    inclusive, modulo 2 pi
-    q'[m] = R(phi[m]) q[m],  k'[n] = R(phi[n]) k[n]             v untouched, score q'.k'/sqrt(D)
+    z[b,h,t]  = x[b,t] . W[:,h] (+ bias[h])               W (C, H)
+    f[t]      = 1 / (1 + softplus(z[t]))                  in (0, 1), one rate per token and head
+    step_i[t] = f[t]^(i + first_power)                    i = 0 .. D/2-1
+    phi_i[m]  = sum over t <= m of step_i[t]              inclusive, modulo 2 pi
+    q'[m] = R(phi[m]) q[m],  k'[n] = R(phi[n]) k[n]       v untouched, score q'.k'/sqrt(D)
 
-With constant f = base^(-2/D) it is RoPE (vectors at position m + 1, the same scores). The paper's bias-free f cannot
-be: at W = 0 it is 0.59, a base of 2e7 at D = 64. `init="rope"` therefore adds a bias and starts exactly at RoPE;
-`init="paper"` is the paper's form, W ~ N(0, 0.02) and no bias. The paper's theta_1^i leaves open whether i starts at
-0 (needed to contain RoPE, our default) or 1: `first_power`.
+With constant f = base^(-2/D) it is RoPE (vectors at position m + 1, the same scores). The paper's
+bias-free f cannot be: at W = 0 it is 0.59, a base of 2e7 at D = 64. `init="rope"` therefore adds a
+bias and starts exactly at RoPE; `init="paper"` is the paper's form, W ~ N(0, 0.02) and no bias. The
+paper's theta_1^i leaves open whether i starts at 0 (needed to contain RoPE, our default) or 1:
+`first_power`.
 
-Integer positions are not used: a gap in `positions` does not move the phase; negative ones (padding) stop it.
-Rates, steps and sums are fp64 with autocast off: the phase error does not grow with the length.
-While decoding, rotated keys are cached, and the phase of every token (fp64), so that any rollback is exact.
+Integer positions are not used: a gap in `positions` does not move the phase; negative ones
+(padding) stop it. Rates, steps and sums are fp64 with autocast off: the phase error does not grow
+with the length. While decoding, rotated keys are cached, and the phase of every token (fp64), so
+that any rollback is exact.
 """
 
 import math
@@ -77,8 +79,9 @@ class CARoPE(Float32Parameters, Encoding):
         base: the RoPE that init="rope" starts from.
         init: "rope" (W = 0 and a bias, exactly RoPE) or "paper" (W ~ N(0, 0.02), no bias).
         first_power: 0 (bands f^0 .. f^(D/2-1)) or 1 (f^1 .. f^(D/2)).
-        source: "layer" reads the attention module's own input. "token" reads the token embeddings: inside GPT
-            one CARoPE serves all layers; alone, the module's input is all there is, and both read it.
+        source: "layer" reads the attention module's own input. "token" reads the token embeddings:
+            inside GPT one CARoPE serves all layers; alone, the module's input is all there is, and
+            both read it.
 
     Raises:
         ValueError: for an odd head dim, heads that do not divide, or an unknown option.
@@ -154,8 +157,9 @@ class CARoPE(Float32Parameters, Encoding):
 
     def extra_repr(self) -> str:
         return (
-            f"embed_dim={self.weight.shape[0]}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
-            f"base={self.base}, init={self.init!r}, first_power={self.first_power}, source={self.source!r}"
+            f"embed_dim={self.weight.shape[0]}, num_heads={self.num_heads}, "
+            f"head_dim={self.head_dim}, base={self.base}, init={self.init!r}, "
+            f"first_power={self.first_power}, source={self.source!r}"
         )
 
 

@@ -1,6 +1,7 @@
 """Learned absolute positions (GPT-2): x_t += P[t], P (max_length, C) ~ N(0, 0.02).
 
-An input-level encoding: the model adds it once to the token embedding. Nothing is stored while decoding.
+An input-level encoding: the model adds it once to the token embedding. Nothing is stored while
+decoding.
 """
 
 import torch
@@ -35,8 +36,9 @@ class Learned(Encoding):
         nn.init.normal_(self.weight, std=0.02)
 
     def embed(self, positions: Tensor) -> Tensor:
-        """P[positions]: (T,) -> (T, C), (B, T) -> (B, T, C). Negative entries of (B, T) mark padding."""
-        # On CUDA and inside torch.compile the lookup itself still fails hard; a check here would sync or break the graph.
+        """P[positions]: (T,) -> (T, C), (B, T) -> (B, T, C); negatives of (B, T) are padding."""
+        # On CUDA and inside torch.compile the lookup itself still fails hard; a check here would
+        # sync or break the graph.
         if (
             positions.device.type == "cpu"
             and not torch.compiler.is_compiling()
@@ -44,9 +46,10 @@ class Learned(Encoding):
         ):
             low, high = int(positions.min()), int(positions.max())
             if high >= self.max_length or (low < 0 and positions.ndim == 1):
+                wrong = high if high >= self.max_length else low
                 raise ValueError(
-                    f"the learned table has {self.max_length} positions, 0 to {self.max_length - 1}; got "
-                    f"{high if high >= self.max_length else low}. Use a shorter text or a larger max_length."
+                    f"the learned table has {self.max_length} positions, 0 to "
+                    f"{self.max_length - 1}; got {wrong}. Shorten the text or enlarge max_length."
                 )
         return F.embedding(positions.clamp(min=0), self.weight)
 

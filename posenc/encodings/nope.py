@@ -2,7 +2,8 @@
 
     score[m, n] = q[m] . k[n] / sqrt(D)
 
-Order reaches the model through the causal mask alone. No parameters, no state; k is cached as projected.
+Order reaches the model through the causal mask alone. No parameters, no state; k is cached as
+projected.
 """
 
 from posenc.encodings.base import Encoding

@@ -1,15 +1,20 @@
-"""Polar: the complex multi-head attention (CMHA) of ComplexFormer (arXiv 2505.10222, withdrawn; abstract and code only).
+"""Polar: the complex multi-head attention (CMHA) of ComplexFormer (arXiv 2505.10222, withdrawn;
+abstract and code only).
 
-    pair i of q: (r, p) = (q_i, q_{i+D/2}),  lam = sqrt(r^2 + p^2),  th = atan2(p, r)          likewise k
-    score[m, n] = scale * sum_i lam_q lam_k cos( delta_i (th_q[m] - th_k[n]) + b_i + (m - n) omega_i )
+    pair i of q: (r, p) = (q_i, q_{i+D/2}),  lam = sqrt(r^2 + p^2),  th = atan2(p, r);  likewise k
+    score[m, n] = scale * sum_i lam_q lam_k cos( delta_i (th_q[m] - th_k[n]) + b_i + (m - n) omega_i
+    )
 
-The angle difference is not wrapped, therefore the score factorises, and this is what is computed, in linear time:
+The angle difference is not wrapped, therefore the score factorises, and this is what is computed,
+in linear time:
 
-    q'[m] = R((delta-1) th_q + b + m omega) q[m],   k'[n] = R((delta-1) th_k + n omega) k[n],   score = scale q'.k'
+    q'[m] = R((delta-1) th_q + b + m omega) q[m],    k'[n] = R((delta-1) th_k + n omega) k[n]
+    score = scale q'.k'
 
-So CMHA is RoPE plus an angle that the content sets: no square root, norms kept, and RoPE bit for bit at delta = 1, b = 0.
-For non-integer delta, q' jumps where th crosses +-pi; that belongs to the method.
-Acts on q and k after the projections, v untouched. Rotated keys are cached; no further state.
+So CMHA is RoPE plus an angle that the content sets: no square root, norms kept, and RoPE bit for
+bit at delta = 1, b = 0. For non-integer delta, q' jumps where th crosses +-pi; that belongs to the
+method. Acts on q and k after the projections, v untouched. Rotated keys are cached; no further
+state.
 """
 
 import math
@@ -18,7 +23,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from posenc.core import Scores
 from posenc.encodings.base import Encoding, check_even, check_positions
 from posenc.errors import unknown
 from posenc.phase import (
@@ -29,10 +33,11 @@ from posenc.phase import (
     position_phases,
     turn,
 )
+from posenc.scores import Scores
 
 
 def content_angle(x: Tensor, delta: Tensor) -> Tensor:
-    """(delta - 1) * atan2(x2, x1): x (B, H, T, D), delta (H, D/2) -> (B, H, T, D/2). 0, with gradient 0, at x = 0."""
+    """(delta - 1) * atan2(x2, x1): x (B, H, T, D), delta (H, D/2) -> (B, H, T, D/2); 0 at x = 0."""
     first, second = pairs(x.to(phase_dtype(x)))
     return (delta - 1).unsqueeze(-2) * torch.atan2(second, first)
 
@@ -44,8 +49,8 @@ class Polar(Float32Parameters, Encoding):
         num_heads: H.
         head_dim: D, even.
         base: of RoPE's frequencies.
-        init: "rope" (delta = 1, b = 0, scale 1/sqrt(D): exactly RoPE) or "authors" (delta ~ N(0, std (D/2)^-1/2),
-            b = 0, scale 1, Xavier-uniform projections).
+        init: "rope" (delta = 1, b = 0, scale 1/sqrt(D): exactly RoPE) or "authors" (delta ~ N(0,
+            std (D/2)^-1/2), b = 0, scale 1, Xavier-uniform projections).
 
     Raises:
         ValueError: for an odd head dim or an unknown init.
@@ -79,10 +84,9 @@ class Polar(Float32Parameters, Encoding):
         else:
             nn.init.normal_(self.delta, std=(self.head_dim / 2) ** -0.5)
 
-    def init_projection(self, weight: Tensor) -> bool:
+    def init_projection(self, weight: Tensor) -> None:
         if self.init == "authors":
             nn.init.xavier_uniform_(weight)
-        return self.init == "authors"
 
     def rotate(
         self,
@@ -92,7 +96,7 @@ class Polar(Float32Parameters, Encoding):
         x: Tensor | None = None,
         state: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        """Rotate q and k (B, H, T, D) by their own angles and positions (T,) or (B, T); None is 0 .. T-1."""
+        """Rotate q, k (B, H, T, D) by their angles and positions (T,), (B, T) or None: 0 .. T-1."""
         positions = check_positions(positions, q.shape[0], q.shape[-2], q.device)
         frequencies = inverse_frequencies(self.head_dim, self.base, q.device)
         turns = position_phases(positions, frequencies).to(phase_dtype(q))  # (T, D/2)
@@ -112,4 +116,5 @@ class Polar(Float32Parameters, Encoding):
         return Scores(scale=1.0 if self.init == "authors" else 1 / math.sqrt(self.head_dim))
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.delta.shape[0]}, head_dim={self.head_dim}, base={self.base}, init={self.init!r}"
+        sizes = f"num_heads={self.delta.shape[0]}, head_dim={self.head_dim}"
+        return f"{sizes}, base={self.base}, init={self.init!r}"

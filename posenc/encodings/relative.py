@@ -1,14 +1,17 @@
-"""Relative position in the logits: Transformer-XL (arXiv 1901.02860) and RCMHA's learned form (arXiv 2308.03429).
+"""Relative position in the logits: Transformer-XL (arXiv 1901.02860) and RCMHA's learned form
+(arXiv 2308.03429).
 
-    learned      score[m,n] = ( (q[m] + u_h).k[n] + q[m].R[h,d] + S[h,d] ) / sqrt(D)         R (H,P,D) S (H,P) u (H,D)
-    sinusoidal   score[m,n] = ( (q[m] + u_h).k[n] + (q[m] + v_h).(W_R r[d])_h ) / sqrt(D)     u, v (H,D), W_R (H*D,C)
-                 r[t] = concat(sin(t w), cos(t w)),  w_j = 10000^(-2j/C), j = 0 .. C/2-1, not learned
+    learned      score[m,n] = ( (q[m] + u_h).k[n] + q[m].R[h,d] + S[h,d] ) / sqrt(D)
+                 R (H,P,D), S (H,P), u (H,D)
+    sinusoidal   score[m,n] = ( (q[m] + u_h).k[n] + (q[m] + v_h).(W_R r[d])_h ) / sqrt(D)
+                 u, v (H,D), W_R (H*D,C), r[t] = concat(sin(t w), cos(t w)), not learned
+                 w_j = 10000^(-2j/C), j = 0 .. C/2-1
     d = m - n >= 0; in the learned form distances of P = max_distance and beyond use the last row.
 
-Acts in the logits only; values are untouched, and there is no absolute position beside it. Every term is divided by
-sqrt(D). RCMHA's code holds 2 * 4096 rows a layer, of which a causal model can reach half; ours holds P. Its tables start
-at 0, Transformer-XL's u and v at N(0, 0.02) (there one pair for all layers, here one a layer).
-Raw keys are cached; no further state.
+Acts in the logits only; values are untouched, and there is no absolute position beside it. Every
+term is divided by sqrt(D). RCMHA's code holds 2 * 4096 rows a layer, of which a causal model can
+reach half; ours holds P. Its tables start at 0, Transformer-XL's u and v at N(0, 0.02) (there one
+pair for all layers, here one a layer). Raw keys are cached; no further state.
 """
 
 import math
@@ -17,10 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from posenc.core import RelativeTerm, Scores
 from posenc.encodings.base import Encoding, check_even
 from posenc.errors import unknown
 from posenc.phase import inverse_frequencies, pairs, position_phases
+from posenc.scores import RelativeTerm, Scores
 
 
 def sinusoid(distances: Tensor, embed_dim: int) -> Tensor:
@@ -32,12 +35,15 @@ def sinusoid(distances: Tensor, embed_dim: int) -> Tensor:
 def sinusoidal_bias(
     query: Tensor, weight: Tensor, positions: Tensor, key_positions: Tensor
 ) -> Tensor:
-    """query[m] . (W_R r[m - n])_h for any integer positions, without a table of distances: (B, H, T, S).
+    """query[m] . (W_R r[m - n])_h for any integer positions, without a table of distances: (B, H,
+    T, S).
 
-    sin and cos of a difference split into products, so r[m - n] turns W_R^T query by m and meets a data-free key.
+    sin and cos of a difference split into products, so r[m - n] turns W_R^T query by m and meets a
+    data-free key.
 
     Args:
-        query: (B, H, T, D); weight: W_R (H*D, C); positions: (T,) or (B, T); key_positions: (S,) or (B, S).
+        query: (B, H, T, D); weight: W_R (H*D, C); positions: (T,) or (B, T); key_positions: (S,) or
+            (B, S).
     """
     heads, embed_dim = query.shape[1], weight.shape[1]
     frequencies = inverse_frequencies(embed_dim, 10000.0, query.device)
@@ -56,8 +62,10 @@ class Relative(Encoding):
     Args:
         num_heads: H.
         head_dim: D.
-        kind: "learned" (RCMHA; Transformer-XL's attn_type 1) or "sinusoidal" (Transformer-XL's paper).
-        max_distance: P, rows of the learned table; required there. The sinusoidal form has no limit and ignores it.
+        kind: "learned" (RCMHA; Transformer-XL's attn_type 1) or "sinusoidal" (Transformer-XL's
+            paper).
+        max_distance: P, rows of the learned table; required there. The sinusoidal form has no limit
+            and ignores it.
         embed_dim: C, width of the sinusoid, even; H*D if None.
 
     Raises:
@@ -126,4 +134,5 @@ class Relative(Encoding):
         return Scores(content=self.u, bias=bias / math.sqrt(self.head_dim))
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, kind={self.kind!r}, max_distance={self.max_distance}"
+        sizes = f"num_heads={self.num_heads}, head_dim={self.head_dim}"
+        return f"{sizes}, kind={self.kind!r}, max_distance={self.max_distance}"

@@ -4,8 +4,8 @@
     score[m, n] = q'[m] . k'[n] / sqrt(D), a function of m - n
 
 Acts on q and k after the projections; v is untouched; no parameters. Rotated keys are cached.
-Pairs are half-split (i, i + D/2) as in GPT-NeoX and Llama, or interleaved (2i, 2i + 1) as in GPT-J and the paper;
-the two agree when the features of q and k are permuted alike.
+Pairs are half-split (i, i + D/2) as in GPT-NeoX and Llama, or interleaved (2i, 2i + 1) as in GPT-J
+and the paper; the two agree when the features of q and k are permuted alike.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,8 @@ class RoPE(Encoding):
         head_dim: D, even, at least 2.
         base: of the geometric frequencies.
         pairing: "half" (GPT-NeoX, Llama in Hugging Face) or "interleaved" (GPT-J, the paper).
-        rotary_dim: rotate only the first so many features (even, at most D); frequencies use it in place of D.
+        rotary_dim: rotate only the first so many features (even, at most D); frequencies use it in
+            place of D.
         scaling: a mapping for longer texts, see `posenc.encodings.scaling`.
 
     Raises:
@@ -75,11 +76,14 @@ class RoPE(Encoding):
         return turn(q, cos, sin, self.pairing), turn(k, cos, sin, self.pairing)
 
     def extra_repr(self) -> str:
-        return f"head_dim={self.head_dim}, base={self.base}, pairing={self.pairing!r}, rotary_dim={self.rotary_dim}"
+        return (
+            f"head_dim={self.head_dim}, base={self.base}, pairing={self.pairing!r}, "
+            f"rotary_dim={self.rotary_dim}, scaling={self.scaling}"
+        )
 
 
 def half_to_interleaved(weight: Tensor, num_heads: int) -> Tensor:
-    """Permute the rows of a q or k projection (H*D, C) so that interleaved RoPE scores as half-split RoPE did."""
+    """Permute rows of a q or k projection (H*D, C): interleaved RoPE then scores as half-split."""
     rows = weight.unflatten(0, (num_heads, 2, -1))  # (H, 2, D/2, C)
     return rows.transpose(1, 2).reshape(weight.shape)
 

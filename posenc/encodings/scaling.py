@@ -2,17 +2,20 @@
 
     w_i = base^(-2i/D), s = factor, L0 = original length, a multiplies cos and sin (logits get a^2)
 
-    linear    w_i / s                                                              a = 1              arXiv 2306.15595
-    ntk       base' = base s^(D/(D-2))                                             a = 1
-    dynamic   base' = base (s L/L0 - (s-1))^(D/(D-2)), L = max(target, L0)         a = 1
-    yarn      (w_i/s)(1-e_i) + w_i e_i,  e_i = 1 - clamp((i-lo)/(hi-lo), 0, 1)     a = 0.1 ln s + 1   arXiv 2309.00071
-              dim(r) = D ln(L0/(2 pi r)) / (2 ln base), lo = max(floor dim(32), 0), hi = min(ceil dim(1), D-1)
-    longrope  w_i / lambda_i, the long list if target > L0, else the short one     a = sqrt(1 + ln s / ln L0)   arXiv 2402.13753
+    linear    w_i / s, a = 1                                                    arXiv 2306.15595
+    ntk       base' = base s^(D/(D-2)), a = 1
+    dynamic   base' = base (s L/L0 - (s-1))^(D/(D-2)), L = max(target, L0), a = 1
+    yarn      (w_i/s)(1-e_i) + w_i e_i, a = 0.1 ln s + 1                        arXiv 2309.00071
+              e_i = 1 - clamp((i-lo)/(hi-lo), 0, 1), dim(r) = D ln(L0/(2 pi r)) / (2 ln base),
+              lo = max(floor dim(32), 0), hi = min(ceil dim(1), D-1)
+    longrope  w_i / lambda_i: the long list if target > L0, else the short one  arXiv 2402.13753
+              a = sqrt(1 + ln s / ln L0)
     llama3    wavelength 2 pi/w: below L0/high keep; above L0/low w/s; between (1-u) w/s + u w,
-              u = (L0/wavelength - low)/(high - low)                               a = 1
+              u = (L0/wavelength - low)/(high - low), a = 1
 
-`dynamic` and `longrope` are often decided by the running length, which changes the rotation of rows already cached.
-Here both take an explicit, fixed `target_length`, so a prefix never changes and decoding equals the full forward.
+`dynamic` and `longrope` are often decided by the running length, which changes the rotation of rows
+already cached. Here both take an explicit, fixed `target_length`, so a prefix never changes and
+decoding equals the full forward.
 
 A scaling is written as in Hugging Face configurations: `{"rope_type": "yarn", "factor": 4.0,
 "original_max_position_embeddings": 2048}`; `target_length` is ours.
@@ -38,7 +41,7 @@ def linear(dim: int, base: float, device: torch.device | None, *, factor: float)
 
 
 def ntk(dim: int, base: float, device: torch.device | None, *, factor: float) -> Scaled:
-    """A larger base, so that the slowest band is stretched by the factor and the fastest is kept."""
+    """A larger base: the slowest band is stretched by the factor, the fastest is kept."""
     return inverse_frequencies(dim, base * factor ** _ntk_power(dim), device), 1.0
 
 
@@ -153,7 +156,8 @@ def scaled_frequencies(
 
     Args:
         dim: the number of rotated features, even.
-        scaling: None for plain RoPE, else a mapping with `rope_type` and that scaling's own arguments.
+        scaling: None for plain RoPE, else a mapping with `rope_type` and that scaling's own
+            arguments.
 
     Raises:
         ValueError: for an unknown `rope_type` or argument, a missing one, or a factor below 1.

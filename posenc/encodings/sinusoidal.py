@@ -2,8 +2,9 @@
 
     PE[t, 2j] = sin(t / base^(2j/C)),   PE[t, 2j+1] = cos(t / base^(2j/C))
 
-An input-level encoding without parameters or limit. The original multiplies token embeddings by sqrt(C); unscaled, the
-table's rms of 0.71 swamps embeddings drawn from N(0, 0.02), so `scale` sets the ratio from the table's side.
+An input-level encoding without parameters or limit. The original multiplies token embeddings by
+sqrt(C); unscaled, the table's rms of 0.71 swamps embeddings drawn from N(0, 0.02), so `scale` sets
+the ratio from the table's side.
 """
 
 import torch
