@@ -170,8 +170,10 @@ class Attention(nn.Module):
             where = place(check_positions(positions, batch, length, x.device), given=given)
         here = None if where.real is None else where.real[:, -length:]  # (B, T)
 
-        q, k, v = rearrange(
-            self.c_attn(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads
+        # Split before the heads are: the three gradients then meet again in one copy, not in two.
+        q, k, v = (
+            rearrange(z, "b t (h d) -> b h t d", h=self.num_heads)
+            for z in self.c_attn(x).split(self.embed_dim, dim=-1)
         )
         if self.conv is not None:
             q, k, v = self.conv(q, k, v, real=here, state=cache)

@@ -131,23 +131,18 @@ def _sdpa(
 ) -> Tensor:
     length, key_length = q.shape[-2], k.shape[-2]
     scale = scores.scale or 1 / math.sqrt(q.shape[-1])
+    content = add_per_head(q, scores.content)
+    options = {"dropout_p": dropout_p, "scale": scale}
     bias = scores.bias
     if scores.relative is not None:
         relative = scale * relative_logits(q, scores.relative, key_length)
         bias = relative if bias is None else bias + relative
-    mask: Tensor | None = None
-    # torch aligns is_causal at the top left, right for T = S alone; a single query sees every key.
-    aligned = bias is None and real is None and length in (1, key_length)
-    if not aligned:
-        mask = visible(length, key_length, real, q.device)
-        if bias is not None:
-            mask = bias.to(q.dtype).masked_fill(~mask, -math.inf)
-    return F.scaled_dot_product_attention(
-        add_per_head(q, scores.content),
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=aligned and length > 1,
-        dropout_p=dropout_p,
-        scale=scale,
-    )
+    if bias is None and real is None:
+        if length == 1:  # a single query sees every key
+            return F.scaled_dot_product_attention(content, k, v, **options)
+        if length == key_length:  # torch aligns is_causal at the top left: right here alone
+            return F.scaled_dot_product_attention(content, k, v, is_causal=True, **options)
+    mask = visible(length, key_length, real, q.device)
+    if bias is not None:
+        mask = bias.to(q.dtype).masked_fill(~mask, -math.inf)
+    return F.scaled_dot_product_attention(content, k, v, attn_mask=mask, **options)

@@ -37,10 +37,10 @@ def log_rates(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     The logarithm, never log of a computed f, which is 0 for large z and has a NaN gradient there.
     """
     with torch.autocast(x.device.type, enabled=False):
-        z = x.to(weight.dtype) @ weight  # (B, T, H)
-    z = (z if bias is None else z + bias).to(torch.float64)
+        z = weight.mT @ x.to(weight.dtype).mT  # (B, H, T)
+    z = (z if bias is None else z + bias.unsqueeze(-1)).to(torch.float64)
     # softplus turns linear past its threshold; the default, 20, is 2e-9 off there.
-    return -torch.log1p(F.softplus(z, threshold=40)).transpose(-1, -2)
+    return -torch.log1p(F.softplus(z, threshold=40))
 
 
 def running_phase(
