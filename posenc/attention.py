@@ -180,7 +180,7 @@ class Attention(nn.Module):
         source = x if shared is None else shared
         q, k = self.encoding.rotate(q, k, where.positions, source, cache)
         if cache is not None:
-            k, v = cache.append("k", k).to(q.dtype), cache.append("v", v).to(q.dtype)
+            k, v = cache.append("k", k), cache.append("v", v)
         scores = self.encoding.scores(q, k, where.positions, where.keys, source, cache)
         dropout_p = self.dropout if self.training else 0.0
         y = attend(

@@ -32,6 +32,12 @@ def sinusoid(distances: Tensor, embed_dim: int) -> Tensor:
     return torch.cat((phase.sin(), phase.cos()), dim=-1)
 
 
+def distances(positions: Tensor, key_positions: Tensor) -> Tensor:
+    """positions (T,) or (B, T) less key_positions (S,) or (B, S): (T, S) or (B, 1, T, S)."""
+    apart = positions.unsqueeze(-1) - key_positions.unsqueeze(-2)
+    return apart if apart.ndim == 2 else apart.unsqueeze(1)
+
+
 def sinusoidal_bias(
     query: Tensor, weight: Tensor, positions: Tensor, key_positions: Tensor
 ) -> Tensor:
@@ -120,7 +126,9 @@ class Relative(Encoding):
         state: Any = None,
     ) -> Scores:
         if self.kind == "learned":
-            return Scores(content=self.u, relative=RelativeTerm(self.R, offset=self.S))
+            apart = None if key_positions is None else distances(positions, key_positions)
+            term = RelativeTerm(self.R, offset=self.S, distances=apart)
+            return Scores(content=self.u, relative=term)
         if key_positions is None:
             r = sinusoid(torch.arange(k.shape[-2], device=k.device), self.embed_dim).to(
                 self.W_R.weight.dtype

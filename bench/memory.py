@@ -1,0 +1,69 @@
+"""Peak memory of one attention layer's training step against the length: `python -m bench.memory`.
+
+Every figure is the peak resident memory of a fresh process that runs forward + backward once, less
+that of a process that only builds the layer and its input. CPU only.
+"""
+
+import argparse
+import multiprocessing
+import resource
+from multiprocessing.connection import Connection
+
+import torch
+
+import posenc
+
+
+def peak_bytes(
+    name: str, length: int, embed_dim: int, heads: int, train: bool, out: Connection
+) -> None:
+    """Send this process's peak resident bytes after the step (or, without it, before)."""
+    torch.manual_seed(0)
+    options = {"max_distance": length} if name in ("rmha", "rcmha") else {}
+    layer = posenc.attention(name, embed_dim, heads, **options)
+    # The smallest step first: what libraries allocate once is then in both figures.
+    layer(torch.randn(1, 2, embed_dim)).sum().backward()
+    x = torch.randn(1, length, embed_dim, requires_grad=True)
+    if train:
+        layer(x).square().mean().backward()
+    out.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def measure(name: str, length: int, embed_dim: int, heads: int) -> int:
+    """Bytes that a training step of one sequence adds."""
+    context = multiprocessing.get_context("spawn")
+    peaks = []
+    for train in (False, True):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(
+            target=peak_bytes, args=(name, length, embed_dim, heads, train, sender)
+        )
+        process.start()
+        peaks.append(receiver.recv())
+        process.join()
+    return peaks[1] - peaks[0]
+
+
+def main() -> None:
+    """Print one row a name: MiB at each length, and the bytes a token at the longest."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--embed-dim", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--names", nargs="+", default=list(posenc.names()))
+    args = parser.parse_args()
+    print(
+        f"B=1 C={args.embed_dim} H={args.heads} float32, forward + backward, torch "
+        f"{torch.__version__}; MiB"
+    )
+    print(
+        f"{'layer':12}" + "".join(f"{f'T={length}':>10}" for length in args.lengths) + "  B/token"
+    )
+    for name in args.names:
+        sizes = [measure(name, length, args.embed_dim, args.heads) for length in args.lengths]
+        row = "".join(f"{size / 2**20:10.1f}" for size in sizes)
+        print(f"{name:12}{row}{sizes[-1] / args.lengths[-1]:9.0f}")
+
+
+if __name__ == "__main__":
+    main()
