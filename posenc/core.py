@@ -13,6 +13,7 @@ An explicit choice never falls back.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -132,17 +133,17 @@ def _sdpa(
     length, key_length = q.shape[-2], k.shape[-2]
     scale = scores.scale or 1 / math.sqrt(q.shape[-1])
     content = add_per_head(q, scores.content)
-    options = {"dropout_p": dropout_p, "scale": scale}
+    sdpa = partial(F.scaled_dot_product_attention, dropout_p=dropout_p, scale=scale)
     bias = scores.bias
     if scores.relative is not None:
         relative = scale * relative_logits(q, scores.relative, key_length)
         bias = relative if bias is None else bias + relative
     if bias is None and real is None:
         if length == 1:  # a single query sees every key
-            return F.scaled_dot_product_attention(content, k, v, **options)
+            return sdpa(content, k, v)
         if length == key_length:  # torch aligns is_causal at the top left: right here alone
-            return F.scaled_dot_product_attention(content, k, v, is_causal=True, **options)
+            return sdpa(content, k, v, is_causal=True)
     mask = visible(length, key_length, real, q.device)
     if bias is not None:
         mask = bias.to(q.dtype).masked_fill(~mask, -math.inf)
-    return F.scaled_dot_product_attention(content, k, v, attn_mask=mask, **options)
+    return sdpa(content, k, v, attn_mask=mask)

@@ -4,8 +4,6 @@ Only safetensors and JSON are read: loading never runs code from a checkpoint.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from posenc.files import atomic_file
 
 if TYPE_CHECKING:
     from posenc.gpt import GPT, GPTConfig
@@ -25,31 +25,14 @@ IGNORED = ("attn.bias", "attn.masked_bias", "lm_head.weight")
 
 def save(model: "GPT", path: Path) -> None:
     """Write both files, each by renaming a finished temporary file into place."""
-    from safetensors.torch import save as to_bytes
+    from safetensors.torch import save_file
 
-    path.mkdir(parents=True, exist_ok=True)
     config = {"model_type": "posenc", **asdict(model.config)}
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_atomic(path / "model.safetensors", to_bytes(tensors, metadata={"format": "pt"}))
-    write_atomic(path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write the whole file or leave what was there, whatever fails in between."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes private files; a checkpoint gets the mode that any new file would.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_file(path / "model.safetensors") as file:
+        save_file(tensors, file, metadata={"format": "pt"})
+    with atomic_file(path / "config.json") as file:
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load(path_or_hub_id: str | Path) -> "GPT":
