@@ -38,7 +38,7 @@ def attend_blockwise(
     """
     batch, heads, length, dim = q.shape
     key_length, term = k.shape[-2], scores.relative
-    scale = scores.scale or 1 / math.sqrt(dim)
+    scale = scores.factor(dim)
 
     def by_head(x: Tensor) -> Tensor:
         # Heads before the batch: one product then serves all sequences that share a head's table.

@@ -111,7 +111,7 @@ def _reference(
     q: Tensor, k: Tensor, v: Tensor, scores: Scores, real: Tensor | None, dropout_p: float
 ) -> Tensor:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    scale = scores.scale or 1 / math.sqrt(q.shape[-1])
+    scale = scores.factor(q.shape[-1])
     allowed = visible(q.shape[-2], k.shape[-2], real, q.device)
     with torch.autocast(q.device.type, enabled=False):
         query, key, value = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -131,7 +131,7 @@ def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, scores: Scores, real: Tensor | None, dropout_p: float
 ) -> Tensor:
     length, key_length = q.shape[-2], k.shape[-2]
-    scale = scores.scale or 1 / math.sqrt(q.shape[-1])
+    scale = scores.factor(q.shape[-1])
     content = add_per_head(q, scores.content)
     sdpa = partial(F.scaled_dot_product_attention, dropout_p=dropout_p, scale=scale)
     bias = scores.bias

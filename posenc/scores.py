@@ -29,6 +29,10 @@ class Scores(NamedTuple):
     bias: Tensor | None = None  # broadcastable to (B, H, T, S)
     relative: RelativeTerm | None = None
 
+    def factor(self, head_dim: int) -> float:
+        """The scale as a number."""
+        return head_dim**-0.5 if self.scale is None else self.scale
+
 
 def add_per_head(q: Tensor, bias: Tensor | None) -> Tensor:
     """q (B, H, T, D) plus a vector a head (H, D), in q's dtype."""
