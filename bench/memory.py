@@ -7,6 +7,7 @@ that of a process that only builds the layer and its input. CPU only.
 import argparse
 import multiprocessing
 import resource
+import sys
 from multiprocessing.connection import Connection
 
 import torch
@@ -39,7 +40,12 @@ def measure(name: str, length: int, embed_dim: int, heads: int) -> int:
             target=peak_bytes, args=(name, length, embed_dim, heads, train, sender)
         )
         process.start()
-        peaks.append(receiver.recv())
+        sender.close()  # or a child that dies would leave the reader waiting
+        try:
+            peaks.append(receiver.recv())
+        except EOFError:
+            process.join()
+            sys.exit(f"measuring {name} at T={length} failed, exit code {process.exitcode}")
         process.join()
     return peaks[1] - peaks[0]
 

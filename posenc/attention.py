@@ -16,10 +16,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from posenc.cache import Cache, Stream, place
+from posenc.cache import Cache, Stream, cache_dtype, check_cache, place
+from posenc.checks import check_heads, check_positions
 from posenc.convolution import DepthwiseConv
 from posenc.core import attend, check_impl
-from posenc.encodings.base import Encoding, check_heads, check_positions
+from posenc.encodings.base import Encoding
 from posenc.routing import MoH
 
 
@@ -64,13 +65,37 @@ class Attention(nn.Module):
         self.encoding = Encoding() if encoding is None else encoding
         self.conv = conv
         self.router = router
+        self._check_parts()
         self.init_projections()
+
+    def _check_parts(self) -> None:
+        """Raise ValueError for a part of another kind or size: broadcasting would hide it."""
+        parts = {"encoding": Encoding, "conv": DepthwiseConv, "router": MoH}
+        for seam, kind in parts.items():
+            part = getattr(self, seam)
+            if part is not None and not isinstance(part, kind):
+                raise ValueError(
+                    f"{seam} must be a {kind.__name__} module; got {part!r}. "
+                    "posenc.attention(NAME, ...) builds one by name."
+                )
+            for size in ("embed_dim", "num_heads", "head_dim"):
+                expected, got = getattr(self, size), getattr(part, size, None)
+                if got is not None and got != expected:
+                    raise ValueError(
+                        f"{seam} {type(part).__name__} was built for {size}={got}; "
+                        f"the attention has {expected}. Build both for the same sizes."
+                    )
+        if self.encoding.at_input:
+            raise ValueError(
+                f"{type(self.encoding).__name__} acts where tokens enter the model, not in "
+                "attention. Add its embed(positions) to the token embedding once."
+            )
 
     @torch.no_grad()
     def init_projections(self) -> None:
         """Initialise the projections as the encoding's source prescribes, where it does."""
-        for weight in (*self.c_attn.weight.split(self.embed_dim), self.c_proj.weight):
-            self.encoding.init_projection(weight)
+        for projection in (self.c_attn, self.c_proj):
+            self.encoding.init_projection(projection.weight)
 
     def reset_parts(self) -> None:
         """Draw the parameters of encoding, conv and router anew."""
@@ -93,21 +118,28 @@ class Attention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Cache:
-        """Empty state for up to `max_length` tokens; device and dtype default to the weights'."""
+        """Empty state for up to `max_length` tokens.
+
+        Args:
+            device: the weights' if None.
+            dtype: that in which k and v will come if None: autocast's where it is on, else the
+                weights'.
+        """
         weight = self.c_attn.weight
-        streams = {
-            "k": Stream((self.num_heads, self.head_dim)),
-            "v": Stream((self.num_heads, self.head_dim)),
-            **self.encoding.streams(),
-            **({} if self.conv is None else self.conv.streams()),
-        }
+        device = weight.device if device is None else torch.device(device)
         return Cache(
             batch_size,
             max_length,
-            streams,
-            device=device or weight.device,
-            dtype=dtype or weight.dtype,
+            self.streams(),
+            device=device,
+            dtype=dtype or cache_dtype(weight),
         )
+
+    def streams(self) -> dict[str, Stream]:
+        """What decoding remembers of each token, by name."""
+        heads = Stream((self.num_heads, self.head_dim))
+        conv = {} if self.conv is None else self.conv.streams()
+        return {"k": heads, "v": heads, **self.encoding.streams(), **conv}
 
     @overload
     def forward(
@@ -117,7 +149,7 @@ class Attention(nn.Module):
         positions: Tensor | None = None,
         cache: Cache | None = None,
         return_aux: Literal[False] = False,
-        shared: Tensor | None = None,
+        phase: Tensor | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -128,7 +160,7 @@ class Attention(nn.Module):
         positions: Tensor | None = None,
         cache: Cache | None = None,
         return_aux: Literal[True],
-        shared: Tensor | None = None,
+        phase: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
@@ -138,18 +170,19 @@ class Attention(nn.Module):
         positions: Tensor | None = None,
         cache: Cache | None = None,
         return_aux: bool = False,
-        shared: Tensor | None = None,
+        phase: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend causally over x, and over what `cache` holds before it.
 
         Args:
             x: (B, T, C).
-            positions: integer (T,) or (B, T). None is 0 .. T-1, or what follows the cache. A
-                negative entry of a (B, T) tensor marks a padded token: nothing sees it, and its own
-                output is arbitrary but finite.
+            positions: integer (T,) or (B, T). None is 0 .. T-1, or what follows the cache. Negative
+                entries in front of a row of a (B, T) tensor mark left padding: nothing sees those
+                tokens, and their own output is arbitrary but finite. Documents packed into a row
+                are not kept apart. Given positions cost a dense T x S mask or bias.
             cache: from `make_cache`; extended by the T tokens.
             return_aux: also return the router's balance loss, a scalar (0 without a router).
-            shared: what a model computed once for all layers; it takes x's place in the encoding.
+            phase: what a model computed once for all layers, for `SharedPhase`.
 
         Raises:
             ValueError: for wrong shapes, non-integer positions, a cache of another batch size or a
@@ -164,7 +197,8 @@ class Attention(nn.Module):
         if given:
             positions = check_positions(positions, batch, length, x.device)
         if cache is not None:
-            cache.check(batch, length)
+            check_cache(cache, Cache)
+            cache.check(self.streams(), batch, length)
             where = cache.place(positions, length)
         else:
             where = place(check_positions(positions, batch, length, x.device), given=given)
@@ -177,11 +211,10 @@ class Attention(nn.Module):
         )
         if self.conv is not None:
             q, k, v = self.conv(q, k, v, real=here, state=cache)
-        source = x if shared is None else shared
-        q, k = self.encoding.rotate(q, k, where.positions, source, cache)
+        q, k = self.encoding.rotate(q, k, where.positions, x if phase is None else phase, cache)
         if cache is not None:
             k, v = cache.append("k", k), cache.append("v", v)
-        scores = self.encoding.scores(q, k, where.positions, where.keys, source, cache)
+        scores = self.encoding.scores(q, k, where.positions, where.keys, x, cache)
         dropout_p = self.dropout if self.training else 0.0
         y = attend(
             q, k, v, scores, real=where.real, dropout_p=dropout_p, impl=self.impl

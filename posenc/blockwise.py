@@ -1,14 +1,9 @@
-"""Causal attention in blocks of query rows: the fast path on CPU.
+"""Causal attention with a relative term in blocks of query rows: the fast path on CPU.
 
 A block sees the keys up to its last row only, so the half of T x S above the diagonal is never
 formed, and the logits of one block at a time where blocks are recomputed in the backward pass.
-Forward + backward on 2 CPU cores, B=8 H=4 T=512 D=64:
-
-    with a relative term, fp32    63 ms; as a dense bias to torch's attention 170 ms
-    plain, bf16                   17 ms; torch's flash attention 43 ms (in fp32 they tie)
-
-In bf16 the logits are rounded to bf16 before the softmax, as in any eager attention; torch's
-flash attention keeps them in fp32.
+Forward + backward on 2 CPU cores, fp32, B=8 H=4 T=512 D=64: 63 ms; as a dense bias to torch's
+attention 170 ms. Logits and softmax are fp32 whatever the inputs are.
 """
 
 import math
@@ -18,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from posenc.scores import Scores, add_per_head, falling_table, skew
+from posenc.autocast import no_autocast
+from posenc.scores import RelativeTerm, Scores, add_per_head, falling_table, skew
 
 #: Rows of a block; of 64, 128, 256 and 512 the fastest on CPU.
 ROWS = 128
@@ -27,50 +23,46 @@ RECOMPUTE_FROM = 1024
 
 
 def attend_blockwise(
-    q: Tensor, k: Tensor, v: Tensor, scores: Scores, *, dropout_p: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, term: RelativeTerm, *, dropout_p: float = 0.0
 ) -> Tensor:
     """Attention over consecutive keys without padding.
 
     Args:
         q: (B, H, T, D). k, v: (B, H, S, D), T <= S.
-        scores: without a dense bias or given distances.
+        scores: its content and scale. term: its relative term, without given distances.
         dropout_p: of the weights.
     """
     batch, heads, length, dim = q.shape
-    key_length, term = k.shape[-2], scores.relative
-    scale = scores.factor(dim)
+    key_length, scale = k.shape[-2], scores.factor(dim)
+    precise = torch.promote_types(q.dtype, torch.float32)
 
     def by_head(x: Tensor) -> Tensor:
         # Heads before the batch: one product then serves all sequences that share a head's table.
-        return x.transpose(0, 1).reshape(heads * batch, -1, dim)
+        return x.transpose(0, 1).reshape(heads * batch, x.shape[-2], dim)
 
-    on_keys, keys, values = by_head(add_per_head(q, scores.content)), by_head(k).mT, by_head(v)
+    query = q.to(precise)
+    on_keys, keys = by_head(add_per_head(query, scores.content)), by_head(k.to(precise)).mT
+    on_table = add_per_head(query, term.query).transpose(0, 1)  # (H, B, T, D)
+    columns, offset = falling_table(term, key_length, precise)
+    values = by_head(v)
     above = torch.ones(ROWS, ROWS, dtype=torch.bool, device=q.device).triu(1)
-    if term is not None:
-        on_table = add_per_head(q, term.query).transpose(0, 1)  # (H, B, T, D)
-        columns, offset = falling_table(term, key_length, q.dtype)
-
-    def relative(start: int, stop: int, end: int) -> Tensor:
-        flat = on_table[:, :, start:stop].reshape(heads, -1, dim)
-        by_distance = torch.bmm(flat, columns[..., key_length - end :])  # (H, B * rows, end + 1)
-        if offset is not None:
-            by_distance = by_distance + offset[..., key_length - end :]
-        return skew(by_distance.view(heads * batch, stop - start, -1))
 
     def block(start: int, stop: int) -> Tensor:
         rows, end = stop - start, key_length - length + stop
-        if term is None:
-            base, beta = q.new_zeros(1, 1, 1), 0.0
-        else:
-            base, beta = relative(start, stop, end), scale
-        logits = torch.baddbmm(
-            base, on_keys[:, start:stop], keys[..., :end], beta=beta, alpha=scale
-        )
-        logits[..., end - rows :].masked_fill_(above[:rows, :rows], -math.inf)
-        weights = logits.softmax(-1)
-        if dropout_p:
-            weights = F.dropout(weights, dropout_p)
-        return torch.bmm(weights, values[:, :end])
+        flat = on_table[:, :, start:stop].reshape(heads, batch * rows, dim)
+        with no_autocast(q.device):
+            by_distance = torch.bmm(flat, columns[..., key_length - end :])  # (H, B * rows, end+1)
+            if offset is not None:
+                by_distance = by_distance + offset[..., key_length - end :]
+            relative = skew(by_distance.view(heads * batch, rows, end + 1))
+            logits = torch.baddbmm(
+                relative, on_keys[:, start:stop], keys[..., :end], beta=scale, alpha=scale
+            )
+            logits[..., end - rows :].masked_fill_(above[:rows, :rows], -math.inf)
+            weights = logits.softmax(-1).to(v.dtype)
+            if dropout_p:
+                weights = F.dropout(weights, dropout_p)
+            return torch.bmm(weights, values[:, :end])
 
     recompute = torch.is_grad_enabled() and length >= RECOMPUTE_FROM
     outputs = []

@@ -24,6 +24,9 @@ class Stream(NamedTuple):
     history: int = 0  # rows of zeros before the first token
 
 
+POSITIONS = Stream((1,), torch.int64)
+
+
 class Placement(NamedTuple):
     """Where the queries and keys of one call sit."""
 
@@ -32,8 +35,8 @@ class Placement(NamedTuple):
     real: Tensor | None = None  # (B, S) bool, False for padding; None: no padding
 
 
-def place(positions: Tensor, *, given: bool) -> Placement:
-    """Placement without a past. A negative entry of (B, T) positions marks padding."""
+def place(positions: Tensor, *, given: bool = False) -> Placement:
+    """Placement without a past. A negative entry of given (B, T) positions marks padding."""
     if not given:
         return Placement(positions)
     return Placement(positions, positions, positions >= 0 if positions.ndim == 2 else None)
@@ -58,7 +61,9 @@ class Cache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        streams = {"positions": Stream((1,), torch.int64), **streams}
+        self.streams = {"positions": POSITIONS, **streams}
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"a cache holds floating-point numbers; got {dtype}.")
         if batch_size < 1 or max_length < 1:
             raise ValueError(
                 "a cache needs batch_size and max_length of at least 1; "
@@ -66,17 +71,18 @@ class Cache:
             )
         self.batch_size, self.max_length = batch_size, max_length
         self.length = 0
-        self._given = self._ragged = (
-            False  # whether the caller gave positions, and a row of them for each sequence
-        )
-        self._history = {name: stream.history for name, stream in streams.items()}
+        # Whether the caller gave positions, and whether a row of them for each sequence: for the
+        # tokens so far, and with those of the present call.
+        self._given = self._ragged = False
+        self._next = (False, False)
+        self._history = {name: stream.history for name, stream in self.streams.items()}
         self._rows = {
             name: torch.zeros(
                 (batch_size, *stream.shape[:-1], stream.history + max_length, stream.shape[-1]),
                 dtype=stream.dtype or dtype,
                 device=device,
             )
-            for name, stream in streams.items()
+            for name, stream in self.streams.items()
         }
 
     def __len__(self) -> int:
@@ -85,8 +91,13 @@ class Cache:
     def __bool__(self) -> bool:
         return True  # an empty cache is still a cache
 
-    def check(self, batch_size: int, tokens: int) -> None:
-        """ValueError unless `tokens` more tokens of `batch_size` sequences fit."""
+    def check(self, streams: Mapping[str, Stream], batch_size: int, tokens: int) -> None:
+        """ValueError unless made for these streams, and `tokens` more of `batch_size` fit."""
+        if {"positions": POSITIONS, **streams} != self.streams:
+            raise ValueError(
+                f"the cache holds the streams {sorted(self.streams)} of another module; "
+                f"expected {sorted(streams)}. Use this module's make_cache."
+            )
         if batch_size != self.batch_size:
             raise ValueError(
                 f"the cache was made for batch size {self.batch_size}; got {batch_size}. "
@@ -102,21 +113,18 @@ class Cache:
         """Positions of the next `tokens` tokens and of all keys; None continues what is stored."""
         rows = self._rows["positions"]  # (B, max_length, 1)
         if positions is None and not self._given:
-            return place(
-                torch.arange(self.length, self.length + tokens, device=rows.device), given=False
-            )
+            return place(torch.arange(self.length, self.length + tokens, device=rows.device))
         if not self._given:
             rows[:, : self.length, 0] = torch.arange(self.length, device=rows.device)
+        ragged = self._ragged or (positions is not None and positions.ndim == 2)
         if positions is None:
             last = rows[:, self.length - 1]  # (B, 1)
             positions = last + torch.arange(1, tokens + 1, device=rows.device)
-            positions = positions if self._ragged else positions[0]
-        self._given = True
-        self._ragged = self._ragged or positions.ndim == 2
-        keys = self.append(
-            "positions", positions.expand(self.batch_size, tokens).unsqueeze(-1)
-        ).squeeze(-1)
-        return Placement(positions, keys, keys >= 0 if self._ragged else None)
+            positions = positions if ragged else positions[0]
+        stored = positions.expand(self.batch_size, tokens).unsqueeze(-1)
+        keys = self.append("positions", stored).squeeze(-1)
+        self._next = (True, ragged)  # counts once the tokens do
+        return Placement(positions, keys, keys >= 0 if ragged else None)
 
     def append(self, name: str, rows: Tensor) -> Tensor:
         """Store the new tokens' rows (B, *lead, T, F) and return those of all tokens so far, in
@@ -128,8 +136,10 @@ class Cache:
         count = rows.shape[-2]
         stored.narrow(-2, start, count).copy_(rows.detach())
         past = self._history[name]
-        if torch.is_grad_enabled() and rows.requires_grad:
-            return torch.cat((stored.narrow(-2, past, self.length).to(rows.dtype), rows), dim=-2)
+        if torch.is_grad_enabled():
+            # A copy: what autograd saves must not be overwritten by the next call.
+            before = stored.narrow(-2, past, self.length).to(rows.dtype)
+            return torch.cat((before, rows.to(stored.dtype).to(rows.dtype)), dim=-2)
         return stored.narrow(-2, past, self.length + count).to(rows.dtype)
 
     def recent(self, name: str) -> Tensor:
@@ -139,6 +149,7 @@ class Cache:
     def advance(self, tokens: int) -> None:
         """Count `tokens` appended tokens."""
         self.length += tokens
+        self._given, self._ragged = self._next
 
     def truncate(self, length: int) -> None:
         """Forget every token from `length` on. Raises ValueError beyond the present length."""
@@ -149,11 +160,29 @@ class Cache:
         self.length = length
         if length == 0:
             self._given = self._ragged = False
+        self._next = (self._given, self._ragged)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all streams, at full length."""
         return sum(rows.nbytes for rows in self._rows.values())
+
+
+def cache_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which projections by `weight` come: autocast's where it is on."""
+    kind = weight.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
+def check_cache(cache: object, kind: type) -> None:
+    """Raise ValueError for a cache of another kind."""
+    if not isinstance(cache, kind):
+        raise ValueError(
+            f"cache must be a {kind.__name__}; got {type(cache).__name__}. "
+            "Make it with this module's make_cache."
+        )
 
 
 class ModelCache:
@@ -168,6 +197,9 @@ class ModelCache:
 
     def __len__(self) -> int:
         return self.length
+
+    def __bool__(self) -> bool:
+        return True
 
     @property
     def max_length(self) -> int:

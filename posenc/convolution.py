@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posenc.cache import Stream
+from posenc.checks import check_sizes
 from posenc.errors import unknown
 
 if TYPE_CHECKING:
@@ -82,8 +83,9 @@ class DepthwiseConv(nn.Module):
         init: Literal["torch", "identity", "primer"] = "torch",
     ) -> None:
         super().__init__()
-        if kernel_size < 1:
-            raise ValueError(f"kernel_size must be at least 1; got {kernel_size}.")
+        check_sizes(
+            "DepthwiseConv", num_heads=num_heads, head_dim=head_dim, kernel_size=kernel_size
+        )
         if init not in INITS:
             raise ValueError(unknown("DepthwiseConv init", init, INITS))
         self.num_heads, self.head_dim, self.kernel_size, self.init = (
@@ -104,8 +106,7 @@ class DepthwiseConv(nn.Module):
         else:
             past = 0.5 / max(self.kernel_size - 1, 1) if self.init == "primer" else 0.0
             nn.init.constant_(self.weight, past)
-            with torch.no_grad():
-                self.weight[..., -1] = 0.5 if self.init == "primer" else 1.0
+            nn.init.constant_(self.weight[..., -1], 0.5 if self.init == "primer" else 1.0)
         if self.bias is not None:
             if self.init == "torch":
                 nn.init.uniform_(self.bias, -bound, bound)

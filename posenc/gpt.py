@@ -9,10 +9,10 @@ suffixes.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from posenc.attention import Attention
-from posenc.cache import Cache, ModelCache, place
-from posenc.encodings.base import check_positions
+from posenc.cache import Cache, ModelCache, cache_dtype, check_cache, place
+from posenc.checks import check_positions
 from posenc.encodings.learned import Learned
+from posenc.errors import unknown
 from posenc.zoo import model_attention
 
 
@@ -56,6 +57,9 @@ class GPTConfig:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}.")
+        if self.gelu not in ("none", "tanh"):
+            raise ValueError(unknown("gelu", self.gelu, ("none", "tanh")))
+        object.__setattr__(self, "attention_options", dict(self.attention_options))
 
 
 class GPTOutput(NamedTuple):
@@ -91,10 +95,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, h: Tensor, positions: Tensor | None, shared: Tensor | None, cache: Cache | None = None
+        self, h: Tensor, positions: Tensor | None, phase: Tensor | None, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor]:
         y, aux = self.attn(
-            self.ln_1(h), positions=positions, cache=cache, return_aux=True, shared=shared
+            self.ln_1(h), positions=positions, cache=cache, return_aux=True, phase=phase
         )
         h = h + self.dropout(y)
         return h + self.dropout(self.mlp(self.ln_2(h))), aux
@@ -112,21 +116,26 @@ class GPT(nn.Module):
         self.config = config
         #: Recompute each block in the backward pass instead of keeping its activations.
         self.checkpoint_activations = False
+        options = {"bias": config.bias, "dropout": config.dropout, **config.attention_options}
         # The parts draw numbers of their own while they are built; the weights that all encodings
         # share must not depend on how many, so that two encodings under one seed start from the
         # same ones.
-        rng = torch.get_rng_state()
-        options = {"bias": config.bias, "dropout": config.dropout, **config.attention_options}
-        made = model_attention(
-            config.attention, config.embed_dim, config.heads, config.layers, config.context, options
-        )
-        self.wte = nn.Embedding(config.vocab_size, config.embed_dim)
-        self.wpe = made.embedding
-        self.shared = made.shared
-        self.dropout = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config, attention) for attention in made.layers)
-        self.ln_f = nn.LayerNorm(config.embed_dim, bias=config.bias)
-        torch.set_rng_state(rng)
+        cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(cuda):
+            made = model_attention(
+                config.attention,
+                config.embed_dim,
+                config.heads,
+                config.layers,
+                config.context,
+                options,
+            )
+            self.wte = nn.Embedding(config.vocab_size, config.embed_dim)
+            self.wpe = made.embedding
+            self.phase = made.phase
+            self.dropout = nn.Dropout(config.dropout)
+            self.h = nn.ModuleList(Block(config, attention) for attention in made.layers)
+            self.ln_f = nn.LayerNorm(config.embed_dim, bias=config.bias)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -134,7 +143,7 @@ class GPT(nn.Module):
         """N(0, 0.02), residual projections 1/sqrt(2 L) of it; then the parts, by their rules."""
         nn.init.normal_(self.wte.weight, std=0.02)
         residual_std = 0.02 / math.sqrt(2 * self.config.layers)
-        for block in self._blocks():
+        for block in self.blocks:
             attn, mlp = block.attn, block.mlp
             for norm in (block.ln_1, block.ln_2):
                 norm.reset_parameters()
@@ -144,10 +153,10 @@ class GPT(nn.Module):
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
         self.ln_f.reset_parameters()
-        for part in (self.wpe, self.shared):
+        for part in (self.wpe, self.phase):
             if part is not None:
                 part.reset_parameters()
-        for block in self._blocks():
+        for block in self.blocks:
             block.attn.init_projections()
             block.attn.reset_parts()
             for module in block.attn.encoding.modules():
@@ -161,7 +170,7 @@ class GPT(nn.Module):
         return self.wpe.max_length if isinstance(self.wpe, Learned) else None
 
     def num_parameters(self) -> int:
-        """Trainable numbers; the tied output layer counts once."""
+        """All parameters, frozen ones too; the tied output layer counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def make_cache(
@@ -173,22 +182,19 @@ class GPT(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> ModelCache:
         """Empty decoding state of all layers for up to `max_length` tokens."""
-        device, dtype = device or self.wte.weight.device, dtype or self.wte.weight.dtype
-        own = Cache(
-            batch_size,
-            max_length,
-            {} if self.shared is None else self.shared.streams(),
-            device=device,
-            dtype=dtype,
+        own = {} if self.phase is None else self.phase.streams()
+        device = self.wte.weight.device if device is None else torch.device(device)
+        dtype = dtype or cache_dtype(self.wte.weight)
+        sizes = (batch_size, max_length)
+        return ModelCache(
+            Cache(*sizes, own, device=device, dtype=dtype),
+            [block.attn.make_cache(*sizes, device=device, dtype=dtype) for block in self.blocks],
         )
-        layers = [
-            block.attn.make_cache(batch_size, max_length, device=device, dtype=dtype)
-            for block in self._blocks()
-        ]
-        return ModelCache(own, layers)
 
-    def _blocks(self) -> list[Block]:
-        return [block for block in self.h if isinstance(block, Block)]
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The blocks, each perhaps in a wrapper that forwards its attributes."""
+        return cast(Sequence[Block], self.h)
 
     def forward(
         self,
@@ -208,14 +214,30 @@ class GPT(nn.Module):
         Raises:
             ValueError: for wrong shapes, a text longer than a learned table, or a full cache.
         """
+        if targets is not None and targets.shape != ids.shape:
+            raise ValueError(
+                f"targets must have ids' shape {tuple(ids.shape)}; got {tuple(targets.shape)}."
+            )
+        h, aux_loss = self.hidden(ids, positions=positions, cache=cache)
+        logits = self.head(h)
+        loss = None
+        if targets is not None:
+            precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = F.cross_entropy(precise.flatten(0, 1), targets.flatten().long())
+        return GPTOutput(logits, loss, aux_loss)
+
+    def head(self, h: Tensor) -> Tensor:
+        """Final states (.., C) to logits (.., V)."""
+        return F.linear(self.ln_f(h), self.wte.weight)
+
+    def hidden(
+        self, ids: Tensor, *, positions: Tensor | None = None, cache: ModelCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The last block's output (B, T, C), and the balance loss; arguments as in `forward`."""
         if ids.ndim != 2 or ids.dtype.is_floating_point or ids.shape[1] == 0:
             raise ValueError(
                 "ids must be integers of shape (B, T), T at least 1; "
                 f"got {ids.dtype} {tuple(ids.shape)}."
-            )
-        if targets is not None and targets.shape != ids.shape:
-            raise ValueError(
-                f"targets must have ids' shape {tuple(ids.shape)}; got {tuple(targets.shape)}."
             )
         batch, length = ids.shape
         past = 0 if cache is None else cache.length
@@ -230,12 +252,11 @@ class GPT(nn.Module):
         if cache is None:
             where = place(check_positions(positions, batch, length, ids.device), given=given)
         else:
-            cache.own.check(batch, length)
+            self._check_cache(cache, batch, length)
             where = cache.own.place(positions, length)
+        own = None if cache is None else cache.own
         h = self.wte(ids)  # (B, T, C)
-        shared = None
-        if self.shared is not None:
-            shared = self.shared.phases(h, where.positions, None if cache is None else cache.own)
+        phase = None if self.phase is None else self.phase.phases(h, where.positions, own)
         if self.wpe is not None:
             table = self.wpe.embed(where.positions)
             assert table is not None
@@ -244,17 +265,25 @@ class GPT(nn.Module):
         aux = []
         for i, block in enumerate(self.h):
             if self.checkpoint_activations and self.training and cache is None:
-                h, balance = checkpoint(block, h, positions, shared, use_reentrant=False)
+                h, balance = checkpoint(block, h, positions, phase, use_reentrant=False)
             else:
-                h, balance = block(h, positions, shared, None if cache is None else cache.layers[i])
+                h, balance = block(h, positions, phase, None if cache is None else cache.layers[i])
             aux.append(balance)
-        if cache is not None:
-            cache.own.advance(length)
-        logits = F.linear(self.ln_f(h), self.wte.weight)  # (B, T, V)
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        return GPTOutput(logits, loss, torch.stack(aux).mean())
+        if own is not None:
+            own.advance(length)
+        return h, torch.stack(aux).mean()
+
+    def _check_cache(self, cache: ModelCache, batch: int, length: int) -> None:
+        """Raise ValueError for a cache that is not this model's; undo what a failed call left."""
+        check_cache(cache, ModelCache)
+        if len(cache.layers) != len(self.h):
+            raise ValueError(
+                f"the cache has {len(cache.layers)} layers; this model has {len(self.h)}. "
+                "Use its own make_cache."
+            )
+        cache.own.check({} if self.phase is None else self.phase.streams(), batch, length)
+        # A call that failed half-way has moved some layers on, and the model's own length not.
+        cache.truncate(cache.length)
 
     @torch.no_grad()
     def generate(
@@ -279,13 +308,29 @@ class GPT(nn.Module):
         Raises:
             ValueError: for a negative temperature or count, or top_k below 1.
         """
-        if temperature < 0 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
+        if ids.ndim != 2:
+            raise ValueError(f"ids must have shape (B, T); got {tuple(ids.shape)}.")
+        if not temperature >= 0 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
             raise ValueError(
                 "generate needs temperature >= 0, max_new_tokens >= 0 and top_k >= 1; "
                 f"got {temperature}, {max_new_tokens}, {top_k}."
             )
-        training = self.training
+        modes = {module: module.training for module in self.modules()}
         self.eval()
+        try:
+            return self._continue(ids, max_new_tokens, temperature, top_k, generator)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+    def _continue(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
         limit = self.max_length or ids.shape[1] + max_new_tokens
         cache: ModelCache | None = None
         fresh = ids[:, -limit:]
@@ -293,10 +338,9 @@ class GPT(nn.Module):
             if cache is None or cache.length + fresh.shape[1] > limit:
                 fresh = fresh if cache is None else ids[:, -max(limit // 2, 1) :]
                 cache = self.make_cache(ids.shape[0], limit)
-            logits = self(fresh, cache=cache).logits[:, -1].float()
-            fresh = sample(logits, temperature, top_k, generator)
+            h, _ = self.hidden(fresh, cache=cache)
+            fresh = sample(self.head(h[:, -1]).float(), temperature, top_k, generator)
             ids = torch.cat((ids, fresh), dim=1)
-        self.train(training)
         return ids
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -327,7 +371,8 @@ def sample(
     """One token (B, 1) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    # Less their largest: a small temperature then overflows to -inf at worst.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         kept, index = logits.topk(top_k, dim=-1)
         return index.gather(-1, torch.multinomial(kept.softmax(-1), 1, generator=generator))

@@ -80,6 +80,22 @@ class Float32Parameters(nn.Module):
     rounding it.
     """
 
+    @staticmethod
+    def float32_parameter(*shape: int) -> nn.Parameter:
+        """An uninitialised parameter in the default dtype, but never below fp32."""
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        return nn.Parameter(torch.empty(*shape, dtype=dtype))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # With assign=True a checkpoint's bf16 tensor would take the parameter's place.
+        for name, _ in self.named_parameters(prefix.rstrip("."), recurse=False):
+            if name in state_dict:
+                tensor = state_dict[name]
+                state_dict[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

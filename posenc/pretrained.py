@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 #: GPT-2 stores these linear weights as (in, out).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 #: Buffers of old GPT-2 checkpoints, and the output layer, which is tied.
-IGNORED = ("attn.bias", "attn.masked_bias", "lm_head.weight")
+IGNORED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
 
 
 def save(model: "GPT", path: Path) -> None:
     """Write both files, each by renaming a finished temporary file into place."""
     from safetensors.torch import save_file
 
-    config = {"model_type": "posenc", **asdict(model.config)}
+    # What JSON cannot hold fails here, before a file is touched.
+    config = json.dumps({"model_type": "posenc", **asdict(model.config)}, indent=2)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with atomic_file(path / "model.safetensors") as file:
         save_file(tensors, file, metadata={"format": "pt"})
     with atomic_file(path / "config.json") as file:
-        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        file.write_text(config + "\n", encoding="utf-8")
 
 
 def load(path_or_hub_id: str | Path) -> "GPT":

@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from posenc.autocast import no_autocast
 from posenc.errors import unknown
 
 
@@ -103,6 +104,7 @@ class MoH(nn.Module):
             raise ValueError(
                 "router='query_norm' needs at least 2 routed heads, whose norms it compares; got 1."
             )
+        self.embed_dim, self.num_heads = embed_dim, num_heads
         self.shared, self.routed, self.top_k = shared, routed, top_k
         self.scaling, self.router, self.aux_scale = scaling, router, aux_scale
         self.W_s = nn.Linear(embed_dim, shared, bias=False) if linear and shared > 1 else None
@@ -123,7 +125,7 @@ class MoH(nn.Module):
             x: (B, T, C), the attention's input. q: (B, H, T, D), its queries.
             real: (B, T) bool, the tokens that the balance loss counts.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             gates, p, selected = self._linear(x) if self.router == "linear" else self._query_norm(q)
             if not self.routed:
                 return gates.transpose(1, 2), gates.new_zeros(())

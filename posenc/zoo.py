@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from posenc.attention import Attention
+from posenc.checks import check_heads
 from posenc.convolution import DepthwiseConv
-from posenc.encodings.base import Encoding, check_heads
+from posenc.encodings.base import Encoding
 from posenc.encodings.carope import CARoPE, SharedPhase
 from posenc.encodings.learned import Learned
 from posenc.encodings.nope import NoPE
@@ -31,6 +32,8 @@ def default_moh(num_heads: int, shared: int | None = None) -> dict[str, Any]:
             "Use more heads, or give both shared and top_k."
         )
     shared = max(1, num_heads // 3) if shared is None else shared
+    if shared == num_heads:
+        return {"shared": shared, "top_k": 0}
     active = (3 * num_heads + 2) // 4  # to the nearest
     return {"shared": shared, "top_k": max(2, active - shared)}
 
@@ -47,10 +50,9 @@ class Recipe:
     conv: Mapping[str, Any] | None = None
     router: Callable[..., dict[str, Any]] | None = None
     encoding_defaults: Mapping[str, Any] = field(default_factory=dict)
-    embedding_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-#: Encodings that an `encoding=` option can name.
+#: Encodings inside attention that an `encoding=` option can name, and those at the input.
 ENCODINGS: dict[str, type[Encoding]] = {
     "nope": NoPE,
     "rope": RoPE,
@@ -58,6 +60,9 @@ ENCODINGS: dict[str, type[Encoding]] = {
     "polar": Polar,
     "relative": Relative,
 }
+EMBEDDINGS: dict[str, type[Encoding]] = {"learned": Learned, "sinusoidal": Sinusoidal}
+#: Beside a GPT's embeddings of std 0.02 this is the original's ratio of position to token.
+EMBEDDING_DEFAULTS: dict[type[Encoding], dict[str, Any]] = {Sinusoidal: {"scale": 0.02}}
 
 ZOO: dict[str, Recipe] = {
     "mha": Recipe(
@@ -71,8 +76,6 @@ ZOO: dict[str, Recipe] = {
         acts="input",
         summary="plain attention; in GPT a fixed table of sines added at the input",
         embedding=Sinusoidal,
-        # Beside embeddings of std 0.02 this is the original's ratio of position to token.
-        embedding_defaults={"scale": 0.02},
     ),
     "nope": Recipe(
         paper="2305.19466",
@@ -138,13 +141,15 @@ class Parts(NamedTuple):
 
     recipe: Recipe
     encoding: type[Encoding]
+    embedding: type[Encoding] | None
+    conv: bool
     options: dict[str, dict[str, Any]]  # by part: attention, encoding, embedding, conv, router
 
 
 SIZES = ("embed_dim", "num_heads", "head_dim", "max_length")
 MODULE_OPTIONS = ("bias", "dropout", "impl")
-#: Shorter names for options, as the papers' users say them.
-ALIASES = {"relative": "kind"}
+#: Names of the zoo for encodings.
+ALIASES = {"cmha": "polar", "rmha": "relative", "mha": "learned"}
 
 
 def _accepted(part: Callable[..., Any]) -> list[str]:
@@ -157,7 +162,7 @@ def sort_options(name: str, options: Mapping[str, Any]) -> Parts:
 
     A bare option goes to the first part that has it: the module itself, then router, conv,
     encoding, embedding; `router_`, `conv_`, `encoding_` or `embedding_` before it addresses one
-    part. `encoding=` swaps the encoding.
+    part. `encoding=` swaps the encoding, `conv=True` or `False` adds or drops the convolution.
 
     Raises:
         ValueError: for an unknown name or option, with the nearest spelling and what exists.
@@ -165,42 +170,47 @@ def sort_options(name: str, options: Mapping[str, Any]) -> Parts:
     if name not in ZOO:
         raise ValueError(unknown("attention", name, ZOO))
     recipe, options = ZOO[name], dict(options)
-    encoding = recipe.encoding
+    encoding, embedding = recipe.encoding, recipe.embedding
     if "encoding" in options:
-        chosen = options.pop("encoding")
-        if chosen not in ENCODINGS:
-            raise ValueError(unknown("encoding", chosen, ENCODINGS))
-        encoding = ENCODINGS[chosen]
+        chosen = ALIASES.get(options["encoding"], options["encoding"])
+        if chosen not in {**ENCODINGS, **EMBEDDINGS}:
+            raise ValueError(unknown("encoding", chosen, {**ENCODINGS, **EMBEDDINGS}))
+        encoding, embedding = ENCODINGS.get(chosen, NoPE), EMBEDDINGS.get(chosen)
+        del options["encoding"]
+    conv = options.pop("conv", recipe.conv is not None)
+    if not isinstance(conv, bool):
+        raise ValueError(f"conv must be True or False; got {conv!r}. Its options are conv_NAME.")
     parts: dict[str, list[str]] = {"attention": list(MODULE_OPTIONS)}
     if recipe.router is not None:
         parts["router"] = _accepted(MoH)
-    if recipe.conv is not None:
+    if conv:
         parts["conv"] = _accepted(DepthwiseConv)
     parts["encoding"] = _accepted(encoding)
-    if recipe.embedding is not None:
-        parts["embedding"] = _accepted(recipe.embedding)
+    if embedding is not None:
+        parts["embedding"] = _accepted(embedding)
     table: dict[str, tuple[str, str]] = {}
     for part, accepted in parts.items():
         for option in accepted:
             table.setdefault(option, (part, option))
             table[f"{part}_{option}"] = (part, option)
-    for alias, option in ALIASES.items():
-        if option in table:
-            table[alias] = table[option]
+    if "kind" in table:
+        table["relative"] = table["kind"]
     sorted_options: dict[str, dict[str, Any]] = {
         part: {} for part in (*parts, "embedding", "conv", "router")
     }
     for option, value in options.items():
         if option not in table:
             shown = [known for known in table if not known.startswith("attention_")]
-            raise ValueError(unknown(f"option of attention {name!r}", option, ["encoding", *shown]))
+            raise ValueError(
+                unknown(f"option of attention {name!r}", option, ["encoding", "conv", *shown])
+            )
         part, argument = table[option]
         if argument in sorted_options[part]:
             raise ValueError(
                 f"option {argument!r} of attention {name!r} is given twice, once as {option!r}."
             )
         sorted_options[part][argument] = value
-    return Parts(recipe, encoding, sorted_options)
+    return Parts(recipe, encoding, embedding, conv, sorted_options)
 
 
 def _build(part: Callable[..., Any], sizes: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
@@ -217,8 +227,8 @@ def _build_attention(
     conv = router = None
     if encoding is None:
         encoding = _build(parts.encoding, sizes, _encoding_options(parts))
-    if recipe.conv is not None:
-        conv = _build(DepthwiseConv, sizes, {**recipe.conv, **options["conv"]})
+    if parts.conv:
+        conv = _build(DepthwiseConv, sizes, {**(recipe.conv or {}), **options["conv"]})
     if recipe.router is not None:
         given = options["router"]
         split = (
@@ -273,7 +283,7 @@ class ModelAttention(NamedTuple):
     """What a model of one zoo name is made of."""
 
     embedding: Encoding | None  # added to the token embedding
-    shared: CARoPE | None  # computed once from the token embedding, handed to every layer
+    phase: CARoPE | None  # computed once from the token embedding, handed to every layer
     layers: list[Attention]
 
 
@@ -287,7 +297,6 @@ def model_attention(
         context: sizes the learned tables that the options do not.
     """
     parts = sort_options(name, options)
-    recipe = parts.recipe
     if parts.encoding is Relative:
         parts.options["encoding"].setdefault("max_distance", context)
     sizes = {
@@ -296,9 +305,13 @@ def model_attention(
         "head_dim": check_heads(embed_dim, num_heads),
     }
     embedding: Encoding | None = None
-    if recipe.embedding is not None:
-        embedding_options = {**recipe.embedding_defaults, **parts.options["embedding"]}
-        embedding = _build(recipe.embedding, {**sizes, "max_length": context}, embedding_options)
+    if parts.embedding is not None:
+        defaults = EMBEDDING_DEFAULTS.get(parts.embedding, {})
+        embedding = _build(
+            parts.embedding,
+            {**sizes, "max_length": context},
+            {**defaults, **parts.options["embedding"]},
+        )
     shared: CARoPE | None = None
     if parts.encoding is CARoPE and parts.options["encoding"].get("source") == "token":
         shared = _build(CARoPE, sizes, _encoding_options(parts))

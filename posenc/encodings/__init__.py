@@ -6,7 +6,18 @@ from posenc.encodings.learned import Learned
 from posenc.encodings.nope import NoPE
 from posenc.encodings.polar import Polar
 from posenc.encodings.relative import Relative
-from posenc.encodings.rope import RoPE
+from posenc.encodings.rope import RoPE, half_to_interleaved, interleaved_to_half
 from posenc.encodings.sinusoidal import Sinusoidal
 
-__all__ = ["CARoPE", "Encoding", "Learned", "NoPE", "Polar", "Relative", "RoPE", "Sinusoidal"]
+__all__ = [
+    "CARoPE",
+    "Encoding",
+    "Learned",
+    "NoPE",
+    "Polar",
+    "Relative",
+    "RoPE",
+    "Sinusoidal",
+    "half_to_interleaved",
+    "interleaved_to_half",
+]

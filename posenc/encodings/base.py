@@ -6,7 +6,6 @@ A scheme subclasses `Encoding` once and overrides what it needs; every default d
 
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from posenc.scores import Scores
@@ -25,6 +24,8 @@ class Encoding(nn.Module):
     #: Own parameters that must not be decayed (decay would pull them away from the encoding they
     #: stand for).
     no_weight_decay: ClassVar[frozenset[str]] = frozenset()
+    #: Whether it acts where tokens enter the model (`embed`) and not inside attention.
+    at_input: ClassVar[bool] = False
     #: Whether shifting all positions leaves the output unchanged.
     relative: ClassVar[bool] = True
 
@@ -64,56 +65,7 @@ class Encoding(nn.Module):
         return {}
 
     def init_projection(self, weight: Tensor) -> None:
-        """Initialise a (C, C) projection of the attention, where the scheme's source says how."""
+        """Initialise (C, C) projections, stacked (n C, C), where the scheme's source says how."""
 
     def reset_parameters(self) -> None:
         """Draw the scheme's own parameters anew (used after materialising a model from `meta`)."""
-
-
-def check_even(head_dim: int, who: str) -> None:
-    """Raise ValueError unless head_dim can be split into pairs."""
-    if head_dim < 2 or head_dim % 2:
-        raise ValueError(
-            f"{who} needs an even head dim of at least 2; got {head_dim}. "
-            "Choose embed_dim divisible by 2 * num_heads."
-        )
-
-
-def check_heads(embed_dim: int, num_heads: int) -> int:
-    """The head dim embed_dim / num_heads, or ValueError."""
-    if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
-        lower = embed_dim - embed_dim % max(num_heads, 1)
-        raise ValueError(
-            f"embed_dim must be a positive multiple of num_heads; got embed_dim={embed_dim}, "
-            f"num_heads={num_heads}. "
-            f"Choose for example embed_dim={max(lower, num_heads, 1)}."
-        )
-    return embed_dim // num_heads
-
-
-def check_positions(
-    positions: Tensor | None, batch: int, length: int, device: torch.device
-) -> Tensor:
-    """Integer positions (length,) or (batch, length); None is 0 .. length-1. Or ValueError."""
-    if positions is None:
-        return torch.arange(length, device=device)
-    if not isinstance(positions, Tensor):
-        raise ValueError(
-            f"positions must be an integer tensor of shape ({length},) or ({batch}, {length}); got "
-            f"{type(positions).__name__}. Pass torch.arange(start, start + {length})."
-        )
-    if (
-        positions.dtype.is_floating_point
-        or positions.dtype.is_complex
-        or positions.dtype == torch.bool
-    ):
-        raise ValueError(
-            f"positions must be integers; got {positions.dtype}. Pass a torch.long tensor."
-        )
-    if positions.shape not in ((length,), (batch, length)):
-        raise ValueError(
-            f"positions must have shape ({length},) or ({batch}, {length}); "
-            f"got {tuple(positions.shape)}. "
-            "Give one position per token."
-        )
-    return positions

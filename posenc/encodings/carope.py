@@ -25,8 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from posenc.autocast import no_autocast
 from posenc.cache import Stream
-from posenc.encodings.base import Encoding, check_even, check_heads
+from posenc.checks import check_base, check_head_dim, check_heads, check_pair, check_sizes
+from posenc.encodings.base import Encoding
 from posenc.errors import unknown
 from posenc.phase import Float32Parameters, phase_dtype, turn, wrap
 
@@ -36,9 +38,10 @@ def log_rates(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     The logarithm, never log of a computed f, which is 0 for large z and has a NaN gradient there.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        z = weight.mT @ x.to(weight.dtype).mT  # (B, H, T)
-    z = (z if bias is None else z + bias.unsqueeze(-1)).to(torch.float64)
+    with no_autocast(x.device):
+        # fp64, H columns wide: cheap, and TF32, which a trainer may allow, cannot reach it.
+        z = weight.double().mT @ x.double().mT  # (B, H, T)
+    z = z if bias is None else z + bias.double().unsqueeze(-1)
     # softplus turns linear past its threshold; the default, 20, is 2e-9 off there.
     return -torch.log1p(F.softplus(z, threshold=40))
 
@@ -102,19 +105,20 @@ class CARoPE(Float32Parameters, Encoding):
     ) -> None:
         super().__init__()
         head_dim = check_heads(embed_dim, num_heads) if head_dim is None else head_dim
-        check_even(head_dim, "CARoPE")
+        check_sizes("CARoPE", embed_dim=embed_dim, num_heads=num_heads)
+        check_head_dim(head_dim, "CARoPE")
+        check_base(base)
         if init not in ("rope", "paper"):
             raise ValueError(unknown("CARoPE init", init, ("rope", "paper")))
         if source not in ("layer", "token"):
             raise ValueError(unknown("CARoPE source", source, ("layer", "token")))
         if first_power not in (0, 1):
             raise ValueError(f"first_power must be 0 or 1; got {first_power}.")
-        if base <= 1:
-            raise ValueError(f"CARoPE needs base > 1, so that the rate lies below 1; got {base}.")
         self.num_heads, self.head_dim, self.base = num_heads, head_dim, base
         self.init, self.first_power, self.source = init, first_power, source
-        self.weight = nn.Parameter(torch.empty(embed_dim, num_heads))
-        self.bias = nn.Parameter(torch.empty(num_heads)) if init == "rope" else None
+        self.embed_dim = embed_dim
+        self.weight = self.float32_parameter(embed_dim, num_heads)
+        self.bias = self.float32_parameter(num_heads) if init == "rope" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -122,10 +126,10 @@ class CARoPE(Float32Parameters, Encoding):
             nn.init.normal_(self.weight, std=0.02)
         else:
             nn.init.zeros_(self.weight)
-            # softplus(bias) = base^(2/D) - 1, hence f = base^(-2/D)
-            nn.init.constant_(
-                self.bias, math.log(math.expm1(math.expm1(2 * math.log(self.base) / self.head_dim)))
-            )
+            # softplus(bias) = y with 1 + y = base^(2/D), hence f = base^(-2/D). The bias is
+            # log(e^y - 1), written so that a large y cannot overflow.
+            y = math.expm1(2 * math.log(self.base) / self.head_dim)
+            nn.init.constant_(self.bias, y + math.log(-math.expm1(-y)))
 
     def phases(self, x: Tensor, positions: Tensor | None = None, state: Any = None) -> Tensor:
         """The running phase (B, H, T, D/2), fp64 modulo 2 pi, of the tokens x (B, T, C)."""
@@ -146,9 +150,13 @@ class CARoPE(Float32Parameters, Encoding):
         state: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """Rotate q and k (B, H, T, D) by the phases of x (B, T, C)."""
-        if x is None:
+        check_pair(q, k, self.head_dim)
+        shape = (q.shape[0], q.shape[-2], self.embed_dim)
+        if x is None or x.shape != shape:
+            got = None if x is None else tuple(x.shape)
             raise ValueError(
-                "CARoPE turns by the tokens: rotate(q, k, positions, x) needs x of shape (B, T, C)."
+                f"CARoPE turns by the tokens: rotate(q, k, positions, x) needs x of shape {shape}; "
+                f"got {got}. Pass the attention's input."
             )
         return turn_by_phase(q, k, self.phases(x, positions, state))
 
@@ -173,7 +181,8 @@ def turn_by_phase(q: Tensor, k: Tensor, phase: Tensor) -> tuple[Tensor, Tensor]:
 class SharedPhase(Encoding):
     """A layer's part of CARoPE(source="token"): rotates by phases that the model computed once.
 
-    Its `x` is the phase (B, H, T, D/2) that `CARoPE.phases` returned for the token embeddings.
+    Its `x`, attention's `phase`, is what `CARoPE.phases` made of the token embeddings: (B, H, T,
+    D/2).
     """
 
     def rotate(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from posenc.checks import check_sizes
 from posenc.encodings.base import Encoding
 
 
@@ -22,12 +23,12 @@ class Learned(Encoding):
         ValueError: from `embed`, where a position lies beyond the table.
     """
 
+    at_input = True
     relative = False
 
     def __init__(self, max_length: int, embed_dim: int) -> None:
         super().__init__()
-        if max_length < 1:
-            raise ValueError(f"max_length must be at least 1; got {max_length}.")
+        check_sizes("Learned", max_length=max_length, embed_dim=embed_dim)
         self.max_length = max_length
         self.weight = nn.Parameter(torch.empty(max_length, embed_dim))
         self.reset_parameters()
@@ -51,7 +52,8 @@ class Learned(Encoding):
                     f"the learned table has {self.max_length} positions, 0 to "
                     f"{self.max_length - 1}; got {wrong}. Shorten the text or enlarge max_length."
                 )
-        return F.embedding(positions.clamp(min=0), self.weight)
+        rows = positions if positions.ndim == 1 else positions.clamp(min=0)
+        return F.embedding(rows, self.weight)
 
     def extra_repr(self) -> str:
         return f"max_length={self.max_length}, embed_dim={self.weight.shape[1]}"

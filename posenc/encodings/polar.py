@@ -23,7 +23,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from posenc.encodings.base import Encoding, check_even, check_positions
+from posenc.checks import check_base, check_head_dim, check_pair, check_positions, check_sizes
+from posenc.encodings.base import Encoding
 from posenc.errors import unknown
 from posenc.phase import (
     Float32Parameters,
@@ -67,14 +68,14 @@ class Polar(Float32Parameters, Encoding):
         init: Literal["rope", "authors"] = "rope",
     ) -> None:
         super().__init__()
-        check_even(head_dim, "Polar (CMHA)")
+        check_sizes("Polar (CMHA)", num_heads=num_heads)
+        check_head_dim(head_dim, "Polar (CMHA)")
         if init not in ("rope", "authors"):
             raise ValueError(unknown("Polar init", init, ("rope", "authors")))
-        if base <= 0:
-            raise ValueError(f"base must be positive; got {base}.")
-        self.head_dim, self.base, self.init = head_dim, base, init
-        self.delta = nn.Parameter(torch.empty(num_heads, head_dim // 2))
-        self.b = nn.Parameter(torch.empty(num_heads, head_dim // 2))
+        check_base(base)
+        self.num_heads, self.head_dim, self.base, self.init = num_heads, head_dim, base, init
+        self.delta = self.float32_parameter(num_heads, head_dim // 2)
+        self.b = self.float32_parameter(num_heads, head_dim // 2)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -86,7 +87,9 @@ class Polar(Float32Parameters, Encoding):
 
     def init_projection(self, weight: Tensor) -> None:
         if self.init == "authors":
-            nn.init.xavier_uniform_(weight)
+            # Xavier of each (C, C) block; on the whole, as a sharded weight cannot be split.
+            bound = math.sqrt(3 / weight.shape[1])
+            nn.init.uniform_(weight, -bound, bound)
 
     def rotate(
         self,
@@ -97,6 +100,7 @@ class Polar(Float32Parameters, Encoding):
         state: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """Rotate q, k (B, H, T, D) by their angles and positions (T,), (B, T) or None: 0 .. T-1."""
+        check_pair(q, k, self.head_dim)
         positions = check_positions(positions, q.shape[0], q.shape[-2], q.device)
         frequencies = inverse_frequencies(self.head_dim, self.base, q.device)
         turns = position_phases(positions, frequencies).to(phase_dtype(q))  # (T, D/2)
@@ -116,5 +120,5 @@ class Polar(Float32Parameters, Encoding):
         return Scores(scale=1.0 if self.init == "authors" else 1 / math.sqrt(self.head_dim))
 
     def extra_repr(self) -> str:
-        sizes = f"num_heads={self.delta.shape[0]}, head_dim={self.head_dim}"
+        sizes = f"num_heads={self.num_heads}, head_dim={self.head_dim}"
         return f"{sizes}, base={self.base}, init={self.init!r}"

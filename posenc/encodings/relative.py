@@ -20,7 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from posenc.encodings.base import Encoding, check_even
+from posenc.checks import check_even, check_sizes
+from posenc.encodings.base import Encoding
 from posenc.errors import unknown
 from posenc.phase import inverse_frequencies, pairs, position_phases
 from posenc.scores import RelativeTerm, Scores
@@ -88,6 +89,7 @@ class Relative(Encoding):
         embed_dim: int | None = None,
     ) -> None:
         super().__init__()
+        check_sizes("Relative", num_heads=num_heads, head_dim=head_dim)
         if kind not in ("learned", "sinusoidal"):
             raise ValueError(unknown("Relative kind", kind, ("learned", "sinusoidal")))
         if kind == "learned" and (max_distance is None or max_distance < 1):
@@ -95,16 +97,18 @@ class Relative(Encoding):
                 f"Relative(kind='learned') needs max_distance of at least 1; got {max_distance}."
             )
         self.num_heads, self.head_dim, self.kind = num_heads, head_dim, kind
-        self.max_distance, self.embed_dim = max_distance, embed_dim or num_heads * head_dim
+        self.max_distance = max_distance
+        self.sinusoid_dim = num_heads * head_dim if embed_dim is None else embed_dim
         self.u = nn.Parameter(torch.empty(num_heads, head_dim))
         if kind == "learned":
             assert max_distance is not None
             self.R = nn.Parameter(torch.empty(num_heads, max_distance, head_dim))
             self.S = nn.Parameter(torch.empty(num_heads, max_distance))
         else:
-            check_even(self.embed_dim, "Relative(kind='sinusoidal') (over embed_dim)")
+            who = "Relative(kind='sinusoidal') needs an even embed_dim"
+            check_even(self.sinusoid_dim, who, "Choose an even one.")
             self.v = nn.Parameter(torch.empty(num_heads, head_dim))
-            self.W_R = nn.Linear(self.embed_dim, num_heads * head_dim, bias=False)
+            self.W_R = nn.Linear(self.sinusoid_dim, num_heads * head_dim, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -129,8 +133,12 @@ class Relative(Encoding):
             apart = None if key_positions is None else distances(positions, key_positions)
             term = RelativeTerm(self.R, offset=self.S, distances=apart)
             return Scores(content=self.u, relative=term)
+        if state is not None and key_positions is None and q.shape[-2] < self.head_dim:
+            # For few queries two products with the sinusoid cost less than projecting all of it.
+            key_positions = torch.arange(k.shape[-2], device=k.device)
+            positions = key_positions[-q.shape[-2] :]
         if key_positions is None:
-            r = sinusoid(torch.arange(k.shape[-2], device=k.device), self.embed_dim).to(
+            r = sinusoid(torch.arange(k.shape[-2], device=k.device), self.sinusoid_dim).to(
                 self.W_R.weight.dtype
             )
             table = (

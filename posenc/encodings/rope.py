@@ -11,9 +11,11 @@ and the paper; the two agree when the features of q and k are permuted alike.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from posenc.encodings.base import Encoding, check_even, check_positions
+from posenc.checks import check_base, check_head_dim, check_pair, check_positions
+from posenc.encodings.base import Encoding
 from posenc.encodings.scaling import scaled_frequencies
 from posenc.errors import unknown
 from posenc.phase import PAIRINGS, Pairing, phase_dtype, position_phases, turn
@@ -44,7 +46,7 @@ class RoPE(Encoding):
         scaling: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_even(head_dim, "RoPE")
+        check_head_dim(head_dim, "RoPE")
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
         if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
             raise ValueError(
@@ -52,13 +54,13 @@ class RoPE(Encoding):
             )
         if pairing not in PAIRINGS:
             raise ValueError(unknown("pairing", pairing, PAIRINGS))
-        if base <= 0:
-            raise ValueError(f"base must be positive; got {base}.")
+        check_base(base)
         scaled_frequencies(
             rotary_dim, base, scaling
         )  # a bad scaling fails here, not in the first forward
         self.head_dim, self.rotary_dim = head_dim, rotary_dim
-        self.base, self.pairing, self.scaling = base, pairing, scaling
+        self.base, self.pairing = base, pairing
+        self.scaling = None if scaling is None else dict(scaling)
 
     def rotate(
         self,
@@ -69,6 +71,7 @@ class RoPE(Encoding):
         state: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """Rotate q and k (B, H, T, D) to positions (T,) or (B, T); None is 0 .. T-1."""
+        check_pair(q, k, self.head_dim)
         positions = check_positions(positions, q.shape[0], q.shape[-2], q.device)
         frequencies, factor = scaled_frequencies(self.rotary_dim, self.base, self.scaling, q.device)
         angle = position_phases(positions, frequencies).to(phase_dtype(q))
@@ -82,13 +85,26 @@ class RoPE(Encoding):
         )
 
 
-def half_to_interleaved(weight: Tensor, num_heads: int) -> Tensor:
-    """Permute rows of a q or k projection (H*D, C): interleaved RoPE then scores as half-split."""
-    rows = weight.unflatten(0, (num_heads, 2, -1))  # (H, 2, D/2, C)
-    return rows.transpose(1, 2).reshape(weight.shape)
+def half_to_interleaved(weight: Tensor, num_heads: int, rotary_dim: int | None = None) -> Tensor:
+    """Permute rows of a q or k projection (H*D, C): interleaved RoPE then scores as half-split.
+
+    `rotary_dim` is RoPE's: rows beyond it stay in place. A bias (H*D,) is permuted alike.
+    """
+    return _permute(weight, num_heads, rotary_dim, (2, -1))
 
 
-def interleaved_to_half(weight: Tensor, num_heads: int) -> Tensor:
+def interleaved_to_half(weight: Tensor, num_heads: int, rotary_dim: int | None = None) -> Tensor:
     """The inverse of `half_to_interleaved`."""
-    rows = weight.unflatten(0, (num_heads, -1, 2))  # (H, D/2, 2, C)
-    return rows.transpose(1, 2).reshape(weight.shape)
+    return _permute(weight, num_heads, rotary_dim, (-1, 2))
+
+
+def _permute(
+    weight: Tensor, num_heads: int, rotary_dim: int | None, pairs: tuple[int, int]
+) -> Tensor:
+    heads = weight.unflatten(0, (num_heads, -1))  # (H, D, ..)
+    turned, rest = (
+        heads[:, :rotary_dim],
+        heads[:, heads.shape[1] if rotary_dim is None else rotary_dim :],
+    )
+    turned = turned.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)
+    return torch.cat((turned, rest), dim=1).flatten(0, 1)

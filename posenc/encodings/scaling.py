@@ -105,10 +105,6 @@ def longrope(
 ) -> Scaled:
     """One searched divisor a band: the long list past the original length, else the short one."""
     divisors = long_factor if target_length > original_max_position_embeddings else short_factor
-    if len(divisors) != dim // 2:
-        raise ValueError(
-            f"longrope needs {dim // 2} factors, one a pair of features; got {len(divisors)}."
-        )
     if attention_factor is None:
         logs = math.log(factor) / math.log(original_max_position_embeddings)
         attention_factor = math.sqrt(1 + logs) if factor > 1 else 1.0
@@ -165,15 +161,38 @@ def scaled_frequencies(
     if scaling is None:
         return inverse_frequencies(dim, base, device), 1.0
     options = dict(scaling)
-    name = options.pop("rope_type", None) or options.pop("type", None)
-    if name == "default" and not options:
+    kinds = {options.pop(key) for key in ("rope_type", "type") if key in options}
+    name = kinds.pop() if len(kinds) == 1 else None
+    options.pop("rope_theta", None)  # Hugging Face repeats the base there
+    if name == "default":
         return inverse_frequencies(dim, base, device), 1.0
     if name not in SCALINGS:
         raise ValueError(unknown("RoPE scaling (rope_type)", name, SCALINGS))
-    if options.get("factor", 1.0) < 1:
-        raise ValueError(f"a RoPE scaling factor must be at least 1; got {options['factor']}.")
+    for key, value in options.items():
+        _check_option(key, value, dim)
     try:
         return SCALINGS[name](dim, base, device, **options)
     except TypeError as error:
         reason = str(error).split("() ", 1)[-1]
         raise ValueError(f"RoPE scaling {name!r}: {reason}.") from None
+
+
+def _check_option(key: str, value: Any, dim: int) -> None:
+    """Every option is a finite number above 0, a factor and a length at least 1; or a list."""
+    if value is None:
+        return
+    if key in ("short_factor", "long_factor"):
+        if len(value) != dim // 2 or not all(map(_is_positive, value)):
+            raise ValueError(
+                f"longrope needs {dim // 2} positive factors in {key}, one a pair of features; "
+                f"got {list(value)}."
+            )
+        return
+    least = 1 if key == "factor" or "length" in key or "embeddings" in key else 0
+    if not _is_positive(value) or value < least:
+        bound = "at least 1" if least else "above 0"
+        raise ValueError(f"the RoPE scaling's {key} must be a number {bound}; got {value!r}.")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf

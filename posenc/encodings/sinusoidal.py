@@ -10,7 +10,8 @@ the ratio from the table's side.
 import torch
 from torch import Tensor
 
-from posenc.encodings.base import Encoding, check_even
+from posenc.checks import check_even
+from posenc.encodings.base import Encoding
 from posenc.phase import inverse_frequencies, position_phases
 
 
@@ -23,11 +24,12 @@ class Sinusoidal(Encoding):
         scale: multiplies the table; 0.02 beside embeddings of std 0.02 is the original's ratio.
     """
 
+    at_input = True
     relative = False
 
     def __init__(self, embed_dim: int, *, base: float = 10000.0, scale: float = 1.0) -> None:
         super().__init__()
-        check_even(embed_dim, "Sinusoidal (over embed_dim)")
+        check_even(embed_dim, "Sinusoidal needs an even embed_dim", "Choose an even one.")
         self.embed_dim, self.base, self.scale = embed_dim, base, scale
 
     def embed(self, positions: Tensor) -> Tensor:

@@ -1,0 +1,518 @@
+"""CARoPE: rotation by running phases that the tokens set (arXiv 2507.23083), forward and backward.
+
+    step_i[t] = f[t]^(i + first_power),  f = exp(log_rates), (B, H, T)          i = 0 .. D/2-1
+    phi_i[m] = carry_i + sum over t <= m of step_i[t],  modulo one turn
+    q'[m] = R(phi[m]) q[m],  k'[n] = R(phi[n]) k[n]
+
+    dphi = q'1 dq'2 - q'2 dq'1 + (the same of k),  dq = R(-phi) dq',  dk = R(-phi) dk'
+    dlog f[t] = sum_i (i + first_power) step_i[t] * sum over m >= t of dphi_i[m]
+
+Rates, steps, sums and carries are 64-bit fractions of a turn (see `posenc.kernels.turns`). Sums are
+exact, so the phase of a token is the same to the last bit however the sequence is cut into tiles
+or chunks: prefill in chunks, decoding and the full pass agree. Its error comes from the steps
+alone: at most 2^-56 turns each, 1e-10 rad over a million tokens, where 32-bit steps reach
+2e-3 rad and fp32 sums beyond 0.5. That costs little: a power of f is one product of three 32-bit
+multiplications more than the one before it, and the additions are two instructions.
+
+Nothing of size (B, H, T, D/2) reaches memory. Tiles of tokens are summed, the sums scanned, and
+each tile rebuilds its steps and phases; the backward pass scans the tiles' sums of dphi from the
+end. There are no atomics: the same bits in every run.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from posenc.kernels.common import (
+    OPTIONS,
+    device_of,
+    head_of,
+    load_tile,
+    require_runnable,
+    store_tile,
+    strided,
+)
+from posenc.kernels.turns import FULL_UNIT, RADIAN, columns_from, cos_sin, rotate, upper
+
+#: Pairs of features that a program holds. Few warps, because a scan pays for every warp it crosses:
+#: turning 1024 pairs takes 132 instructions a pair with four warps, 110 with two, 81 with one. The
+#: backward pass does not fit the registers of one. Twice as many for features in fp32.
+TILE = 1024
+WARPS = {"sum": 1, "forward": 1, "backward": 2, "later": 1}
+#: Tiles that the scan over tiles takes at a time.
+SCAN_ROWS = 32
+UNSPECIALIZED = ["length", "tiles", "heads"]
+
+
+@triton.jit
+def _times(a, b):
+    """The product of two unsigned 64-bit fractions, at most three units (2^-64) too small."""
+    a1, b1 = a >> 32, b >> 32
+    a0, b0 = a.to(tl.uint32).to(tl.uint64), b.to(tl.uint32).to(tl.uint64)
+    return a1 * b1 + ((a1 * b0) >> 32) + ((a0 * b1) >> 32)
+
+
+@triton.jit
+def _steps(
+    rates,
+    head,
+    first,
+    length,
+    FIRST_POWER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Turns, int64 (ROWS, BLOCK_P), of one tile of tokens; 0 past the end and where the rate is 0.
+
+    The eight powers that differ in the low three bits of i are built by doubling, one product
+    each, and stay with one thread: the layout in which it holds features.
+    """
+    rows = first + tl.arange(0, ROWS)
+    rate = tl.load(rates + head * length + rows, mask=rows < length, other=0).to(tl.uint64)
+    eighths = tl.arange(0, BLOCK_P // 8)[None, :]
+    step = tl.full((ROWS, BLOCK_P // 8), RADIAN, tl.uint64)
+    if FIRST_POWER == 1:
+        step = _times(step, rate[:, None])
+    second = _times(rate, rate)
+    fourth = _times(second, second)
+    power = _times(fourth, fourth)
+    for bit in tl.static_range(5):
+        if (8 << bit) < BLOCK_P:
+            step = tl.where(((eighths >> bit) & 1) != 0, _times(step, power[:, None]), step)
+            power = _times(power, power)
+    step = tl.join(step, _times(step, fourth[:, None]))
+    step = tl.join(step, _times(step, second[:, None, None]))
+    step = tl.join(step, _times(step, rate[:, None, None, None]))
+    step = tl.reshape(step, (ROWS, BLOCK_P)).to(tl.int64)
+    return tl.where((rate != 0)[:, None], step, 0)
+
+
+@triton.jit
+def _exponents(FIRST_POWER: tl.constexpr, BLOCK_P: tl.constexpr):
+    return (tl.arange(0, BLOCK_P) + FIRST_POWER).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def sum_kernel(
+    rates,
+    sums,
+    length,
+    tiles,
+    FIRST_POWER: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Program (tile, head of the batch): how far the tile turns, into sums (B, H, tiles, D/2)."""
+    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    steps = _steps(rates, head, tile * ROWS, length, FIRST_POWER, ROWS, BLOCK_P)
+    bands = tl.arange(0, BLOCK_P)
+    at = sums + (head * tiles + tile) * PAIRS + bands
+    tl.store(at, tl.sum(steps, 0), mask=bands < PAIRS)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def scan_kernel(
+    sums,
+    start,
+    tiles,
+    HAS_START: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SCAN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Program (head of the batch): sums become the sums of all tiles before (REVERSE: after)."""
+    head = tl.program_id(0).to(tl.int64)
+    bands = tl.arange(0, BLOCK_P)
+    inside = bands < PAIRS
+    running = tl.zeros((BLOCK_P,), sums.dtype.element_ty)
+    if HAS_START:
+        running += tl.load(start + head * PAIRS + bands, mask=inside, other=0)
+    for block in range(0, tiles, SCAN):
+        rows = block + tl.arange(0, SCAN)
+        rows = tiles - 1 - rows if REVERSE else rows
+        mask = ((rows >= 0) & (rows < tiles))[:, None] & inside[None, :]
+        at = sums + (head * tiles + rows)[:, None] * PAIRS + bands[None, :]
+        values = tl.load(at, mask=mask, other=0)
+        before = tl.cumsum(values, 0).to(values.dtype) - values
+        tl.store(at, before + running[None, :], mask=mask)
+        running += tl.sum(values, 0)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def forward_kernel(
+    q,
+    k,
+    q_out,
+    k_out,
+    rates,
+    carries,
+    last,
+    length,
+    tiles,
+    heads,
+    FIRST_POWER: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Program (tile, head, batch row): turn q and k; the last tile leaves its final phase."""
+    tile, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    head = b * heads + h
+    first = tile * ROWS
+    bands = tl.arange(0, BLOCK_P)
+    steps = _steps(rates, head, first, length, FIRST_POWER, ROWS, BLOCK_P)
+    carry = tl.load(carries + (head * tiles + tile) * PAIRS + bands, mask=bands < PAIRS, other=0)
+    if tile == tiles - 1:
+        tl.store(last + head * PAIRS + bands, carry + tl.sum(steps, 0), mask=bands < PAIRS)
+    cos, sin = cos_sin(upper(carry[None, :] + tl.cumsum(steps, 0)))
+    _rotate_tile(
+        head_of(q, b, h), head_of(q_out, b, h), cos, sin, first, length, PAIRS, ROWS, BLOCK_P
+    )
+    _rotate_tile(
+        head_of(k, b, h), head_of(k_out, b, h), cos, sin, first, length, PAIRS, ROWS, BLOCK_P
+    )
+
+
+@triton.jit
+def _load_pairs(x, first, length, PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr):
+    x1 = load_tile(x, first, length, ROWS, PAIRS, BLOCK_P)
+    x2 = load_tile(columns_from(x, PAIRS), first, length, ROWS, PAIRS, BLOCK_P)
+    return x1.to(tl.float32), x2.to(tl.float32)
+
+
+@triton.jit
+def _rotate_tile(
+    x,
+    y,
+    cos,
+    sin,
+    first,
+    length,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    x1, x2 = _load_pairs(x, first, length, PAIRS, ROWS, BLOCK_P)
+    y1, y2 = rotate(x1, x2, cos, sin)
+    store_tile(y, y1, first, length, ROWS, PAIRS, BLOCK_P)
+    store_tile(columns_from(y, PAIRS), y2, first, length, ROWS, PAIRS, BLOCK_P)
+
+
+@triton.jit
+def _turn_back(
+    y,
+    dy,
+    dx,
+    cos,
+    sin,
+    first,
+    length,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Write dx = R(-phi) dy; return the phase's gradient y x dy, so the unrotated x is not kept."""
+    y1, y2 = _load_pairs(y, first, length, PAIRS, ROWS, BLOCK_P)
+    dy1, dy2 = _load_pairs(dy, first, length, PAIRS, ROWS, BLOCK_P)
+    dx1, dx2 = rotate(dy1, dy2, cos, -sin)
+    store_tile(dx, dx1, first, length, ROWS, PAIRS, BLOCK_P)
+    store_tile(columns_from(dx, PAIRS), dx2, first, length, ROWS, PAIRS, BLOCK_P)
+    return y1 * dy2 - y2 * dy1
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def backward_kernel(
+    q,
+    k,
+    dq_out,
+    dk_out,
+    dq,
+    dk,
+    rates,
+    carries,
+    dlog,
+    sums,
+    length,
+    tiles,
+    heads,
+    FIRST_POWER: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Program (tile, head, batch row): dq, dk, and dlog f as far as this tile's tokens cause it.
+
+    q, k are the rotated ones. The tile's sums of dphi go to `sums` (B, H, tiles, D/2).
+    """
+    tile, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    head = b * heads + h
+    first = tile * ROWS
+    bands = tl.arange(0, BLOCK_P)
+    at = (head * tiles + tile) * PAIRS + bands
+    steps = _steps(rates, head, first, length, FIRST_POWER, ROWS, BLOCK_P)
+    carry = tl.load(carries + at, mask=bands < PAIRS, other=0)
+    cos, sin = cos_sin(upper(carry[None, :] + tl.cumsum(steps, 0)))
+    dphi = _turn_back(
+        head_of(q, b, h), head_of(dq_out, b, h), head_of(dq, b, h),
+        cos, sin, first, length, PAIRS, ROWS, BLOCK_P,
+    ) + _turn_back(
+        head_of(k, b, h), head_of(dk_out, b, h), head_of(dk, b, h),
+        cos, sin, first, length, PAIRS, ROWS, BLOCK_P,
+    )  # fmt: skip
+    tl.store(sums + at, tl.sum(dphi, 0), mask=bands < PAIRS)
+    weights = steps.to(tl.float32) * FULL_UNIT * _exponents(FIRST_POWER, BLOCK_P)[None, :]
+    rows = first + tl.arange(0, ROWS)
+    own = tl.sum(weights * tl.cumsum(dphi, 0, reverse=True), 1)
+    tl.store(dlog + head * length + rows, own, mask=rows < length)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def later_kernel(
+    rates,
+    dlog,
+    sums,
+    length,
+    tiles,
+    FIRST_POWER: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Program (tile, head of the batch): add to dlog f what the tokens after the tile cause."""
+    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first = tile * ROWS
+    bands = tl.arange(0, BLOCK_P)
+    later = tl.load(sums + (head * tiles + tile) * PAIRS + bands, mask=bands < PAIRS, other=0.0)
+    later *= _exponents(FIRST_POWER, BLOCK_P) * FULL_UNIT
+    steps = _steps(rates, head, first, length, FIRST_POWER, ROWS, BLOCK_P)
+    rows = first + tl.arange(0, ROWS)
+    at = dlog + head * length + rows
+    own = tl.load(at, mask=rows < length, other=0.0)
+    tl.store(at, own + tl.sum(steps.to(tl.float32) * later[None, :], 1), mask=rows < length)
+
+
+def blocks(head_dim: int, first_power: int) -> dict[str, int]:
+    """The compile-time sizes of the kernels."""
+    block = max(8, triton.next_power_of_2(head_dim // 2))
+    return {
+        "FIRST_POWER": first_power,
+        "PAIRS": head_dim // 2,
+        "ROWS": TILE // block,
+        "BLOCK_P": block,
+    }
+
+
+def _scan(sums: Tensor, start: Tensor | None, reverse: bool) -> None:
+    """Replace (B, H, tiles, D/2) sums by those of the tiles before, or after, in place."""
+    batch, heads, tiles, pairs = sums.shape
+    scan_kernel[(batch * heads,)](
+        sums, sums if start is None else start, tiles,
+        HAS_START=start is not None, REVERSE=reverse, PAIRS=pairs, SCAN=SCAN_ROWS,
+        BLOCK_P=triton.next_power_of_2(pairs), **OPTIONS,
+    )  # fmt: skip
+
+
+def rates_from_log(log_rates: Tensor) -> Tensor:
+    """exp(log_rates) as a 64-bit fraction, int64 of the same shape, contiguous.
+
+    Between 2^-62 and 1 - 2^-62; 0, at which kernels do not turn at all, for -inf alone. Taking the
+    exponential in fp64 costs one number a token and head; a rate in fp32 would put a million
+    tokens 0.03 rad off.
+    """
+    log_rates = log_rates.to(torch.float64, memory_format=torch.contiguous_format)
+    rates = (log_rates.exp() * 2.0**62).to(torch.int64).clamp_(1, 2**62 - 1) * 4
+    return rates.masked_fill_(log_rates == -math.inf, 0)
+
+
+def forward(
+    q: Tensor, k: Tensor, log_rates: Tensor, carry: Tensor | None, first_power: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rotated q and k, final carry (B, H, D/2); for the backward pass, rates and tile carries."""
+    batch, heads, length, head_dim = q.shape
+    rates = rates_from_log(log_rates)
+    sizes = blocks(head_dim, first_power)
+    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
+    tiles = triton.cdiv(length, sizes["ROWS"])
+    last, carries = _phases(q, tiles)
+    with device_of(q):
+        if tiles == 1 and carry is None:
+            carries.zero_()
+        elif tiles == 1:
+            carries.copy_(carry[:, :, None])
+        else:
+            sum_kernel[tiles, batch * heads](
+                rates, carries, length, tiles, **sizes, num_warps=WARPS["sum"], **OPTIONS
+            )
+            _scan(carries, carry, reverse=False)
+        forward_kernel[tiles, heads, batch](
+            strided(q), strided(k), strided(q_out), strided(k_out), rates, carries, last,
+            length, tiles, heads,
+            **sizes, num_warps=WARPS["forward"] * (q.element_size() // 2), **OPTIONS,
+        )  # fmt: skip
+    return q_out, k_out, last, rates, carries
+
+
+def backward(
+    dq_out: Tensor,
+    dk_out: Tensor,
+    q_out: Tensor,
+    k_out: Tensor,
+    rates: Tensor,
+    carries: Tensor,
+    first_power: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and, in fp32, dlog f (B, H, T)."""
+    batch, heads, length, head_dim = q_out.shape
+    tiles = carries.shape[2]
+    sizes = blocks(head_dim, first_power)
+    dq, dk = torch.empty_like(q_out), torch.empty_like(k_out)
+    dlog = torch.empty(rates.shape, dtype=torch.float32, device=rates.device)
+    sums = torch.empty(carries.shape, dtype=torch.float32, device=rates.device)
+    with device_of(q_out):
+        backward_kernel[tiles, heads, batch](
+            strided(q_out), strided(k_out), strided(dq_out), strided(dk_out), strided(dq),
+            strided(dk), rates, carries, dlog, sums, length, tiles, heads,
+            **sizes, num_warps=WARPS["backward"] * (q_out.element_size() // 2), **OPTIONS,
+        )  # fmt: skip
+        if tiles > 1:
+            _scan(sums, None, reverse=True)
+            later_kernel[tiles, batch * heads](
+                rates, dlog, sums, length, tiles, **sizes, num_warps=WARPS["later"], **OPTIONS
+            )
+    return dq, dk, dlog
+
+
+def _phases(q: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
+    """Uninitialised int64 phases after all tokens and before every tile."""
+    batch, heads, _, head_dim = q.shape
+    shape = (batch, heads, tiles, head_dim // 2)
+    carries = torch.empty(shape, dtype=torch.int64, device=q.device)
+    return torch.empty_like(carries[:, :, 0]), carries
+
+
+@torch.library.custom_op("posenc::carope_forward", mutates_args=())
+def _forward_op(
+    q: Tensor, k: Tensor, log_rates: Tensor, carry: Tensor | None, first_power: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return forward(q, k, log_rates, carry, first_power)
+
+
+@torch.library.custom_op("posenc::carope_backward", mutates_args=())
+def _backward_op(
+    dq_out: Tensor,
+    dk_out: Tensor,
+    q_out: Tensor,
+    k_out: Tensor,
+    rates: Tensor,
+    carries: Tensor,
+    first_power: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backward(dq_out, dk_out, q_out, k_out, rates, carries, first_power)
+
+
+@_forward_op.register_fake
+def _(q, k, log_rates, carry, first_power):
+    rows = blocks(q.shape[-1], first_power)["ROWS"]
+    last, carries = _phases(q, (q.shape[2] + rows - 1) // rows)
+    return (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty_like(k, memory_format=torch.contiguous_format),
+        last,
+        torch.empty(log_rates.shape, dtype=torch.int64, device=q.device),
+        carries,
+    )
+
+
+@_backward_op.register_fake
+def _(dq_out, dk_out, q_out, k_out, rates, carries, first_power):
+    dlog = torch.empty(rates.shape, dtype=torch.float32, device=rates.device)
+    return torch.empty_like(q_out), torch.empty_like(k_out), dlog
+
+
+def _save(ctx, inputs, output) -> None:
+    _, _, log_rates, _, ctx.first_power = inputs
+    q_out, k_out, *whole = output
+    ctx.dtype = log_rates.dtype
+    ctx.mark_non_differentiable(*whole)
+    ctx.save_for_backward(q_out, k_out, *whole[1:])
+
+
+def _differentiate(ctx, dq_out, dk_out, *_):
+    dq, dk, dlog = _backward_op(dq_out, dk_out, *ctx.saved_tensors, ctx.first_power)
+    return dq, dk, dlog.to(ctx.dtype), None, None
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def carope(
+    q: Tensor,
+    k: Tensor,
+    log_rates: Tensor,
+    carry: Tensor | None = None,
+    *,
+    first_power: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate q and k by the running phases of the tokens; differentiable once.
+
+    Args:
+        q, k: (B, H, T, D), any strides.
+        log_rates: log f (B, H, T), at most 0, fp64 or fp32; -inf where the phase stands still, as
+            on padding. Taken at its word: rounding log f to fp32 moves a million tokens 0.02 rad.
+        carry: (B, H, D/2), int64 turns of 2^-64, the phase before the first token, as an earlier
+            call returned it (or `turns_from_radians`); None is 0. No gradient passes through it.
+        first_power: 0 or 1, the exponent of the first band.
+
+    Returns:
+        Rotated q and k, contiguous, in their dtype, and the carry after the last token.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit.
+    """
+    batch, heads, length, head_dim = q.shape
+    if k.shape != q.shape or head_dim % 2 or not 2 <= head_dim <= 512:
+        raise ValueError(
+            "CARoPE needs q and k of one shape (B, H, T, D), D even and at most 512; "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}."
+        )
+    if not batch * heads * length:
+        raise ValueError(f"CARoPE needs at least one token; got {tuple(q.shape)}.")
+    if log_rates.shape != q.shape[:3] or log_rates.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"log_rates must be {(batch, heads, length)} in float64 or float32; got "
+            f"{tuple(log_rates.shape)} in {log_rates.dtype}."
+        )
+    start = (batch, heads, head_dim // 2)
+    if carry is not None and (carry.shape != start or carry.dtype != torch.int64):
+        raise ValueError(
+            f"carry must be {start} in int64 turns; got {tuple(carry.shape)} in {carry.dtype}. "
+            "Pass the one that the previous call returned."
+        )
+    if first_power not in (0, 1):
+        raise ValueError(f"first_power must be 0 or 1; got {first_power}.")
+    require_runnable("carope", q, k)
+    carry = None if carry is None else carry.contiguous()
+    return _forward_op(q, k, log_rates, carry, first_power)[:3]
+
+
+def examples() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Named launches that between them use every configuration, for `inspect_sm90`."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for dim in (16, 64, 128, 256):
+            packed = torch.empty(16, 1024, 3, 12, dim, dtype=dtype, device="meta")
+            q, k, _ = packed.permute(2, 0, 3, 1, 4)
+            log_rates = torch.empty(16, 12, 1024, dtype=torch.float64, device="meta")
+            name = f"{str(dtype).removeprefix('torch.')} D={dim}"
+            yield name, functools.partial(forward, q, k, log_rates, None, 0)
+            out = torch.empty(q.shape, dtype=dtype, device="meta")
+            rates = torch.empty(16, 12, 1024, dtype=torch.int64, device="meta")
+            _, carries = _phases(q, triton.cdiv(1024, blocks(dim, 0)["ROWS"]))
+            yield name, functools.partial(backward, out, out, out, out, rates, carries, 0)

@@ -1,0 +1,112 @@
+"""What the kernel files share: where kernels run, and tiles of strided matrices.
+
+A tile is ROWS consecutive rows of a (length, D) matrix, held in BLOCK_D >= D columns because
+Triton's shapes are powers of two. Elements outside the matrix are never touched: read as zero,
+not written. Offsets are 64-bit: the rows of a packed projection lie 3*H*D apart, so 32 bits end
+before a million tokens do.
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Whether kernels decorated in this process run in Triton's interpreter, on the CPU.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+#: Options of every launch. Contracting multiply and add is Triton's default, but a changing one.
+OPTIONS = {"enable_fp_fusion": True}
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def require_runnable(op: str, *tensors: Tensor) -> None:
+    """ValueError unless `op` can run on these tensors: their device, and one supported dtype."""
+    first = tensors[0]
+    for tensor in tensors:
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            raise ValueError(
+                f"{op} needs one dtype and device; got {first.dtype} on {first.device} and "
+                f"{tensor.dtype} on {tensor.device}. Convert them first."
+            )
+    if first.dtype not in DTYPES:
+        raise ValueError(
+            f"{op} takes bfloat16, float16 or float32; got {first.dtype}. "
+            "Convert, or use impl='sdpa' or 'reference'."
+        )
+    if first.device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            f"{op} is a Triton kernel and needs CUDA tensors; got {first.device}. Use impl='sdpa', "
+            "or set TRITON_INTERPRET=1 before Python starts to run it in Triton's interpreter."
+        )
+    if INTERPRETED and first.dtype == torch.bfloat16:
+        raise ValueError(
+            f"{op} got bfloat16, which Triton's interpreter computes wrongly. "
+            "Use float32 or float16, or a CUDA device without TRITON_INTERPRET."
+        )
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """The context in which to launch: Triton takes the current device, not the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def strided(x: Tensor) -> tuple:
+    """A (B, H, T, D) tensor as a kernel argument: the pointer, then the four strides."""
+    return (x, *x.stride())
+
+
+@triton.jit
+def head_of(x, b, h):
+    """One head's matrix (pointer, stride of rows, stride of columns); b and h are 64-bit."""
+    return x[0] + b * x[1] + h * x[2], x[3], x[4]
+
+
+@triton.jit
+def _pointers(matrix, first, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    # Computed afresh in every turn of a loop: with `first` taken out of the tile's own offsets the
+    # compiler keeps those in registers, 30 of them, and half as many programs fit.
+    rows = (first + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D).to(tl.int64)
+    return matrix[0] + rows[:, None] * matrix[1] + columns[None, :] * matrix[2]
+
+
+@triton.jit
+def _inside(first, length, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    inside = (first + tl.arange(0, ROWS) < length)[:, None]
+    if BLOCK_D > D:
+        inside = inside & (tl.arange(0, BLOCK_D) < D)[None, :]
+    return inside
+
+
+@triton.jit
+def load_tile(
+    matrix,
+    first,
+    length,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr = False,
+):
+    """Rows first .. first + ROWS - 1 of a `head_of`; WHOLE promises that all of them exist."""
+    at = _pointers(matrix, first, ROWS, BLOCK_D)
+    if not WHOLE:
+        tile = tl.load(at, mask=_inside(first, length, ROWS, D, BLOCK_D), other=0.0)
+    elif BLOCK_D > D:
+        tile = tl.load(at, mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(at)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    matrix, tile, first, length, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Write rows first .. first + ROWS - 1, as far as they exist, in the matrix' dtype."""
+    at = _pointers(matrix, first, ROWS, BLOCK_D)
+    value = tile.to(matrix[0].dtype.element_ty)
+    tl.store(at, value, mask=_inside(first, length, ROWS, D, BLOCK_D))

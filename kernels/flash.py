@@ -1,0 +1,379 @@
+"""Causal softmax attention in one pass over the keys, forward and backward (2205.14135).
+
+    s[m,n] = scale q[m].k[n]        n <= S - T + m
+    o[m] = sum_n exp2(c q[m].k[n] - L[m]) v[n]        c = scale log2 e
+    L[m] = log2 sum_n exp2(c q[m].k[n])
+
+q (B, H, T, D), k and v (B, G, S, D) with T <= S and G a divisor of H: query row i sits at key index
+S - T + i, query head h reads key head h // (H/G). L, fp32 (B, H, T), is all the backward pass needs
+besides the inputs and o: nothing of size T x S reaches memory.
+
+Rows are read where they lie, whatever their strides: q, k and v may be views of one packed
+projection (B, T, 3, H, D). o and the gradients are laid out (B, T, H, D), so that merging the heads
+copies nothing. Sums are fp32; the weights are rounded to the input's dtype for their product with
+v. fp32 inputs go through the tensor cores as three TF32 products: 22 bits of every factor count.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from posenc.kernels.common import (
+    OPTIONS,
+    device_of,
+    head_of,
+    load_tile,
+    require_runnable,
+    store_tile,
+    strided,
+)
+from posenc.kernels.flash_backward import delta_kernel, dkv_kernel, dq_kernel
+
+MAX_HEAD_DIM = 256
+#: `deterministic=None` takes the one-kernel backward for more queries than this. Not measured:
+#: counting (5 products instead of 7, against zeroing and converting dQ) puts the tie near 1400.
+SPLIT_UP_TO = 2048
+#: Rows of a program of the small kernel that only computes delta.
+DELTA_ROWS = 64
+
+
+class Config(NamedTuple):
+    """Queries and keys of a tile, and how the kernel is compiled."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+#: By kernel, bytes of an element, and the head dim rounded up to a power of two (at least 64).
+CONFIGS = {
+    ("forward", 2, 64): Config(128, 64, 8, 3),
+    ("forward", 2, 128): Config(128, 64, 8, 3),
+    ("forward", 2, 256): Config(128, 64, 8, 2),
+    ("forward", 4, 64): Config(64, 32, 4, 2),
+    ("forward", 4, 128): Config(16, 32, 4, 2),
+    ("forward", 4, 256): Config(16, 16, 8, 1),
+    ("dq", 2, 64): Config(128, 64, 8, 2),
+    ("dq", 2, 128): Config(128, 64, 8, 2),
+    ("dq", 2, 256): Config(64, 32, 8, 2),
+    ("dq", 4, 64): Config(64, 32, 4, 2),
+    ("dq", 4, 128): Config(16, 64, 8, 1),
+    ("dq", 4, 256): Config(16, 16, 8, 1),
+    ("dkv", 2, 64): Config(64, 128, 8, 2),
+    ("dkv", 2, 128): Config(32, 128, 8, 2),
+    ("dkv", 2, 256): Config(16, 64, 8, 2),
+    ("dkv", 4, 64): Config(32, 32, 8, 2),
+    ("dkv", 4, 128): Config(32, 16, 8, 1),
+    ("dkv", 4, 256): Config(16, 16, 8, 1),
+    ("dqkv", 2, 64): Config(64, 128, 8, 2),
+    ("dqkv", 2, 128): Config(32, 128, 8, 2),
+    ("dqkv", 2, 256): Config(32, 32, 8, 2),
+    ("dqkv", 4, 64): Config(32, 32, 8, 2),
+    ("dqkv", 4, 128): Config(16, 16, 8, 1),
+    ("dqkv", 4, 256): Config(16, 16, 8, 1),
+}
+
+
+@triton.jit
+def _attend(
+    sums,
+    total,
+    peak,
+    q,
+    k,
+    v,
+    m,
+    start,
+    stop,
+    S,
+    shift,
+    c,
+    MASK: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    for first in range(start, stop, BLOCK_N):
+        k_tile = load_tile(k, first, S, BLOCK_N, D, BLOCK_D, not MASK)
+        s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
+        if MASK:
+            n = first + tl.arange(0, BLOCK_N)
+            s = tl.where(n[None, :] <= m[:, None] + shift, s, -float("inf"))
+        # Every row sees key 0, in the first tile, so its peak is finite ever after. c > 0.
+        new_peak = tl.maximum(peak, tl.max(s, 1) * c)
+        p = tl.exp2(s * c - new_peak[:, None])
+        fade = tl.exp2(peak - new_peak)
+        total = total * fade + tl.sum(p, 1)
+        v_tile = load_tile(v, first, S, BLOCK_N, D, BLOCK_D, not MASK)
+        sums = sums * fade[:, None]
+        sums = tl.dot(p.to(v_tile.dtype), v_tile, sums, input_precision=PRECISION)
+        peak = new_peak
+    return sums, total, peak
+
+
+@triton.jit(do_not_specialize=["H", "T", "S"])
+def forward_kernel(
+    q,
+    k,
+    v,
+    o,
+    lse,
+    H,
+    T,
+    S,
+    c,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows of o and L. q, k, v, o: `common.strided`; lse: contiguous fp32 (B, H, T)."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    # Late rows see the most keys: they start first.
+    first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
+    bh = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = bh // H, bh % H
+    m = first + tl.arange(0, BLOCK_M)
+    shift = S - T
+
+    q_tile = load_tile(head_of(q, b, h), first, T, BLOCK_M, D, BLOCK_D)
+    keys, values = head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
+    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    # The keys that the first row of the tile sees, in whole tiles: every row sees them.
+    whole = (first + shift + 1) // BLOCK_N * BLOCK_N
+    sums, total, peak = _attend(
+        sums, total, peak, q_tile, keys, values, m,
+        0, whole, S, shift, c, False, D, BLOCK_D, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    sums, total, peak = _attend(
+        sums, total, peak, q_tile, keys, values, m,
+        whole, min(S, first + BLOCK_M + shift), S, shift, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    store_tile(head_of(o, b, h), sums / total[:, None], first, T, BLOCK_M, D, BLOCK_D)
+    tl.store(lse + bh * T + m, peak + tl.log2(total), mask=m < T)
+
+
+def _launch(kernel: str, x: Tensor) -> tuple[Config, dict]:
+    """The configuration of a kernel for tensors like x, and the launch's keyword arguments."""
+    dim = x.shape[-1]
+    block_d = max(16, triton.next_power_of_2(dim))
+    config = CONFIGS[kernel, x.element_size(), max(64, block_d)]
+    return config, {
+        "D": dim,
+        "BLOCK_D": block_d,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "PRECISION": "tf32x3" if x.dtype == torch.float32 else "ieee",
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        **OPTIONS,
+    }
+
+
+def _rows_by_head(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised (B, H, T, D) like x, laid out (B, T, H, D)."""
+    batch, heads, length, dim = x.shape
+    shape = (batch, length, heads, dim)
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device).transpose(1, 2)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """o (B, H, T, D) in q's dtype and L, fp32 (B, H, T), of checked arguments."""
+    batch, heads, length, _ = q.shape
+    o = _rows_by_head(q)
+    lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
+    config, options = _launch("forward", q)
+    grid = (triton.cdiv(length, config.block_m) * batch * heads,)
+    with device_of(q):
+        forward_kernel[grid](
+            strided(q), strided(k), strided(v), strided(o), lse,
+            heads, length, k.shape[2], scale * math.log2(math.e),
+            GROUP=heads // k.shape[1], **options,
+        )  # fmt: skip
+    return o, lse
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    deterministic: bool | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv; deterministic False takes one kernel, True two, None the likely faster way."""
+    batch, heads, length, dim = q.shape
+    kv_heads, key_length = k.shape[1:3]
+    split = length <= SPLIT_UP_TO if deterministic is None else deterministic
+    group, c = heads // kv_heads, scale * math.log2(math.e)
+    dq, dk, dv = _rows_by_head(q), _rows_by_head(k), _rows_by_head(v)
+    delta = torch.empty_like(lse)
+    with device_of(q):
+        if split:
+            dq_sum = delta  # a stand-in, never read
+            config, options = _launch("dq", q)
+            grid = (triton.cdiv(length, config.block_m) * batch * heads,)
+            dq_kernel[grid](
+                strided(q), strided(k), strided(v), strided(o), strided(do), lse, delta,
+                strided(dq), heads, length, key_length, scale, c, GROUP=group, **options,
+            )  # fmt: skip
+        else:
+            dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+            _, options = _launch("dqkv", q)
+            grid = (triton.cdiv(length, DELTA_ROWS) * batch * heads,)
+            delta_kernel[grid](
+                strided(o), strided(do), delta, heads, length,
+                D=dim, BLOCK_D=options["BLOCK_D"], BLOCK_M=DELTA_ROWS, **OPTIONS,
+            )  # fmt: skip
+        config, options = _launch("dkv" if split else "dqkv", q)
+        grid = (triton.cdiv(key_length, config.block_n) * batch * kv_heads,)
+        dkv_kernel[grid](
+            strided(q), strided(k), strided(v), strided(do), lse, delta, strided(dk), strided(dv),
+            dq_sum, heads, length, key_length, scale, c,
+            ADD_DQ=not split, GROUP=group, **options,
+        )  # fmt: skip
+        if not split:
+            torch.mul(dq_sum, scale, out=dq)
+    return dq, dk, dv
+
+
+@torch.library.custom_op("posenc::flash_forward", mutates_args=())
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, deterministic: bool | None
+) -> tuple[Tensor, Tensor]:
+    return forward(q, k, v, scale)  # `deterministic` is only passed on to the backward pass
+
+
+@torch.library.custom_op("posenc::flash_backward", mutates_args=())
+def _backward_op(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    deterministic: bool | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backward(do, q, k, v, o, lse, scale, deterministic)
+
+
+@_forward_op.register_fake
+def _(q, k, v, scale, deterministic):
+    return _rows_by_head(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+
+
+@_backward_op.register_fake
+def _(do, q, k, v, o, lse, scale, deterministic):
+    return _rows_by_head(q), _rows_by_head(k), _rows_by_head(v)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, ctx.scale, ctx.deterministic = inputs
+    o, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, o, lse)
+
+
+def _differentiate(ctx, do, _):
+    grads = _backward_op(do, *ctx.saved_tensors, ctx.scale, ctx.deterministic)
+    return *grads, None, None
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def flash_attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    deterministic: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`flash_attention` and L, the base-2 log-sum-exp of its rows: fp32 (B, H, T), no gradient."""
+    _check(q, k, v, scale)
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    if torch.are_deterministic_algorithms_enabled():
+        deterministic = True
+    return _forward_op(q, k, v, scale, deterministic)
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    deterministic: bool | None = None,
+) -> Tensor:
+    """Causal softmax attention, differentiable once.
+
+    Args:
+        q: (B, H, T, D), D at most 256, in bfloat16, float16 or float32, any strides.
+        k, v: (B, G, S, D), S >= T, G a divisor of H.
+        scale: of the logits, positive; None is 1/sqrt(D).
+        deterministic: True: the same gradient bits in every run. False: the backward pass in one
+            kernel, with atomics. None: True under `torch.use_deterministic_algorithms`, otherwise
+            whichever of the two should be faster at this length.
+
+    Returns:
+        (B, H, T, D) in q's dtype.
+
+    Raises:
+        ValueError: for other shapes, dtypes or devices.
+    """
+    return flash_attention_with_lse(q, k, v, scale=scale, deterministic=deterministic)[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not (q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[0] == k.shape[0]):
+        raise ValueError(f"expected q (B, H, T, D), k and v (B, G, S, D); got {shapes}.")
+    if q.shape[3] != k.shape[3] or not 1 <= q.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"flash attention needs one head dim of at most {MAX_HEAD_DIM}; got {shapes}. "
+            "Use more heads, or impl='sdpa'."
+        )
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"the key heads must divide the query heads; got {shapes}. "
+            f"Choose k and v with a divisor of {q.shape[1]} heads."
+        )
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(
+            f"causal attention needs at least as many keys as queries; got {shapes}. "
+            "Pass the whole key sequence, the queries being its last tokens."
+        )
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive; got {scale}. Fold a sign into q.")
+    require_runnable("flash attention", q, k, v)
+
+
+def examples() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Named launches that between them use every configuration, for `inspect_sm90`."""
+    half, single = torch.bfloat16, torch.float32
+    plain = [(dtype, dim, 12) for dtype in (half, single) for dim in (64, 128, 256)]
+    for dtype, dim, kv_heads in [*plain, (half, 16, 12), (half, 80, 3)]:
+        packed = torch.empty(16, 1024, 12 + 2 * kv_heads, dim, dtype=dtype, device="meta")
+        q, k, v = packed.transpose(1, 2).split([12, kv_heads, kv_heads], 1)
+        o, lse = _rows_by_head(q), torch.empty(q.shape[:-1], device="meta")
+        name = f"{str(dtype).removeprefix('torch.')} D={dim}"
+        yield name, functools.partial(forward, q, k, v, 0.125)
+        yield name, functools.partial(backward, o, q, k, v, o, lse, 0.125, True)
+        yield f"{name} atomic", functools.partial(backward, o, q, k, v, o, lse, 0.125, False)

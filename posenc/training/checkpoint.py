@@ -1,0 +1,202 @@
+"""Checkpoints: model, optimiser, random states and position, atomic, for any number of ranks.
+
+    checkpoints/step-00000250/
+        shard-*.safetensors    tensors, written by torch.distributed.checkpoint, each rank its share
+        state.json             step, data position, configuration, and the size of every shard
+
+A checkpoint is written under a temporary name and renamed when it is whole, and older ones are
+deleted only then: at any moment the newest folder named step-* can be resumed from, on any number
+of ranks. Tensors are stored as safetensors and everything else as JSON, so that loading never runs
+code from a checkpoint (torch.distributed.checkpoint's default format is a pickle).
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+
+from posenc.training.optimizer import optimizer_tensors
+from posenc.training.parallel import Parallel
+
+STATE = "state.json"
+FORMAT = 1
+_PREFIX, _TEMPORARY = "step-", ".writing-"
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None."""
+    found = sorted(
+        folder.glob(f"{_PREFIX}[0-9]*"), key=lambda path: int(path.name.removeprefix(_PREFIX))
+    )
+    return found[-1] if found else None
+
+
+def training_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, parallel: Parallel
+) -> dict[str, Tensor]:
+    """Everything that a step changes, by name: the live tensors, and this rank's random states."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {
+        f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(model, optimizer).items()
+    }
+    tensors[f"rng.cpu.{parallel.rank}"] = torch.get_rng_state()
+    if parallel.device.type == "cuda":
+        tensors[f"rng.cuda.{parallel.rank}"] = torch.cuda.get_rng_state(parallel.device)
+    return tensors
+
+
+def save(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    parallel: Parallel,
+) -> Path:
+    """Write a checkpoint of all ranks and delete the older ones.
+
+    Args:
+        folder: of the run's checkpoints.
+        state: plain values, with the `step`.
+
+    Raises:
+        OSError: it could not be written. The checkpoint before it is untouched.
+    """
+    name = f"{_PREFIX}{state['step']:08d}"
+    temporary = folder / f"{_TEMPORARY}{name}"
+    parallel.on_main(lambda: _make_empty(temporary))
+    try:
+        with _quiet(), _unwrapped():
+            save_tensors(
+                training_tensors(model, optimizer, parallel),
+                storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
+            )
+        parallel.on_main(lambda: _publish(temporary, folder / name, state))
+    except OSError:
+        if parallel.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder / name
+
+
+def load(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, parallel: Parallel
+) -> None:
+    """Load a checkpoint into model, optimiser and this rank's random states.
+
+    A rank that the checkpoint has no random state for keeps the one it has.
+
+    Raises:
+        ValueError: the checkpoint is damaged or belongs to another model.
+    """
+    tensors = training_tensors(model, optimizer, parallel)
+    reader = HuggingFaceStorageReader(str(path))
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds a damaged shard: {error}.") from None
+    wanted = {
+        name: tensor for name, tensor in tensors.items() if name in stored or name[:4] != "rng."
+    }
+    for name, tensor in wanted.items():
+        size = getattr(stored.get(name), "size", None)
+        if size != tensor.shape:
+            found = "nothing" if size is None else f"shape {tuple(size)}"
+            raise ValueError(
+                f"{path} does not fit the model: {name} needs shape {tuple(tensor.shape)}; "
+                f"got {found}. Resume with the options that the run was started with."
+            )
+    with _quiet(), _unwrapped():
+        load_tensors(wanted, storage_reader=reader)
+    torch.set_rng_state(tensors[f"rng.cpu.{parallel.rank}"])
+    if parallel.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors[f"rng.cuda.{parallel.rank}"], parallel.device)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint, once all its shards are found to be there.
+
+    Raises:
+        ValueError: something is missing, damaged or of another format.
+    """
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise ValueError(
+                f"{path} has checkpoint format {state['format']}; expected {FORMAT}. "
+                "Use the version of posenc that wrote it."
+            )
+        for name, size in state["shards"].items():
+            if (path / name).stat().st_size != size:
+                raise ValueError(f"{path / name} should have {size} bytes; it is damaged.")
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is not a whole checkpoint: {type(error).__name__}: {error}."
+        ) from None
+    return dict(state)
+
+
+def clean(folder: Path) -> None:
+    """Delete what an interrupted save left behind."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path)
+
+
+def _make_empty(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+
+
+def _publish(temporary: Path, final: Path, state: Mapping[str, Any]) -> None:
+    shards = {path.name: path.stat().st_size for path in sorted(temporary.glob("*.safetensors"))}
+    with (temporary / STATE).open("w", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, **state, "shards": shards}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(temporary)
+    temporary.rename(final)
+    _sync(final.parent)
+    for path in final.parent.glob(f"{_PREFIX}*"):
+        if path != final:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Raise the error of the failing rank itself, not torch's collection of them."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        raise next((c for c in causes if isinstance(c, OSError | ValueError)), causes[0]) from None

@@ -1,0 +1,120 @@
+"""The command line: flags, presets and --resume into one `TrainConfig`."""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import tyro
+
+from posenc.errors import unknown
+from posenc.training.config import TrainConfig, flag, from_mapping, preset_values
+from posenc.training.run_folder import RunFolder
+
+#: What the weights, or the order of the data, depend on: a resumed run keeps it.
+FIXED = [
+    "attention",
+    "attention_options",
+    "layers",
+    "heads",
+    "embed_dim",
+    "context",
+    "bias",
+    "vocab_size",
+    "tokenizer",
+    "data_seed",
+]
+
+
+class _Early(argparse.ArgumentParser):
+    """Reads the three flags that decide the defaults of all others."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        self.add_argument("--preset")
+        self.add_argument("--out")
+        self.add_argument("--resume", nargs="?", const="")
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse(argv: Sequence[str]) -> TrainConfig:
+    """The configuration that the flags ask for.
+
+    Raises:
+        ValueError: for unknown flags or values, in one line, with the nearest spelling.
+        SystemExit: after --help.
+    """
+    check_flags(argv)
+    early, rest = _Early().parse_known_args(argv)
+    if early.resume is None:
+        default = TrainConfig(**preset_values(early.preset or "demo"))
+        config = dataclasses.replace(_flags(rest, default), out=early.out)
+    else:
+        if early.preset is not None:
+            raise ValueError("--preset cannot change a run that is resumed. Leave it out.")
+        config = _resumed(early.resume or early.out, rest)
+    if config.data is None:
+        raise ValueError(
+            f"the preset {config.preset!r} needs its text: --data PATH/input.txt. Tiny Shakespeare "
+            "is data/tinyshakespeare/input.txt in github.com/karpathy/char-rnn."
+        )
+    return config
+
+
+def _resumed(folder: str | None, rest: Sequence[str]) -> TrainConfig:
+    """The stored configuration with the flags over it."""
+    if folder is None:
+        raise ValueError("--resume needs a run folder. Give --resume DIR, or --out DIR --resume.")
+    stored = from_mapping(RunFolder(Path(folder)).read_config())
+    config = dataclasses.replace(_flags(rest, stored), out=folder, resume=folder)
+    for name in FIXED:
+        was, asked = getattr(stored, name), getattr(config, name)
+        if was != asked:
+            raise ValueError(
+                f"{flag(name)} is {was!r} in the run that is resumed; got {asked!r}. "
+                "Leave it out, or start a new run."
+            )
+    return config
+
+
+def check_flags(argv: Sequence[str]) -> None:
+    """Refuse words that look like flags but are none; suggest the nearest.
+
+    Raises:
+        ValueError: for the first of them.
+    """
+    names = [flag(field.name) for field in dataclasses.fields(TrainConfig)]
+    known = [*names, "--help", *(f"--no-{name[2:]}" for name in names)]
+    for word in argv:
+        name = word.partition("=")[0].replace("_", "-")
+        if word.startswith("--") and name not in known:
+            raise ValueError(unknown("flag", name, known[: len(names) + 1]))
+
+
+def _flags(argv: Sequence[str], default: TrainConfig) -> TrainConfig:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(TrainConfig, args=list(argv), default=default, prog="train.py")
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ValueError(one_line(said.getvalue())) from None
+
+
+def one_line(box: str) -> str:
+    """The message inside the box that tyro draws around an error."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    message = []
+    for line in lines:
+        if line.startswith("──"):
+            break
+        message.append(line)
+    text = " ".join(message) or box.strip()
+    # tyro opens with the name of what it could not build; the class is ours, not the user's.
+    return text.removeprefix(f"Error parsing {TrainConfig.__name__}: ")

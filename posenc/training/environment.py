@@ -1,0 +1,77 @@
+"""What a run was made with: versions, hardware, command; and how much memory it took.
+
+No host names and no paths but those that the user typed.
+"""
+
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import posenc
+from posenc.training.parallel import Parallel
+
+PACKAGES = ("torch", "numpy", "einops", "triton", "tokenizers", "datasets", "safetensors")
+
+
+def environment(
+    argv: Sequence[str], parallel: Parallel, dtype: torch.dtype, corpus: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Plain values for environment.json.
+
+    Args:
+        argv: the flags as typed.
+        corpus: the corpus's description.
+    """
+    return {
+        "command": shlex.join(["python", "train.py", *argv]),
+        "versions": {
+            "posenc": posenc.__version__,
+            "python": platform.python_version(),
+            **{name: installed for name in PACKAGES if (installed := _version(name))},
+        },
+        "system": platform.system(),
+        "device": device_name(parallel.device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "parallel": parallel.mode,
+        "processes": parallel.world_size,
+        "corpus": dict(corpus),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """The model of GPU or processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes held so far: by tensors on a GPU, by this process on a CPU. None: not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most

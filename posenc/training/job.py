@@ -1,0 +1,134 @@
+"""A run while it lives: what it is made of, how far it is, its way to a checkpoint and back."""
+
+import gc
+import math
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from posenc.data import Batches, Corpus, StreamBatches
+from posenc.gpt import GPT
+from posenc.training import checkpoint
+from posenc.training.config import TrainConfig
+from posenc.training.errors import Diverged
+from posenc.training.evaluate import Evaluation, evaluate
+from posenc.training.parallel import Parallel
+from posenc.training.precision import autocast
+from posenc.training.run_folder import RunFolder
+
+
+@dataclass
+class Job:
+    """A run.
+
+    Attributes:
+        module: the model as the ranks train it together.
+        dtype: of products.
+        step: optimiser steps so far.
+        seconds: spent on them.
+        saved: the step of the last checkpoint, -1 without one.
+        evaluation: the latest.
+    """
+
+    config: TrainConfig
+    parallel: Parallel
+    folder: RunFolder
+    corpus: Corpus
+    batches: Batches | StreamBatches
+    model: GPT
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    dtype: torch.dtype
+    step: int = 0
+    seconds: float = 0.0
+    saved: int = -1
+    evaluation: Evaluation | None = None
+
+    def say(self, text: str) -> None:
+        """Print, on rank 0."""
+        if self.parallel.is_main:
+            print(text, flush=True)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision of products, for one forward pass."""
+        return autocast(self.parallel.device, self.dtype)
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens `every` so many steps, and after the last, happens now."""
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+
+    def evaluate(self, context: int, max_tokens: int | None = None) -> Evaluation:
+        """Validate at a length, with about as many tokens at once as in training."""
+        rows = self.config.batch_size // self.parallel.world_size
+        return evaluate(
+            self.model,
+            self.corpus,
+            context=context,
+            max_tokens=self.config.eval_tokens if max_tokens is None else max_tokens,
+            tokens_per_batch=rows * self.config.context,
+            parallel=self.parallel,
+            autocast=self.autocast(),
+        )
+
+    def save(self, position: dict[str, Any]) -> None:
+        """Save a checkpoint after the present step, unless there is one.
+
+        Args:
+            position: of the batches after that step.
+
+        Raises:
+            Diverged: these weights give no finite loss. The checkpoint before stays.
+        """
+        if self.saved == self.step:
+            return
+        loss = self.evaluate(self.config.context, max_tokens=1).loss  # one window
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss became {loss} after step {self.step}.")
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "data": position,
+            "fingerprint": self.corpus.fingerprint,
+            "config": asdict(self.config),
+        }
+        checkpoint.save(self.folder.checkpoints, self.model, self.optimizer, state, self.parallel)
+        self.saved = self.step
+
+    def load(self) -> None:
+        """Go to the newest checkpoint of the run folder; without one, stay at the beginning.
+
+        Raises:
+            ValueError: it is damaged, or of other data or another model.
+        """
+        path = checkpoint.latest(self.folder.checkpoints)
+        if path is None:
+            self.say(f"{self.folder.path} has no checkpoint yet: it starts again")
+            return
+        state = checkpoint.read_state(path)
+        if state["fingerprint"] != self.corpus.fingerprint:
+            raise ValueError(
+                f"{self.folder.path} was trained on other data. "
+                "Resume with the same text and tokenizer."
+            )
+        self.batches.load_state_dict(state["data"])
+        checkpoint.load(path, self.model, self.optimizer, self.parallel)
+        self.step = self.saved = state["step"]
+        self.seconds = state["seconds"]
+
+    def release(self) -> None:
+        """Let go of DDP, which must not outlive the process group.
+
+        DDP's reducer would be the last to hold the group and would destroy it under Python's lock,
+        which gloo's threads may be waiting for: the process hangs at its end, once in ten times.
+        """
+        self.module = self.model
+        gc.collect()
+
+    def how_to_resume(self) -> str:
+        """One line for a user whose run has stopped."""
+        if self.saved < 0:
+            return "There is no checkpoint yet."
+        return f"Checkpoint at step {self.saved}: python train.py --resume {self.folder.path}"

@@ -1,0 +1,58 @@
+"""Where the kernel tests run.
+
+Triton decides when a kernel is decorated whether it is interpreted (CPU) or compiled (CUDA), and
+an interpreted kernel cannot be compiled. Hence two kinds of process:
+
+    TRITON_INTERPRET=1    the parity tests on CPU tensors; the offline compilation is left out
+    otherwise             offline compilation, the parity tests if there is a CUDA device, and
+                          test_interpreter.py, which runs the parity tests in the other kind
+
+So plain `pytest` covers everything, and a single file is debugged with
+`TRITON_INTERPRET=1 pytest tests/kernels/test_flash.py`.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+COMPILED_ONLY = ["test_compile_sm90.py", "test_interpreter.py"]
+
+if INTERPRETED:
+    collect_ignore = COMPILED_ONLY
+elif not torch.cuda.is_available():
+    files = {path.name for path in Path(__file__).parent.glob("test_*.py")}
+    collect_ignore = sorted(files.difference(COMPILED_ONLY))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and (INTERPRETED or not torch.cuda.is_available()):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def nan_memory(monkeypatch):
+    """Uninitialised memory holds NaN, so that an element which no kernel wrote shows."""
+
+    def poisoned(allocate):
+        def allocate_nan(*args, **kwargs):
+            x = allocate(*args, **kwargs)
+            return x.fill_(math.nan) if x.is_floating_point() else x
+
+        return allocate_nan
+
+    for owner, name in [
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch.Tensor, "new_empty"),
+    ]:
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

@@ -1,0 +1,56 @@
+"""Every kernel and configuration, compiled for an H100 without one."""
+
+import pytest
+import triton
+
+from posenc.kernels import flash, inspect_sm90
+
+#: In fp32 a tile of 256 columns is split into two TF32 operands, more than the registers hold.
+MAY_SPILL = {"flash float32 D=256": 256, "flash float32 D=256 atomic": 256}
+#: At D=64 two programs of 256 threads should fit in the 65536 registers of a multiprocessor. Counts
+#: move with the compiler, so this holds for the versions it was tuned on.
+TWO_PROGRAMS = {"forward_kernel", "dq_kernel"}
+TUNED_ON = ("3.6.", "3.7.")
+LAUNCHES = [
+    pytest.param(f"{family} {name}", launch, id=f"{family} {name} {launch.kernel.__name__}")
+    for family in inspect_sm90.families()
+    for name, launch in inspect_sm90.launches(family)
+]
+
+
+@pytest.mark.parametrize(("example", "launch"), LAUNCHES)
+def test_compiled(example, launch):
+    report = inspect_sm90.report(example, launch)
+    assert report.spilled <= MAY_SPILL.get(example, 0)
+    assert report.shared <= inspect_sm90.SHARED_LIMIT
+    assert ".f64" not in report.ptx
+    if example == "flash bfloat16 D=64" and report.kernel in TWO_PROGRAMS:
+        assert report.registers <= 128 or not triton.__version__.startswith(TUNED_ON)
+    assert report.products == (report.tensor_cores != "-")
+    if example.startswith(("flash bfloat16 D=64", "flash bfloat16 D=128")) and report.products:
+        assert report.tensor_cores == "wgmma"
+        assert "cp.async" in report.ptx
+
+
+def test_examples_cover_the_table_of_flash(monkeypatch):
+    used = set()
+
+    class Recorder(dict):
+        def __getitem__(self, key):
+            used.add(key)
+            return super().__getitem__(key)
+
+    monkeypatch.setattr(flash, "CONFIGS", Recorder(flash.CONFIGS))
+    inspect_sm90.launches("flash")
+    assert used == set(flash.CONFIGS)
+
+
+def test_command_prints_a_row_a_kernel(monkeypatch, capsys):
+    one = inspect_sm90.launches("flash")[:1]
+    monkeypatch.setattr(inspect_sm90, "launches", lambda family: one)
+    monkeypatch.setattr("sys.argv", ["inspect_sm90", "flash"])
+    inspect_sm90.main()
+    heads, row = capsys.readouterr().out.splitlines()
+    assert heads.split()[:3] == ["example", "kernel", "registers"]
+    assert row.split()[:4] == ["flash", "bfloat16", "D=64", "forward_kernel"]
+    assert row.split()[-1] == "wgmma"

@@ -1,0 +1,25 @@
+"""Runs the parity tests in Triton's interpreter, which needs a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent
+NATIVE = {"test_interpreter.py", "test_compile_sm90.py"}
+FILES = sorted(path.name for path in FOLDER.glob("test_*.py") if path.name not in NATIVE)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_interpreted(name):
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / name)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=FOLDER.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout

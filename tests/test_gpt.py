@@ -1,0 +1,577 @@
+"""GPT-2 with a pluggable attention."""
+
+import math
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import oracles
+from helpers import HEADS, NAMES, WIDTH, close, copy_shared, differs, left_padded, tiny_gpt
+from posenc import GPT, GPTConfig
+
+VOCABULARY, CONTEXT = 29, 16
+EVERY = pytest.mark.parametrize("name", NAMES)
+#: Every name, and the variants that a model treats differently.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in NAMES} | {
+    "carope-token": ("carope", {"source": "token"}),
+    "moh-carope-token": ("moh", {"encoding": "carope", "source": "token"}),
+    "moh-query-norm": ("moh", {"router": "query_norm"}),
+    "rcmha-sinusoidal": ("rcmha", {"relative": "sinusoidal"}),
+    "moh-learned-conv": ("moh", {"encoding": "learned", "conv": True}),
+}
+VARIED = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def build_variant(variant: str, dtype: torch.dtype = torch.float64, **changes: Any) -> GPT:
+    name, options = VARIANTS[variant]
+    return tiny_gpt(name, dtype, attention_options=options, **changes)
+
+
+def text(batch: int = 2, length: int = CONTEXT) -> Tensor:
+    return torch.randint(VOCABULARY, (batch, length))
+
+
+def small(name: str = "rope", **changes: Any) -> GPT:
+    """An untouched model, large enough for statistics."""
+    config = {"vocab_size": 97, "context": 64, "layers": 3, "heads": 6, "embed_dim": 96}
+    return GPT(GPTConfig(**config | {"attention": name} | changes))
+
+
+def by_hand(model: GPT, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """GPT-2's forward written out once more, its attention taken as it is."""
+    weights = dict(model.named_parameters())
+    h = weights["wte.weight"][ids]
+    if model.wpe is not None:
+        h = h + model.wpe.embed(torch.arange(ids.shape[1]))
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    aux = []
+    for i in range(model.config.layers):
+        y, balance = model.h[i].attn(norm(h, f"h.{i}.ln_1"), return_aux=True)
+        aux.append(balance)
+        h = h + y
+        mlp = f"h.{i}.mlp"
+        y = norm(h, f"h.{i}.ln_2") @ weights[f"{mlp}.c_fc.weight"].T + weights[f"{mlp}.c_fc.bias"]
+        y = y * torch.special.ndtr(y)
+        h = h + y @ weights[f"{mlp}.c_proj.weight"].T + weights[f"{mlp}.c_proj.bias"]
+    return norm(h, "ln_f") @ weights["wte.weight"].T, sum(aux) / len(aux)
+
+
+@EVERY
+def test_forward_is_gpt2_written_out(name: str) -> None:
+    model, ids, targets = tiny_gpt(name), text(), text()
+    targets[0, :3] = -100
+    out = model(ids, targets)
+    logits, aux = by_hand(model, ids)
+    close(out.logits, logits)
+    close(out.aux_loss, aux)
+    kept = targets.flatten() != -100
+    chosen = logits.log_softmax(-1).flatten(0, 1)[kept, targets.flatten()[kept]]
+    loss = -chosen.mean()
+    close(out.loss, loss)
+    parameters = list(model.parameters())
+    sums = (out.loss + out.aux_loss, loss + aux)
+    gradients = (torch.autograd.grad(total, parameters) for total in sums)
+    for ours, theirs in zip(*gradients, strict=True):
+        close(ours, theirs)
+    assert model(ids).loss is None
+    assert (out.aux_loss > 0) == (name == "moh")
+
+
+def test_token_phases_come_from_the_bare_embedding_once() -> None:
+    model, ids = build_variant("carope-token"), text()
+    seen = []
+    for block in model.h:
+        block.attn.register_forward_pre_hook(
+            lambda module, inputs, options: seen.append(options["phase"]), with_kwargs=True
+        )
+    model(ids)
+    assert seen[0] is seen[1]
+    embedded = model.wte.weight[ids]
+    rates = oracles.carope_rates(embedded, model.phase.weight, model.phase.bias)
+    phases = oracles.carope_phases(oracles.carope_steps(rates, WIDTH // HEADS))
+    close(seen[0].sin(), phases.sin())
+    close(seen[0].cos(), phases.cos())
+    # the same function as the layer's own phases would give from that input
+    layer = tiny_gpt("carope")
+    copy_shared(model, layer)
+    differs(layer(ids).logits, model(ids).logits)
+
+
+@VARIED
+def test_every_parameter_gets_a_gradient(variant: str) -> None:
+    """Also what DDP needs: no parameter without one."""
+    model, ids = build_variant(variant).train(), text()
+    out = model(ids, ids)
+    (out.loss + out.aux_loss).backward()
+    for which, parameter in model.named_parameters():
+        assert parameter.grad is not None, which
+        assert parameter.grad.any(), which
+
+
+@VARIED
+def test_recomputed_activations_give_the_same_gradients(variant: str) -> None:
+    model, ids = build_variant(variant).train(), text()
+    gradients = []
+    for recompute in (False, True):
+        model.checkpoint_activations = recompute
+        out = model(ids, ids)
+        gradients.append(torch.autograd.grad(out.loss + out.aux_loss, list(model.parameters())))
+    for first, second in zip(*gradients, strict=True):
+        close(first, second)
+
+
+@EVERY
+def test_later_tokens_change_no_earlier_logits(name: str) -> None:
+    model, ids = tiny_gpt(name), text()
+    changed = ids.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % VOCABULARY
+    assert torch.equal(model(ids).logits[:, :9], model(changed).logits[:, :9])
+
+
+@EVERY
+def test_shift_of_positions_matters_to_absolute_encodings_only(name: str) -> None:
+    model, ids = tiny_gpt(name, context=64), text()
+    shifted = model(ids, positions=torch.arange(CONTEXT) + 17).logits
+    if model.wpe is None:
+        close(shifted, model(ids).logits)
+    else:
+        assert not model.wpe.relative
+        differs(shifted, model(ids).logits)
+
+
+@EVERY
+def test_order_matters(name: str) -> None:
+    """Of tokens before the last one too, once there are two layers."""
+    model, ids = tiny_gpt(name), text()
+    swapped = ids.clone()
+    swapped[:, :8] = ids[:, :8].flip(1)
+    differs(model(swapped).logits[:, -1], model(ids).logits[:, -1], 1e-5)
+
+
+@VARIED
+@pytest.mark.parametrize("chunks", [[CONTEXT], [5, 1, 1, 9], [1] * CONTEXT], ids=str)
+def test_decoding_is_the_full_forward(variant: str, chunks: list[int]) -> None:
+    model, ids = build_variant(variant), text()
+    cache, expected = model.make_cache(2, CONTEXT), model(ids).logits
+    with torch.no_grad():
+        parts = [model(part, cache=cache).logits for part in ids.split(chunks, 1)]
+    close(torch.cat(parts, 1), expected)
+    assert cache.length == CONTEXT
+
+
+@VARIED
+def test_rejected_drafts_leave_no_trace(variant: str) -> None:
+    model, ids = build_variant(variant), text()
+    cache, expected = model.make_cache(2, CONTEXT), model(ids).logits
+    with torch.no_grad():
+        model(ids[:, :7], cache=cache)
+        model(text(2, 4), cache=cache)
+        cache.truncate(6)
+        close(model(ids[:, 6:8], cache=cache).logits, expected[:, 6:8])
+        close(model(ids[:, 8:], cache=cache).logits, expected[:, 8:])
+
+
+@VARIED
+def test_ragged_prompts_decode_together(variant: str) -> None:
+    model, lengths = build_variant(variant), (7, 3)
+    rows = [text(1, n + 3)[0] for n in lengths]
+    ids, positions = left_padded(
+        [row[:-3] for row in rows], lambda *shape: torch.randint(VOCABULARY, shape)
+    )
+    cache = model.make_cache(2, 10)
+    with torch.no_grad():
+        first = model(ids, positions=positions, cache=cache).logits
+        close(model(ids, positions=positions).logits, first)
+        late = torch.stack([row[-3:] for row in rows])
+        steps = [first[:, -1:]]
+        steps += [model(part, cache=cache).logits for part in late.split(1, 1)]
+        for i, row in enumerate(rows):
+            close(torch.cat(steps, 1)[i], model(row[None]).logits[0, -4:])
+
+
+@VARIED
+def test_greedy_generation_is_the_argmax_without_a_cache(variant: str) -> None:
+    model, ids = build_variant(variant), text(2, 4)
+    out = model.generate(ids, 9, temperature=0)
+    assert out.shape == (2, 13)
+    slow = ids
+    for _ in range(9):
+        slow = torch.cat([slow, model(slow).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(out, slow)
+
+
+@EVERY
+def test_generation_beyond_the_context(name: str) -> None:
+    model, ids = tiny_gpt(name, torch.float32), text(2, 3)
+    out = model.generate(ids, 3 * CONTEXT, temperature=0)
+    assert out.shape == (2, 3 + 3 * CONTEXT)
+    assert torch.equal(out[:, :3], ids)
+    long = model.generate(text(1, 2 * CONTEXT), 2, temperature=0)
+    assert long.shape == (1, 2 * CONTEXT + 2)
+
+
+def test_full_learned_table_starts_over_from_its_last_half() -> None:
+    model, ids = tiny_gpt("mha"), text(1, CONTEXT)
+    out = model.generate(ids, 3, temperature=0)
+    full = model(ids).logits[:, -1].argmax(-1)
+    assert out[0, CONTEXT] == full
+    for t in (CONTEXT + 1, CONTEXT + 2):
+        window = out[:, CONTEXT + 1 - CONTEXT // 2 : t]
+        assert out[0, t] == model(window).logits[:, -1].argmax(-1)
+    # more than the table: the last rows of the prompt
+    longer = torch.cat([text(1, 5), ids], 1)
+    assert model.generate(longer, 1, temperature=0)[0, -1] == full
+
+
+def test_sampling_follows_the_generator_the_temperature_and_top_k() -> None:
+    model, ids = tiny_gpt("rope"), text(4, 3)
+
+    def run(seed: int = 1, **options: Any) -> Tensor:
+        return model.generate(ids, 12, generator=torch.Generator().manual_seed(seed), **options)
+
+    assert torch.equal(run(), run())
+    assert not torch.equal(run(), run(2))
+    greedy = model.generate(ids, 12, temperature=0)
+    assert torch.equal(run(top_k=1), greedy)
+    for temperature in (1e-4, 1e-40):
+        assert torch.equal(run(temperature=temperature), greedy)
+    assert torch.equal(run(top_k=VOCABULARY), run(top_k=10 * VOCABULARY))
+    assert not torch.equal(run(temperature=50.0), run())
+
+
+def test_sampled_tokens_follow_the_model_s_probabilities() -> None:
+    model, ids = tiny_gpt("rope"), text(1, 3)
+    logits = model(ids).logits[0, -1]
+    for top_k in (None, 3):
+        kept = logits.topk(top_k).indices if top_k else torch.arange(VOCABULARY)
+        expected = torch.zeros(VOCABULARY).double()
+        expected[kept] = (logits[kept] / 0.7).softmax(-1)
+        drawn = model.generate(ids.expand(4000, 3), 1, temperature=0.7, top_k=top_k)[:, -1]
+        found = torch.bincount(drawn, minlength=VOCABULARY) / 4000
+        assert (found - expected).abs().max() < 0.04
+        assert not found[expected == 0].any()
+
+
+def test_generation_keeps_the_mode_and_builds_no_graph() -> None:
+    model = tiny_gpt("rope", dropout=0.5).train()
+    out = model.generate(text(1, 3), 2)
+    assert model.training
+    assert model.h[0].training
+    assert not out.requires_grad
+    model.h[1].eval()
+    model.generate(text(1, 3), 1)
+    assert [block.training for block in model.h] == [True, False]
+    model.eval()
+    model.generate(text(1, 3), 1)
+    assert not model.training
+    assert torch.equal(model.generate(out, 0), out)
+
+
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [(-1, {}), (1, {"temperature": -1.0}), (1, {"temperature": math.nan}), (1, {"top_k": 0})],
+)
+def test_bad_generation_is_refused(count: int, options: dict[str, Any]) -> None:
+    model = tiny_gpt("rope").train()
+    with pytest.raises(ValueError, match="generate needs"):
+        model.generate(text(1, 3), count, **options)
+    with pytest.raises(ValueError, match="ids must"):
+        model.generate(text()[0], 1)
+    with pytest.raises(IndexError):
+        model.generate(text(1, 3) + VOCABULARY, 1)
+    assert model.training
+
+
+@EVERY
+def test_weights_are_tied_and_named_as_in_gpt2(name: str) -> None:
+    model = small(name)
+    names = set(model.state_dict())
+    assert {"wte.weight", "h.0.attn.c_attn.weight", "h.2.mlp.c_proj.bias", "ln_f.bias"} <= names
+    assert not any("lm_head" in which for which in names)
+    assert ("wpe.weight" in names) == (name == "mha")
+    assert names == {which for which, _ in model.named_parameters()}
+    assert not list(model.buffers())
+    ids = torch.randint(97, (1, 5))
+    before = model(ids).logits
+    with torch.no_grad():
+        model.wte.weight[42] += torch.randn(96)
+    changed = (model(ids).logits - before).abs().amax((0, 1))
+    assert changed[42] > 1e-3
+
+
+@VARIED
+def test_initial_values_are_those_of_gpt2(variant: str) -> None:
+    name, options = VARIANTS[variant]
+    model = small(name, attention_options=options)
+    residual = 0.02 / math.sqrt(2 * 3)
+    for which, parameter in model.named_parameters():
+        if ".attn.encoding." in which or ".conv." in which or which.startswith("phase."):
+            continue
+        if ".ln_" in which or which.startswith("ln_f"):
+            assert (parameter == (1 if which.endswith("weight") else 0)).all()
+        elif which.endswith("bias"):
+            assert not parameter.any()
+        else:
+            std = residual if which.endswith("c_proj.weight") else 0.02
+            slack = 5 / math.sqrt(2 * parameter.numel())
+            assert parameter.std().item() == pytest.approx(std, rel=slack), which
+            assert abs(parameter.mean().item()) < 5 * std / math.sqrt(parameter.numel())
+
+
+def test_parts_keep_their_own_start_inside_a_model() -> None:
+    assert (small("cmha").h[0].attn.encoding.delta == 1).all()
+    carope = small("carope").h[1].attn.encoding
+    assert carope.bias.tolist() == pytest.approx([oracles.carope_bias(16)] * 6, rel=1e-6)
+    assert not carope.weight.any()
+    token = small("carope", attention_options={"source": "token"}).phase
+    assert token.bias.tolist() == pytest.approx([oracles.carope_bias(16)] * 6, rel=1e-6)
+    primer = small("mdha").h[0].attn.conv.weight
+    assert (primer[..., -1] == 0.5).all()
+    rmha = small("rmha").h[0].attn.encoding
+    assert rmha.W_R.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    authors = small("cmha", attention_options={"init": "authors"}).h[0].attn
+    bound = math.sqrt(6 / 192)
+    for weight in (*authors.c_attn.weight.chunk(3), authors.c_proj.weight):
+        assert 0.98 * bound < weight.abs().max() <= bound
+
+
+def test_all_names_share_their_common_weights_under_one_seed() -> None:
+    reference: dict[str, Tensor] = {}
+    for variant in VARIANTS:
+        name, options = VARIANTS[variant]
+        torch.manual_seed(7)
+        model = small(name, attention_options=options)
+        for which, parameter in model.named_parameters():
+            if ".encoding." in which or ".conv." in which or ".router." in which:
+                continue
+            if which.startswith(("wpe", "phase")):
+                continue
+            assert torch.equal(parameter, reference.setdefault(which, parameter)), (variant, which)
+    torch.manual_seed(8)
+    assert not torch.equal(small().wte.weight, reference["wte.weight"])
+
+
+def test_carope_and_cmha_start_as_the_rope_model() -> None:
+    ids = torch.randint(97, (2, 20))
+    logits = []
+    for name in ("rope", "carope", "cmha"):
+        torch.manual_seed(7)
+        logits.append(small(name)(ids).logits)
+    close(logits[1], logits[0], 1e-5)
+    assert torch.equal(logits[2], logits[0])
+
+
+@VARIED
+def test_meta_initialisation_equals_a_direct_one_bit_for_bit(variant: str) -> None:
+    name, options = VARIANTS[variant]
+    torch.manual_seed(7)
+    direct = small(name, attention_options=options)
+    with torch.device("meta"):
+        model = small(name, attention_options=options)
+    model = model.to_empty(device="cpu")
+    torch.manual_seed(7)
+    model.reset_parameters()
+    for which, value in model.state_dict().items():
+        assert torch.equal(value, direct.state_dict()[which]), which
+
+
+def test_initial_loss_is_that_of_a_uniform_guess() -> None:
+    for name in NAMES:
+        model = small(name)
+        ids = torch.randint(97, (4, 64))
+        assert model(ids, ids.roll(1)).loss.item() == pytest.approx(math.log(97), abs=0.1)
+
+
+def test_parameter_counts_of_gpt2_small() -> None:
+    with torch.device("meta"):
+        models = {name: GPT(GPTConfig(attention=name)) for name in ("mha", "rope", "carope")}
+        bare = GPT(GPTConfig(attention="rope", bias=False))
+    C, L, V = 768, 12, 50304
+    rope = V * C + L * (12 * C * C + 13 * C) + 2 * C
+    assert models["rope"].num_parameters() == rope
+    assert models["mha"].num_parameters() == rope + 1024 * C
+    assert models["carope"].num_parameters() == rope + L * (C * 12 + 12)
+    assert bare.num_parameters() == V * C + L * (12 * C * C + 2 * C) + C
+
+
+def test_config_is_frozen_and_has_gpt2_s_defaults() -> None:
+    config = GPTConfig()
+    found = {field.name: getattr(config, field.name) for field in fields(config)}
+    expected = {
+        "vocab_size": 50304,
+        "context": 1024,
+        "layers": 12,
+        "heads": 12,
+        "embed_dim": 768,
+        "attention": "rope",
+        "attention_options": {},
+        "dropout": 0.0,
+        "bias": True,
+    }
+    assert found == found | expected
+    with pytest.raises(FrozenInstanceError):
+        config.layers = 3
+    options = {"base": 500.0}
+    config = GPTConfig(attention_options=options)
+    options["base"] = 3.0
+    assert config.attention_options == {"base": 500.0}
+
+
+def test_every_field_of_the_config_changes_the_model() -> None:
+    changes: dict[str, Any] = {
+        "layers": 3,
+        "heads": 6,
+        "attention": "rope",
+        "attention_options": {"impl": "reference", "bias": False},
+        "dropout": 0.5,
+        "bias": False,
+        "gelu": "tanh",
+        "vocab_size": 31,
+        "context": 32,
+        "embed_dim": 48,
+    }
+    assert {field.name for field in fields(GPTConfig)} == changes.keys()
+    plain, ids = tiny_gpt("mha"), text()
+    for field, value in changes.items():
+        model = tiny_gpt("mha", **{field: value}).train()
+        copy_shared(plain, model)
+        shapes = [[tuple(p.shape) for p in m.parameters()] for m in (model, plain)]
+        same = shapes[0] == shapes[1]
+        assert not same or (model(ids).logits - plain(ids).logits).abs().max() > 1e-6, field
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 0}, "layers must be at least 1; got 0"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1"),
+        ({"context": 0}, "context must be at least 1"),
+        ({"dropout": 1.0}, "dropout must lie in"),
+        ({"heads": 5}, "multiple of num_heads"),
+        ({"heads": 8}, "even head dim"),
+        ({"attention": "roep"}, "Did you mean 'rope'"),
+        ({"gelu": "tan"}, "Did you mean 'tanh'"),
+        ({"attention_options": {"bses": 1}}, "Did you mean 'base'"),
+    ],
+)
+def test_bad_configs_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_gpt(
+            **{"name": "rope"}
+            | {("name" if k == "attention" else k): v for k, v in changes.items()}
+        )
+
+
+def test_wrong_inputs_are_refused() -> None:
+    model, ids = tiny_gpt("rope"), text()
+    for bad in (ids[0], ids.float(), ids[:, :0], ids[None]):
+        with pytest.raises(ValueError, match="ids must be integers of shape"):
+            model(bad)
+    with pytest.raises(ValueError, match="targets must have"):
+        model(ids, ids[:, 1:])
+    with pytest.raises(ValueError, match="positions must be integers"):
+        model(ids, positions=torch.arange(CONTEXT).float())
+    with pytest.raises(ValueError, match="batch size 3; got 2"):
+        model(ids, cache=model.make_cache(3, CONTEXT))
+    with pytest.raises(ValueError, match="holds 8 tokens"):
+        model(ids, cache=model.make_cache(2, 8))
+    with pytest.raises(ValueError, match="cache must be a ModelCache"):
+        model(ids, cache=model.h[0].attn.make_cache(2, CONTEXT))
+    for other in (tiny_gpt("rope", layers=1), tiny_gpt("mdha"), build_variant("carope-token")):
+        with pytest.raises(ValueError, match=r"the cache (has|holds)"):
+            model(ids, cache=other.make_cache(2, CONTEXT))
+
+
+def test_text_beyond_the_learned_table_is_refused() -> None:
+    model = tiny_gpt("mha")
+    with pytest.raises(ValueError, match="16 positions; got 17"):
+        model(text(1, CONTEXT + 1))
+    with pytest.raises(ValueError, match="16 positions, 0 to 15; got 16"):
+        model(text(1, 2), positions=torch.tensor([15, 16]))
+    cache = model.make_cache(1, 40)
+    model(text(1, 10), cache=cache)
+    with pytest.raises(ValueError, match="16 positions; got 17"):
+        model(text(1, 7), cache=cache)
+    # and the refused call left the cache usable
+    assert cache.length == 10
+    model(text(1, 6), cache=cache)
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was() -> None:
+    model, ids = tiny_gpt("mha"), text(2, 3)
+    cache = model.make_cache(2, CONTEXT)
+    for done in (0, 3):
+        for far in (torch.arange(CONTEXT, CONTEXT + 3), torch.full((2, 3), CONTEXT)):
+            with pytest.raises(ValueError, match="0 to 15; got"):
+                model(ids, positions=far, cache=cache)
+        step = model(ids, cache=cache).logits
+        close(step, model(torch.cat([ids] * (1 + done // 3), 1)).logits[:, -3:])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "mha"])
+def test_other_encodings_reach_beyond_the_context(name: str) -> None:
+    model = tiny_gpt(name)
+    assert model.max_length is None
+    assert model(text(1, 3 * CONTEXT)).logits.isfinite().all()
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_models_are_finite(name: str, dtype: torch.dtype) -> None:
+    model, ids = tiny_gpt(name).to(dtype), text()
+    out = model(ids, ids)
+    assert out.logits.dtype == dtype
+    assert out.loss.dtype == torch.float32
+    assert out.logits.isfinite().all()
+    cache = model.make_cache(2, CONTEXT)
+    steps = torch.cat([model(part, cache=cache).logits for part in ids.split(4, 1)], 1)
+    close(steps, out.logits, 0.1)
+
+
+def test_dropout_acts_on_embedding_attention_and_residuals() -> None:
+    model = tiny_gpt("rope", dropout=0.3)
+    assert model.h[0].attn.dropout == 0.3
+    rates = {module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+    assert rates == {0.3}
+    ids = text()
+    still = model(ids).logits
+    assert torch.equal(still, model(ids).logits)
+    differs(model.train()(ids).logits, still)
+    options = {"dropout": 0.0}
+    assert tiny_gpt("rope", dropout=0.3, attention_options=options).h[0].attn.dropout == 0.0
+
+
+def test_moh_averages_the_balance_loss_over_layers() -> None:
+    model, ids = tiny_gpt("moh", layers=3), text()
+    losses: list[Tensor] = []
+    for block in model.h:
+        block.attn.router.register_forward_hook(lambda m, i, out: losses.append(out[1]))
+    out = model(ids)
+    assert len(losses) == 3
+    close(out.aux_loss, sum(losses) / 3)
+
+
+@pytest.mark.parametrize("name", ["mha", "carope"])
+def test_a_few_steps_learn_a_repeated_text(name: str) -> None:
+    model = tiny_gpt(name, torch.float32).train()
+    ids = torch.arange(CONTEXT).remainder(5).expand(4, CONTEXT)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    first = model(ids, ids.roll(-1, 1)).loss.item()
+    for _ in range(30):
+        optimiser.zero_grad()
+        loss = model(ids, ids.roll(-1, 1)).loss
+        loss.backward()
+        optimiser.step()
+    assert loss.item() < 0.3 * first

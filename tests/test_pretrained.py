@@ -1,0 +1,233 @@
+"""Checkpoints: written whole, read back exactly, refused with a reason."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import posenc
+from helpers import NAMES, close, tiny_gpt
+from posenc import GPT, GPTConfig
+from posenc.pretrained import gpt2_state
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in NAMES} | {
+    "token": ("carope", {"source": "token", "init": "paper"}),
+    "cross": ("moh", {"encoding": "carope", "shared": 2, "top_k": 2, "bias": False}),
+    "scaled": (
+        "rope",
+        {
+            "scaling": {
+                "rope_type": "longrope",
+                "factor": 2.0,
+                "original_max_position_embeddings": 8,
+                "target_length": 16,
+                "short_factor": [1.0, 1.0, 1.0],
+                "long_factor": [1.0, 2.0, 3.0],
+            }
+        },
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    tiny_gpt("carope", torch.float32).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_round_trip(variant: str, tmp_path: Path) -> None:
+    name, options = VARIANTS[variant]
+    model = tiny_gpt(name, torch.float32, attention_options=options, gelu="tanh", dropout=0.1)
+    model.save_pretrained(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for which, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[which])
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    ids = torch.randint(29, (2, 16))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    out = loaded(ids, ids)
+    out.loss.backward()
+
+
+def test_both_files_and_nothing_else(saved: Path) -> None:
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
+    config = json.loads((saved / "config.json").read_text())
+    assert config["model_type"] == "posenc"
+    assert config["attention"] == "carope"
+    # readable as any new file, not as a private temporary one
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in saved.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_tied_weights_are_stored_once(saved: Path) -> None:
+    assert set(load_file(saved / "model.safetensors")) == set(tiny_gpt("carope").state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_dtypes_are_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny_gpt("cmha", torch.float32).to(dtype)
+    model.save_pretrained(str(tmp_path))
+    loaded = GPT.from_pretrained(str(tmp_path))
+    for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+    kept = torch.float32 if dtype == torch.bfloat16 else dtype
+    assert loaded.h[0].attn.encoding.delta.dtype == kept
+
+
+def test_saving_over_a_checkpoint_replaces_it(saved: Path) -> None:
+    other = tiny_gpt("rope", torch.float32)
+    other.save_pretrained(saved)
+    assert GPT.from_pretrained(saved).config == other.config
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_failed_writes_leave_the_old_file_whole(
+    saved: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    replace = os.replace
+
+    def fail(source: Any, target: Any) -> None:
+        if Path(target).name == file:
+            raise OSError("No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        tiny_gpt("carope", torch.float32).save_pretrained(saved)
+    assert {path.name for path in saved.iterdir()} == before.keys()
+    assert (saved / file).read_bytes() == before[file]
+    GPT.from_pretrained(saved)
+
+
+def test_compiled_models_save_plain_names(tmp_path: Path) -> None:
+    model = tiny_gpt("rope", torch.float32)
+    model.compile(backend="eager")
+    model(torch.zeros(1, 4, dtype=torch.long))
+    model.save_pretrained(tmp_path)
+    assert not any("_orig_mod" in name for name in load_file(tmp_path / "model.safetensors"))
+    torch._dynamo.reset()
+
+
+def test_missing_folders_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing", "no-such-model", "a/b/c", str(tmp_path / "x" / "y")):
+        with pytest.raises(ValueError, match="neither a folder nor a Hub id"):
+            GPT.from_pretrained(path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="neither a folder"):
+        GPT.from_pretrained(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "not valid JSON"), ("[1]", "JSON object; got list"), ("", "not valid JSON")],
+)
+def test_broken_configs_are_refused(saved: Path, content: str, message: str) -> None:
+    (saved / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "architecture 'llama'; expected 'posenc' or 'gpt2'"),
+        ({"model_type": None}, "architecture None"),
+        ({"rope_base": 3}, r"unknown keys \['rope_base'\]"),
+        ({"attention": "caropes"}, "Did you mean 'carope'"),
+        ({"layers": 0}, "layers must be at least 1"),
+        ({"layers": "two"}, "layers"),
+        ({"embed_dim": 25}, "multiple of num_heads"),
+        ({"layers": 3}, r"lacks 14 weights, first 'h\.2\."),
+        ({"layers": 1}, r"14 weights .*first 'h\.1\."),
+        ({"vocab_size": 30}, r"wte.weight has shape \(29, 24\); expected \(30, 24\)"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(
+    saved: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit_config(saved, **changes)
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(saved)
+
+
+def test_broken_weights_are_refused(saved: Path) -> None:
+    weights = saved / "model.safetensors"
+    content = weights.read_bytes()
+    for broken in (content[:100], content[:-8], b"", b"\x80\x02}q\x00."):
+        weights.write_bytes(broken)
+        with pytest.raises(ValueError, match="not a readable safetensors file"):
+            GPT.from_pretrained(saved)
+
+
+def test_pickles_are_not_opened(saved: Path) -> None:
+    trap = saved / "opened"
+
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (trap,)
+
+    (saved / "model.safetensors").unlink()
+    (saved / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ValueError, match=r"no \.safetensors file; pickled weights are not read"):
+        GPT.from_pretrained(saved)
+    assert not trap.exists()
+
+
+def test_weights_may_lie_in_several_files(saved: Path) -> None:
+    state = load_file(saved / "model.safetensors")
+    expected = GPT.from_pretrained(saved)
+    names = sorted(state)
+    for i, part in enumerate((names[::2], names[1::2])):
+        save_file({name: state[name] for name in part}, saved / f"model-0000{i}.safetensors")
+    (saved / "model.safetensors").unlink()
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    assert torch.equal(GPT.from_pretrained(saved)(ids).logits, expected(ids).logits)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_gpt2_names_map_onto_ours(prefix: str) -> None:
+    model = GPT(GPTConfig(vocab_size=7, context=5, layers=2, heads=2, embed_dim=4, attention="mha"))
+    state = model.state_dict()
+    transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    theirs = {
+        f"{prefix}{name}": value.T.contiguous() if name.endswith(transposed) else value
+        for name, value in state.items()
+    }
+    theirs |= {
+        f"{prefix}h.0.attn.bias": torch.ones(1, 1, 5, 5),
+        f"{prefix}h.1.attn.masked_bias": torch.tensor(-1e4),
+        "lm_head.weight": state["wte.weight"],
+    }
+    ours = gpt2_state(theirs)
+    assert ours.keys() == state.keys()
+    for name, value in state.items():
+        close(ours[name], value, 0)
+
+
+def test_public_names_are_importable() -> None:
+    assert set(posenc.__all__) <= set(dir(posenc))

@@ -1,0 +1,107 @@
+"""The processes of torchrun on the CPU: the same numbers as one process, and each other's runs."""
+
+import shutil
+
+import pytest
+
+from posenc.training import checkpoint as checkpoints
+from training_runs import (
+    finished,
+    flags,
+    losses,
+    rows,
+    run,
+    start,
+    train,
+    write_text,
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_text(tmp_path / "text.txt")
+    return tmp_path
+
+
+def evaluations(folder):
+    return [row["val_loss"] for row in rows(folder) if "val_loss" in row]
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes"),
+    [
+        ("ddp", {"grad_accum": 2}),
+        ("fsdp", {"grad_accum": 2, "activation_checkpointing": True}),
+        ("fsdp", {"attention": "carope", "embed_dim": 20}),
+    ],
+    ids=["ddp", "fsdp", "fsdp-carope"],
+)
+def test_two_processes_train_as_one(folder, mode, changes):
+    changes = {**changes, "eval_every": 3, "sample_tokens": 4, "grad_clip": 0.5}
+    run(flags(folder, **changes))
+    expected = losses(folder), evaluations(folder), [row.get("grad_norm") for row in rows(folder)]
+    shutil.rmtree(folder / "run")
+    out, _ = finished(start(flags(folder, parallel=mode, **changes), processes=2))
+    assert losses(folder) == pytest.approx(expected[0], rel=1e-5)
+    assert evaluations(folder) == pytest.approx(expected[1], rel=1e-5)
+    norms = [row["grad_norm"] for row in rows(folder) if "loss" in row]
+    assert norms == pytest.approx([norm for norm in expected[2] if norm is not None], rel=1e-4)
+    assert "batch: 4 sequences (2 x 2)" in out
+    assert out.count("run folder:") == 1
+
+
+def test_a_router_trains_nearly_as_one(folder):
+    """Its balance loss is a mean over each rank's share, as its authors'."""
+    changes = {"attention": "moh", "heads": 4}
+    run(flags(folder, **changes))
+    expected = losses(folder)
+    shutil.rmtree(folder / "run")
+    finished(start(flags(folder, parallel="ddp", **changes), processes=2))
+    assert losses(folder) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_run_moves_between_numbers_of_processes(folder):
+    """One process, two with whole models, two with halves, one again: as if it never moved."""
+    run(flags(folder, steps=8))
+    expected = losses(folder)
+    shutil.rmtree(folder / "run")
+    resumed = ["--resume", str(folder / "run")]
+    run(flags(folder, steps=2, decay_steps=8))
+    finished(start([*resumed, "--steps", "4", "--parallel", "ddp"], processes=2))
+    finished(start([*resumed, "--steps", "6", "--parallel", "fsdp"], processes=2))
+    (path,) = (folder / "run/checkpoints").iterdir()
+    assert len(list(path.glob("*.safetensors"))) == 2
+    assert train.main([*resumed, "--steps", "8", "--parallel", "none"]) == 0
+    assert losses(folder) == pytest.approx(expected, rel=1e-5)
+
+
+def test_sigterm_reaches_all_processes_after_the_same_step(folder):
+    """torchrun passes the signal on; the ranks agree on where to stop, and save together."""
+    process = start(flags(folder, parallel="ddp", steps=100_000), processes=2)
+    wait_for_steps(folder, process)
+    process.terminate()
+    process.communicate(timeout=120)
+    path = checkpoints.latest(folder / "run/checkpoints")
+    assert checkpoints.read_state(path)["step"] >= 3
+    assert path.name == f"step-{len(losses(folder)):08d}"
+    assert train.main(["--resume", str(folder / "run"), "--parallel", "none", "--steps", "1"]) == 0
+
+
+def wait_for_steps(folder, process):
+    import time
+
+    for _ in range(1200):
+        assert process.poll() is None, process.communicate()
+        if (folder / "run/metrics.jsonl").exists() and len(rows(folder)) >= 3:
+            return
+        time.sleep(0.1)
+    raise AssertionError("no steps in two minutes")
+
+
+@pytest.mark.parametrize("changes", [{"parallel": "none"}, {"parallel": "ddp", "batch_size": 3}])
+def test_bad_input_is_said_once(folder, changes):
+    _, err = finished(start(flags(folder, **changes), processes=2), code=1)
+    assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1
+    assert not (folder / "run").exists()

@@ -1,0 +1,271 @@
+"""Train a GPT-2 with any attention of posenc.
+
+    python train.py                                              a small RoPE model, on any CPU
+    python train.py --attention carope --out runs/carope         another attention
+    python train.py --preset shakespeare-char --data input.txt   nanoGPT's recipe
+    python train.py --resume runs/carope --steps 2000            continue, or train for longer
+    torchrun --nproc-per-node 8 train.py --preset gpt2-small --parallel fsdp
+
+The flags are the fields of `TrainConfig`: python train.py --help. This file only wires the parts
+in `posenc.training` together: parse, prepare, begin, train, finish.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from posenc.data import Corpus, StreamError, load_corpus
+from posenc.gpt import GPT
+from posenc.training import checkpoint
+from posenc.training.cli import parse
+from posenc.training.config import TrainConfig
+from posenc.training.environment import environment, peak_memory
+from posenc.training.errors import Diverged, PeerFailed, Refused, RunError, describe
+from posenc.training.evaluate import contexts
+from posenc.training.export import plain_model, sample_text
+from posenc.training.job import Job
+from posenc.training.log import TrainingLog
+from posenc.training.optimizer import make_optimizer, set_learning_rate
+from posenc.training.parallel import Parallel, connect
+from posenc.training.plot import loss_plot
+from posenc.training.precision import choose_dtype
+from posenc.training.report import heading, summary
+from posenc.training.run_folder import ENVIRONMENT, SUMMARY, RunFolder
+from posenc.training.schedule import learning_rate
+from posenc.training.signals import StopSignals
+from posenc.training.step import train_step
+from posenc.training.tracker import check_tracker, make_tracker
+
+STREAM_BROKE = 64  # a reason to stop, above the numbers of signals
+
+
+def prepare(config: TrainConfig, parallel: Parallel) -> Job:
+    """Check everything and build it; nothing is written to the run folder yet.
+
+    Raises:
+        ValueError: for what cannot be built or loaded.
+    """
+    name = f"runs/{config.attention}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = RunFolder(Path(config.out or parallel.share(name)))
+    if config.resume is None:
+        folder.check_new()
+    check_tracker(config.tracker)
+    with torch.device("meta"):
+        GPT(config.model(1))  # refuses a bad model before minutes go into the corpus
+    corpus = prepare_corpus(config, parallel)
+
+    torch.manual_seed(config.seed)
+    model = GPT(config.model(corpus.vocab_size)).to(parallel.device)
+    model.checkpoint_activations = config.activation_checkpointing
+    if config.compile:
+        for part in model.h if parallel.mode == "fsdp" else [model]:
+            part.compile()  # in place: no weight is renamed
+    module = parallel.wrap(model)
+    optimizer = make_optimizer(
+        model,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+    )
+    torch.manual_seed((config.seed + 1) * 1_000_003 + parallel.rank)  # dropout's, for each rank
+    batches = corpus.batches(
+        context=config.context,
+        batch_size=config.batch_size,
+        seed=config.data_seed,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
+    )
+    dtype = choose_dtype(config.dtype, parallel.device)
+    job = Job(config, parallel, folder, corpus, batches, model, module, optimizer, dtype)
+    if config.resume is not None:
+        job.load()
+    return job
+
+
+def prepare_corpus(config: TrainConfig, parallel: Parallel) -> Corpus:
+    """Load the corpus, first on rank 0, which fills the cache for the others."""
+
+    def load() -> Corpus:
+        assert config.data is not None
+        return load_corpus(
+            config.data,
+            val_data=config.val_data,
+            tokenizer=config.tokenizer,
+            vocab_size=config.bpe_symbols,
+            context=config.context,
+            cache_dir=config.cache_dir,
+            progress=parallel.is_main,
+        )
+
+    return parallel.on_main(load) or load()
+
+
+def begin(job: Job, argv: Sequence[str]) -> None:
+    """Make the run folder, and say what will happen."""
+
+    def write() -> None:
+        with job.folder.creating():
+            checkpoint.clean(job.folder.checkpoints)
+            job.folder.truncate_metrics(job.step)
+            if job.corpus.tokenizer is not None:
+                job.corpus.tokenizer.save(job.folder.tokenizer)
+            about = environment(argv, job.parallel, job.dtype, job.corpus.description)
+            job.folder.write_json(ENVIRONMENT, about)
+            job.folder.write_config(job.config)
+
+    job.parallel.on_main(write)
+    job.say(heading(job))
+
+
+def train(job: Job) -> int:
+    """Train to the end (0), or until a signal, whose number is returned; either way it is saved.
+
+    Raises:
+        RunError: training cannot go on. It is saved if it is sound.
+    """
+    config, main = job.config, job.parallel.is_main
+    tracker = make_tracker(
+        config.tracker if main else "none", job.folder.path, asdict(config), job.step
+    )
+    bar = tqdm(
+        total=config.steps,
+        initial=job.step,
+        unit="step",
+        disable=not main,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+    )
+    log = TrainingLog(job, tracker, bar)
+    try:
+        with StopSignals(patient=job.parallel.mode != "none") as signals, bar:
+            return take_steps(job, log, signals)
+    except (Diverged, StreamError, OSError) as error:
+        raise RunError(f"{describe(error)} {job.how_to_resume()}") from error
+    finally:
+        tracker.close()
+
+
+def take_steps(job: Job, log: TrainingLog, signals: StopSignals) -> int:
+    """The loop: draw, agree to go on, step; log, evaluate and save where due."""
+    config, parallel, batches = job.config, job.parallel, job.batches
+    log.start_clock()
+    while job.step < config.steps:
+        position, broken, drawn = batches.state_dict(), None, []
+        try:
+            drawn = [batches.next_batch() for _ in range(config.grad_accum)]
+        except StreamError as error:
+            broken = error
+        # All ranks stop after the same step, whichever of them has the reason.
+        halt = parallel.highest(STREAM_BROKE if broken else signals.received)
+        if halt:
+            log.flush()
+            job.save(position)
+            if halt == STREAM_BROKE:
+                raise broken or PeerFailed("another rank's stream broke")
+            return halt
+
+        rate = learning_rate(
+            job.step,
+            lr=config.lr,
+            min_lr=config.min_lr,
+            warmup=config.warmup,
+            decay_steps=config.decay_steps or config.steps,
+        )
+        set_learning_rate(job.optimizer, rate)
+        loss, norm = train_step(
+            job.module,
+            job.optimizer,
+            drawn,
+            grad_clip=config.grad_clip,
+            parallel=parallel,
+            autocast=job.autocast(),
+        )
+        job.step += 1
+        log.add(rate, loss, norm)
+        if job.due(config.log_every):
+            log.flush()
+        if job.due(config.eval_every):
+            log.flush()
+            log.add_evaluation(job.evaluate(config.context))
+            log.start_clock()
+        if job.due(config.save_every):
+            log.flush()
+            job.save(batches.state_dict())
+            log.start_clock()
+    return parallel.highest(signals.received)
+
+
+def finish(job: Job) -> None:
+    """Evaluate at 1, 2 and 4 training contexts, export, sample, plot and sum up."""
+    config, folder = job.config, job.folder
+    lengths, refused = contexts(job.model, job.corpus.validation)
+    evaluations = [job.evaluation or job.evaluate(config.context)]
+    evaluations += [job.evaluate(length) for length in lengths[1:]]
+    for length, evaluation in zip(lengths, evaluations, strict=True):
+        job.say(f"validation at {length} tokens ({length // config.context}x): {evaluation}")
+    for beyond, reason in refused.items():
+        job.say(f"validation at {beyond} tokens: none, {reason}")
+    peak = job.parallel.highest(peak_memory(job.parallel.device) or 0)
+    model = plain_model(job.model, job.parallel)
+    if model is None:
+        return
+    model.save_pretrained(folder.model)
+    if config.sample_tokens and job.corpus.tokenizer is not None:
+        first = [int(job.corpus.validation[:1][0])]  # in most corpora, what opens a document
+        text = sample_text(model, job.corpus.tokenizer, first, config.sample_tokens, config.seed)
+        folder.write_text(folder.sample, text)
+        job.say(f"sample:\n{text}\n")
+    loss_plot(folder.read_metrics(), folder.plot, f"{config.attention} on {config.data}")
+    values = summary(job, evaluations, refused, peak)
+    folder.write_json(SUMMARY, values)
+    job.say(
+        f"{job.seconds:.0f} s of training, {values['tokens_per_second']:,.0f} tokens/s, "
+        f"{peak / 2**20:,.0f} MiB; {SUMMARY}, {folder.plot.name} and {folder.model.name}/ "
+        f"are in {folder.path}"
+    )
+
+
+@contextmanager
+def refusing_bad_input() -> Iterator[None]:
+    """Before the run begins a ValueError is about the user's input; later it is our mistake."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with the given flags; the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        with ExitStack() as stack:
+            with refusing_bad_input():
+                config = parse(argv)
+                parallel = stack.enter_context(connect(config.parallel, config.device))
+                job = prepare(config, parallel)
+            stack.callback(job.release)
+            begin(job, argv)
+            if halt := train(job):
+                job.say(f"stopped at step {job.step}. {job.how_to_resume()}")
+                return 128 + halt
+            finish(job)
+            return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except PeerFailed as error:  # the rank that failed says why
+        return error.exit_code
+    except (RunError, StreamError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, Refused):
+            print(f"error: {describe(error)}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
