@@ -66,7 +66,7 @@ class DepthwiseConv(nn.Module):
             heads (RCMHA).
         bias: add a bias to each channel.
         init: "torch" (Conv1d's U(+-1/sqrt(k))), "identity" (0, .., 0, 1) or "primer" (0.5 on the
-            present token, the other half spread over the past).
+            present token, a k-th of it on each one before).
 
     Raises:
         ValueError: for a kernel size below 1 or an unknown init.
@@ -104,7 +104,7 @@ class DepthwiseConv(nn.Module):
         if self.init == "torch":
             nn.init.uniform_(self.weight, -bound, bound)
         else:
-            past = 0.5 / max(self.kernel_size - 1, 1) if self.init == "primer" else 0.0
+            past = 0.5 / self.kernel_size if self.init == "primer" else 0.0
             nn.init.constant_(self.weight, past)
             nn.init.constant_(self.weight[..., -1], 0.5 if self.init == "primer" else 1.0)
         if self.bias is not None:

@@ -196,13 +196,13 @@ def test_huge_logits_stay_finite(impl: str) -> None:
 )
 def test_large_logits_of_bfloat16_inputs_are_not_rounded(impl: str, relative: bool) -> None:
     q, k, v = (tensor.bfloat16() for tensor in inputs(50, 50))
-    q, table = 10 * q, randn(H, 50, D).bfloat16()
+    q, table = 30 * q, randn(H, 50, D).bfloat16()
     term = RelativeTerm(table) if relative else None
     y = attend(q, k, v, Scores(relative=term), impl=impl)
     precise = RelativeTerm(table.double()) if relative else None
     exact = attend(q.double(), k.double(), v.double(), Scores(relative=precise))
-    # rounded weights and a rounded result; logits of 50 rounded to bf16 would be off by a tenth
-    assert rms_error(y, exact) < 2 * torch.finfo(torch.bfloat16).eps
+    # rounded weights and a rounded result; logits of 100 rounded to bf16 would be off by 0.2
+    assert rms_error(y, exact) < torch.finfo(torch.bfloat16).eps / 2
 
 
 def test_reference_ignores_autocast() -> None:
