@@ -117,7 +117,7 @@ class Polar(Float32Parameters, Encoding):
         x: Tensor | None = None,
         state: Any = None,
     ) -> Scores:
-        return Scores(scale=1.0 if self.init == "authors" else 1 / math.sqrt(self.head_dim))
+        return Scores(scale=1.0 if self.init == "authors" else None)
 
     def extra_repr(self) -> str:
         sizes = f"num_heads={self.num_heads}, head_dim={self.head_dim}"
