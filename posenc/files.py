@@ -19,7 +19,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(path)
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # a new file's; what is written may be made private instead
         yield temporary
+        temporary.chmod(mode)
         with temporary.open("rb") as file:  # a name must not reach the disk before its content
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from posenc.attention import Attention
 from posenc.cache import Cache, ModelCache, cache_dtype, check_cache, place
-from posenc.checks import check_positions
+from posenc.checks import check_positions, check_sizes
 from posenc.encodings.learned import Learned
 from posenc.errors import unknown
 from posenc.zoo import model_attention
@@ -52,13 +52,16 @@ class GPTConfig:
     gelu: Literal["none", "tanh"] = "none"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context", "layers", "heads", "embed_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        if not 0 <= self.dropout < 1:
+        sizes = ("vocab_size", "context", "layers", "heads", "embed_dim")
+        check_sizes("GPTConfig", **{name: getattr(self, name) for name in sizes})
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}.")
         if self.gelu not in ("none", "tanh"):
             raise ValueError(unknown("gelu", self.gelu, ("none", "tanh")))
+        if not isinstance(self.attention_options, Mapping):
+            raise ValueError(
+                f"attention_options must map names to values; got {self.attention_options!r}."
+            )
         object.__setattr__(self, "attention_options", dict(self.attention_options))
 
 

@@ -455,9 +455,9 @@ def test_every_field_of_the_config_changes_the_model() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": 0}, "layers must be at least 1; got 0"),
-        ({"vocab_size": 0}, "vocab_size must be at least 1"),
-        ({"context": 0}, "context must be at least 1"),
+        ({"layers": 0}, "needs layers of at least 1, an integer; got 0"),
+        ({"vocab_size": 0}, "needs vocab_size of at least 1"),
+        ({"context": 0}, "needs context of at least 1"),
         ({"dropout": 1.0}, "dropout must lie in"),
         ({"heads": 5}, "multiple of num_heads"),
         ({"heads": 8}, "even head dim"),
