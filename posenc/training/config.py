@@ -105,11 +105,11 @@ class TrainConfig:
     cache_dir: str = "~/.cache/posenc"
     """Where tokenised text is kept for the next run."""
 
-    batch_size: int = 32
+    batch_size: int = 16
     """Sequences in a micro-batch, over all processes together."""
     grad_accum: int = 1
     """Micro-batches in a step."""
-    steps: int = 1000
+    steps: int = 800
     """Optimiser steps."""
     lr: float = 2e-3
     """Peak learning rate."""
@@ -128,13 +128,13 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest gradient norm; 0 does not clip."""
 
-    eval_every: int = 250
+    eval_every: int = 200
     """Steps between evaluations; 0 evaluates at the end only."""
     eval_tokens: int = 65536
     """Validation tokens of one evaluation; 0 is all of them."""
     log_every: int = 10
     """Steps between updates of metrics.jsonl and the progress bar; every step has its row."""
-    save_every: int = 250
+    save_every: int = 200
     """Steps between checkpoints; 0 saves at the end and when stopped."""
     sample_tokens: int = 200
     """Length of the sample at the end; 0 is none."""
