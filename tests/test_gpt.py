@@ -312,10 +312,11 @@ def test_weights_are_tied_and_named_as_in_gpt2(name: str) -> None:
 
 
 @VARIED
-def test_initial_values_are_those_of_gpt2(variant: str) -> None:
+def test_initial_values_are_those_of_gpt2_at_its_width(variant: str) -> None:
     name, options = VARIANTS[variant]
     model = small(name, attention_options=options)
-    residual = 0.02 / math.sqrt(2 * 3)
+    width = 0.02 * math.sqrt(768 / model.config.embed_dim)
+    residual = width / math.sqrt(2 * 3)
     for which, parameter in model.named_parameters():
         if ".attn.encoding." in which or ".conv." in which or which.startswith("phase."):
             continue
@@ -324,7 +325,8 @@ def test_initial_values_are_those_of_gpt2(variant: str) -> None:
         elif which.endswith("bias"):
             assert not parameter.any()
         else:
-            std = residual if which.endswith("c_proj.weight") else 0.02
+            std = width if which.endswith(("c_attn.weight", "c_fc.weight")) else 0.02
+            std = residual if which.endswith("c_proj.weight") else std
             slack = 5 / math.sqrt(2 * parameter.numel())
             assert parameter.std().item() == pytest.approx(std, rel=slack), which
             assert abs(parameter.mean().item()) < 5 * std / math.sqrt(parameter.numel())
@@ -340,7 +342,7 @@ def test_parts_keep_their_own_start_inside_a_model() -> None:
     primer = small("mdha").h[0].attn.conv.weight
     assert (primer[..., -1] == 0.5).all()
     rmha = small("rmha").h[0].attn.encoding
-    assert rmha.W_R.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert rmha.W_R.weight.std().item() == pytest.approx(0.02 * math.sqrt(768 / 96), rel=0.05)
     authors = small("cmha", attention_options={"init": "authors"}).h[0].attn
     bound = math.sqrt(6 / 192)
     for weight in (*authors.c_attn.weight.chunk(3), authors.c_proj.weight):
