@@ -12,6 +12,9 @@ Rows are read where they lie, whatever their strides: q, k and v may be views of
 projection (B, T, 3, H, D). o and the gradients are laid out (B, T, H, D), so that merging the heads
 copies nothing. Sums are fp32; the weights are rounded to the input's dtype for their product with
 v. fp32 inputs go through the tensor cores as three TF32 products: 22 bits of every factor count.
+
+With a `Rotation`, q is turned where it is loaded, and dq and dk are turned back where they are
+stored: `posenc.kernels.rope_attention`.
 """
 
 import functools
@@ -24,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from posenc.kernels import rope
 from posenc.kernels.common import (
     OPTIONS,
     device_of,
@@ -34,6 +38,7 @@ from posenc.kernels.common import (
     strided,
 )
 from posenc.kernels.flash_backward import delta_kernel, dkv_kernel, dq_kernel
+from posenc.kernels.turns import position_arguments, rotate_rows
 
 MAX_HEAD_DIM = 256
 #: `deterministic=None` takes the one-kernel backward for more queries than this. Not measured:
@@ -43,6 +48,25 @@ SPLIT_UP_TO = 2048
 DELTA_ROWS = 64
 
 
+class Rotation(NamedTuple):
+    """RoPE inside the kernels: head dims that are powers of two, all features turned, T = S."""
+
+    fractions: Tensor  # int64 (D/2,), see `posenc.kernels.turns`
+    positions: Tensor | None  # integer (T,) or (B, T); None is 0 .. T-1
+    factor: float
+    interleaved: bool
+
+
+def _rotation_arguments(rotation: Rotation | None, stand_in: Tensor) -> tuple[tuple, dict]:
+    """What kernels take of a rotation, or of none: values, and constants."""
+    fractions, positions, factor, interleaved = rotation or (stand_in, None, 1.0, False)
+    return (fractions, *position_arguments(fractions, positions), factor), {
+        "ROTATE": rotation is not None,
+        "HAS_POSITIONS": positions is not None,
+        "INTERLEAVED": interleaved,
+    }
+
+
 class Config(NamedTuple):
     """Queries and keys of a tile, and how the kernel is compiled."""
 
@@ -50,17 +74,20 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    #: Most registers a thread may take: at 128 two programs of 256 threads share a processor. None
+    #: leaves it to the compiler.
+    registers: int | None = None
 
 
 #: By kernel, bytes of an element, and the head dim rounded up to a power of two (at least 64).
 CONFIGS = {
-    ("forward", 2, 64): Config(128, 64, 8, 3),
+    ("forward", 2, 64): Config(128, 64, 8, 3, 128),
     ("forward", 2, 128): Config(128, 64, 8, 3),
     ("forward", 2, 256): Config(128, 64, 8, 2),
     ("forward", 4, 64): Config(64, 32, 4, 2),
     ("forward", 4, 128): Config(16, 32, 4, 2),
     ("forward", 4, 256): Config(16, 16, 8, 1),
-    ("dq", 2, 64): Config(128, 64, 8, 2),
+    ("dq", 2, 64): Config(128, 64, 8, 2, 128),
     ("dq", 2, 128): Config(128, 64, 8, 2),
     ("dq", 2, 256): Config(64, 32, 8, 2),
     ("dq", 4, 64): Config(64, 32, 4, 2),
@@ -119,17 +146,26 @@ def _attend(
     return sums, total, peak
 
 
-@triton.jit(do_not_specialize=["H", "T", "S"])
+@triton.jit(do_not_specialize=["H", "T", "S", "position_b"])
 def forward_kernel(
     q,
     k,
     v,
     o,
     lse,
+    rotated,
+    fractions,
+    positions,
+    position_b,
+    position_t,
+    factor,
     H,
     T,
     S,
     c,
+    ROTATE: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -137,7 +173,10 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows of o and L. q, k, v, o: `common.strided`; lse: contiguous fp32 (B, H, T)."""
+    """Rows of o and L; with ROTATE of turned q, which the backward pass reads.
+
+    q, k, v, o, rotated: `common.strided`. lse: contiguous fp32 (B, H, T).
+    """
     tiles = tl.cdiv(T, BLOCK_M)
     # Late rows see the most keys: they start first.
     first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
@@ -147,6 +186,16 @@ def forward_kernel(
     shift = S - T
 
     q_tile = load_tile(head_of(q, b, h), first, T, BLOCK_M, D, BLOCK_D)
+    if ROTATE:
+        turned = rotate_rows(
+            q_tile, fractions, positions + b * position_b, position_t, factor, first, T,
+            False, HAS_POSITIONS, INTERLEAVED, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        store_tile(head_of(rotated, b, h), turned, first, T, BLOCK_M, D, BLOCK_D)
+        # Read back, as every q tile is: a computed one would stay in registers, and at D=64 one
+        # program would fit where two do.
+        tl.debug_barrier()
+        q_tile = load_tile(head_of(rotated, b, h), first, T, BLOCK_M, D, BLOCK_D)
     keys, values = head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -178,31 +227,39 @@ def _launch(kernel: str, x: Tensor) -> tuple[Config, dict]:
         "PRECISION": "tf32x3" if x.dtype == torch.float32 else "ieee",
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "maxnreg": config.registers,
         **OPTIONS,
     }
 
 
-def _rows_by_head(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def rows_by_head(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised (B, H, T, D) like x, laid out (B, T, H, D)."""
     batch, heads, length, dim = x.shape
     shape = (batch, length, heads, dim)
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device).transpose(1, 2)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """o (B, H, T, D) in q's dtype and L, fp32 (B, H, T), of checked arguments."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, rotation: Rotation | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o (B, H, T, D) in q's dtype, L, fp32 (B, H, T), and q as rotated, of checked arguments.
+
+    k must be rotated already.
+    """
     batch, heads, length, _ = q.shape
-    o = _rows_by_head(q)
+    o = rows_by_head(q)
+    rotated = q if rotation is None else rows_by_head(q)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
     config, options = _launch("forward", q)
+    turn, constants = _rotation_arguments(rotation, lse)
     grid = (triton.cdiv(length, config.block_m) * batch * heads,)
     with device_of(q):
         forward_kernel[grid](
-            strided(q), strided(k), strided(v), strided(o), lse,
+            strided(q), strided(k), strided(v), strided(o), lse, strided(rotated), *turn,
             heads, length, k.shape[2], scale * math.log2(math.e),
-            GROUP=heads // k.shape[1], **options,
+            GROUP=heads // k.shape[1], **constants, **options,
         )  # fmt: skip
-    return o, lse
+    return o, lse, rotated
 
 
 def backward(
@@ -214,14 +271,19 @@ def backward(
     lse: Tensor,
     scale: float,
     deterministic: bool | None,
+    rotation: Rotation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv; deterministic False takes one kernel, True two, None the likely faster way."""
+    """dq, dk, dv; deterministic False takes one kernel, True two, None the likely faster way.
+
+    q and k are the rotated ones, dq and dk those of the ones before the rotation.
+    """
     batch, heads, length, dim = q.shape
     kv_heads, key_length = k.shape[1:3]
     split = length <= SPLIT_UP_TO if deterministic is None else deterministic
     group, c = heads // kv_heads, scale * math.log2(math.e)
-    dq, dk, dv = _rows_by_head(q), _rows_by_head(k), _rows_by_head(v)
+    dq, dk, dv = rows_by_head(q), rows_by_head(k), rows_by_head(v)
     delta = torch.empty_like(lse)
+    turn, constants = _rotation_arguments(rotation, lse)
     with device_of(q):
         if split:
             dq_sum = delta  # a stand-in, never read
@@ -229,7 +291,8 @@ def backward(
             grid = (triton.cdiv(length, config.block_m) * batch * heads,)
             dq_kernel[grid](
                 strided(q), strided(k), strided(v), strided(o), strided(do), lse, delta,
-                strided(dq), heads, length, key_length, scale, c, GROUP=group, **options,
+                strided(dq), *turn, heads, length, key_length, scale, c,
+                GROUP=group, **constants, **options,
             )  # fmt: skip
         else:
             dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
@@ -243,11 +306,15 @@ def backward(
         grid = (triton.cdiv(key_length, config.block_n) * batch * kv_heads,)
         dkv_kernel[grid](
             strided(q), strided(k), strided(v), strided(do), lse, delta, strided(dk), strided(dv),
-            dq_sum, heads, length, key_length, scale, c,
-            ADD_DQ=not split, GROUP=group, **options,
+            dq_sum, *turn, heads, length, key_length, scale, c,
+            ADD_DQ=not split, GROUP=group, **constants, **options,
         )  # fmt: skip
-        if not split:
-            torch.mul(dq_sum, scale, out=dq)
+    if not split and rotation is None:
+        torch.mul(dq_sum, scale, out=dq)
+    elif not split:
+        none = dq[:, :0]
+        at = (rotation.fractions, rotation.positions, rotation.factor * scale)
+        rope.launch(dq_sum, none, dq, none, *at, rotation.interleaved, inverse=True)
     return dq, dk, dv
 
 
@@ -255,7 +322,8 @@ def backward(
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, scale: float, deterministic: bool | None
 ) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, scale)  # `deterministic` is only passed on to the backward pass
+    o, lse, _ = forward(q, k, v, scale)  # `deterministic` is passed on to the backward pass
+    return o, lse
 
 
 @torch.library.custom_op("posenc::flash_backward", mutates_args=())
@@ -274,12 +342,12 @@ def _backward_op(
 
 @_forward_op.register_fake
 def _(q, k, v, scale, deterministic):
-    return _rows_by_head(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    return rows_by_head(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
 
 
 @_backward_op.register_fake
 def _(do, q, k, v, o, lse, scale, deterministic):
-    return _rows_by_head(q), _rows_by_head(k), _rows_by_head(v)
+    return rows_by_head(q), rows_by_head(k), rows_by_head(v)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -306,7 +374,7 @@ def flash_attention_with_lse(
     deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`flash_attention` and L, the base-2 log-sum-exp of its rows: fp32 (B, H, T), no gradient."""
-    _check(q, k, v, scale)
+    check(q, k, v, scale)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
     if torch.are_deterministic_algorithms_enabled():
@@ -341,7 +409,8 @@ def flash_attention(
     return flash_attention_with_lse(q, k, v, scale=scale, deterministic=deterministic)[0]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+    """ValueError unless these arguments of `flash_attention` fit together."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not (q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[0] == k.shape[0]):
         raise ValueError(f"expected q (B, H, T, D), k and v (B, G, S, D); got {shapes}.")
@@ -372,7 +441,7 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype, dim, kv_heads in [*plain, (half, 16, 12), (half, 80, 3)]:
         packed = torch.empty(16, 1024, 12 + 2 * kv_heads, dim, dtype=dtype, device="meta")
         q, k, v = packed.transpose(1, 2).split([12, kv_heads, kv_heads], 1)
-        o, lse = _rows_by_head(q), torch.empty(q.shape[:-1], device="meta")
+        o, lse = rows_by_head(q), torch.empty(q.shape[:-1], device="meta")
         name = f"{str(dtype).removeprefix('torch.')} D={dim}"
         yield name, functools.partial(forward, q, k, v, 0.125)
         yield name, functools.partial(backward, o, q, k, v, o, lse, 0.125, True)

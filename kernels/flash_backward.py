@@ -10,12 +10,15 @@ Two ways through the same tiles:
                  the same bits in every run.
     one kernel   the owner of rows of dK and dV also adds its share of dQ, in fp32, with atomics.
                  Five products, but dQ is zeroed, added to in no fixed order, and converted.
+
+With ROTATE, Q and K are rotated ones and dQ and dK are turned back before they are stored.
 """
 
 import triton
 import triton.language as tl
 
 from posenc.kernels.common import head_of, load_tile, store_tile
+from posenc.kernels.turns import rotate_rows
 
 
 @triton.jit
@@ -53,7 +56,7 @@ def _dq_over_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["H", "T", "S"])
+@triton.jit(do_not_specialize=["H", "T", "S", "position_b"])
 def dq_kernel(
     q,
     k,
@@ -63,11 +66,19 @@ def dq_kernel(
     lse,
     delta,
     dq,
+    fractions,
+    positions,
+    position_b,
+    position_t,
+    factor,
     H,
     T,
     S,
     scale,
     c,
+    ROTATE: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -106,7 +117,13 @@ def dq_kernel(
         grad, q_tile, do_tile, row_lse, row_delta, keys, values, m,
         whole, min(S, first + BLOCK_M + shift), S, shift, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
     )  # fmt: skip
-    store_tile(head_of(dq, b, h), grad * scale, first, T, BLOCK_M, D, BLOCK_D)
+    grad *= scale
+    if ROTATE:
+        grad = rotate_rows(
+            grad, fractions, positions + b * position_b, position_t, factor, first, T,
+            True, HAS_POSITIONS, INTERLEAVED, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+    store_tile(head_of(dq, b, h), grad, first, T, BLOCK_M, D, BLOCK_D)
 
 
 @triton.jit
@@ -170,7 +187,7 @@ def _dkv_over_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["H", "T", "S"])
+@triton.jit(do_not_specialize=["H", "T", "S", "position_b"])
 def dkv_kernel(
     q,
     k,
@@ -181,11 +198,19 @@ def dkv_kernel(
     dk,
     dv,
     dq_sum,
+    fractions,
+    positions,
+    position_b,
+    position_t,
+    factor,
     H,
     T,
     S,
     scale,
     c,
+    ROTATE: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     ADD_DQ: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -225,8 +250,15 @@ def dkv_kernel(
         whole, T, T, shift, c,
         False, ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, PRECISION,
     )  # fmt: skip
-    store_tile(head_of(dk, b, kv_head), k_grad * scale, first, S, BLOCK_N, D, BLOCK_D)
+    # dV first: its registers are then free for the rotation.
     store_tile(head_of(dv, b, kv_head), v_grad, first, S, BLOCK_N, D, BLOCK_D)
+    k_grad *= scale
+    if ROTATE:
+        k_grad = rotate_rows(
+            k_grad, fractions, positions + b * position_b, position_t, factor, first, S,
+            True, HAS_POSITIONS, INTERLEAVED, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    store_tile(head_of(dk, b, kv_head), k_grad, first, S, BLOCK_N, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["H", "T"])

@@ -37,6 +37,7 @@ from posenc.kernels.common import (
 from posenc.kernels.turns import (
     columns_from,
     cos_sin,
+    position_arguments,
     position_turns,
     rotate,
     turns_from_angle,
@@ -244,12 +245,6 @@ def blocks(head_dim: int) -> dict[str, int]:
     return {"PAIRS": head_dim // 2, "ROWS": max(TILE // block, 1), "BLOCK_P": block}
 
 
-def _position_arguments(fractions: Tensor, positions: Tensor | None) -> tuple[Tensor, int, int]:
-    if positions is None:
-        return fractions, 0, 0
-    return positions, positions.stride(0) if positions.ndim == 2 else 0, positions.stride(-1)
-
-
 def forward(
     q: Tensor, k: Tensor, delta: Tensor, b: Tensor, fractions: Tensor, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -261,7 +256,7 @@ def forward(
     with device_of(q):
         forward_kernel[triton.cdiv(length, sizes["ROWS"]), heads, batch](
             strided(q), strided(k), strided(q_out), strided(k_out), delta, b, fractions,
-            *_position_arguments(fractions, positions), length,
+            *position_arguments(fractions, positions), length,
             HAS_POSITIONS=positions is not None, **sizes, num_warps=NUM_WARPS, **OPTIONS,
         )  # fmt: skip
     return q_out, k_out
@@ -288,7 +283,7 @@ def backward(
     with device_of(q):
         backward_kernel[tiles, heads, batch](
             strided(q), strided(k), strided(dq_out), strided(dk_out), strided(dq), strided(dk),
-            partial, delta, b, fractions, *_position_arguments(fractions, positions),
+            partial, delta, b, fractions, *position_arguments(fractions, positions),
             length, tiles, heads,
             HAS_POSITIONS=positions is not None, **sizes, num_warps=NUM_WARPS, **OPTIONS,
         )  # fmt: skip
@@ -368,6 +363,7 @@ def polar(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit.
     """
+    require_runnable("polar", q, k)
     batch, heads, length, head_dim = q.shape
     if k.shape != q.shape or head_dim % 2 or not q.numel():
         raise ValueError(
@@ -389,7 +385,6 @@ def polar(
         raise ValueError(
             f"positions must be integers, int32 or int64; got {positions.dtype}. Use torch.long."
         )
-    require_runnable("polar", q, k)
     fractions = turns_from_radians(frequencies)
     return _forward_op(q, k, delta.contiguous(), b.contiguous(), fractions, positions)
 

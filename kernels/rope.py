@@ -28,6 +28,7 @@ from posenc.kernels.common import (
 from posenc.kernels.turns import (
     columns_from,
     cos_sin,
+    position_arguments,
     position_turns,
     rotate,
     turns_from_radians,
@@ -166,9 +167,6 @@ def launch(
     heads = max(q_heads, k_heads)
     groups = min(heads, triton.cdiv(PROGRAMS, tiles * batch))
     group = triton.cdiv(heads, groups)
-    position_strides = (0, 0)
-    if positions is not None:
-        position_strides = (positions.stride(0) if positions.ndim == 2 else 0, positions.stride(-1))
     with device_of(q):
         rope_kernel[tiles, triton.cdiv(heads, group), batch](
             strided(q),
@@ -176,8 +174,7 @@ def launch(
             strided(q_out),
             strided(k_out),
             fractions,
-            fractions if positions is None else positions,
-            *position_strides,
+            *position_arguments(fractions, positions),
             length,
             q_heads,
             k_heads,
@@ -264,6 +261,35 @@ class _InPlace(torch.autograd.Function):
         return dx, None, None, None, None
 
 
+def check(
+    q: Tensor, k: Tensor, frequencies: Tensor, positions: Tensor | None, pairing: str
+) -> None:
+    """ValueError unless these arguments of `rope` fit together."""
+    require_runnable("rope", q, k)
+    batch, _, length, head_dim = q.shape
+    if k.shape[0] != batch or k.shape[2:] != q.shape[2:]:
+        raise ValueError(
+            f"q and k must agree in batch, length and head dim; got {tuple(q.shape)} and "
+            f"{tuple(k.shape)}."
+        )
+    if frequencies.ndim != 1 or not 2 <= 2 * frequencies.shape[0] <= head_dim:
+        raise ValueError(
+            f"frequencies must be (R/2,) with R at most the head dim, {head_dim}; got "
+            f"{tuple(frequencies.shape)}."
+        )
+    if positions is not None and positions.shape not in ((length,), (batch, length)):
+        raise ValueError(
+            f"positions must have shape ({length},) or ({batch}, {length}); "
+            f"got {tuple(positions.shape)}."
+        )
+    if positions is not None and positions.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"positions must be integers, int32 or int64; got {positions.dtype}. Use torch.long."
+        )
+    if pairing not in PAIRINGS:
+        raise ValueError(f"unknown pairing: {pairing!r}. Known: {', '.join(PAIRINGS)}.")
+
+
 def rope(
     q: Tensor,
     k: Tensor,
@@ -294,29 +320,7 @@ def rope(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit.
     """
-    require_runnable("rope", q, k)
-    batch, _, length, head_dim = q.shape
-    if k.shape[0] != batch or k.shape[2:] != q.shape[2:]:
-        raise ValueError(
-            f"q and k must agree in batch, length and head dim; got {tuple(q.shape)} and "
-            f"{tuple(k.shape)}."
-        )
-    if frequencies.ndim != 1 or not 2 <= 2 * frequencies.shape[0] <= head_dim:
-        raise ValueError(
-            f"frequencies must be (R/2,) with R at most the head dim, {head_dim}; got "
-            f"{tuple(frequencies.shape)}."
-        )
-    if positions is not None and positions.shape not in ((length,), (batch, length)):
-        raise ValueError(
-            f"positions must have shape ({length},) or ({batch}, {length}); "
-            f"got {tuple(positions.shape)}."
-        )
-    if positions is not None and positions.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"positions must be integers, int32 or int64; got {positions.dtype}. Use torch.long."
-        )
-    if pairing not in PAIRINGS:
-        raise ValueError(f"unknown pairing: {pairing!r}. Known: {', '.join(PAIRINGS)}.")
+    check(q, k, frequencies, positions, pairing)
     interleaved = pairing == "interleaved"
     fractions = turns_from_radians(frequencies)
     if inplace and (q is k or any(0 in x.stride() for x in (q, k) if x.numel())):

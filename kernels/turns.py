@@ -36,6 +36,13 @@ def radians_from_turns(turns: Tensor) -> Tensor:
     return turns.to(torch.float64) * (2 * math.pi / 2.0**64)
 
 
+def position_arguments(fractions: Tensor, positions: Tensor | None) -> tuple[Tensor, int, int]:
+    """What a kernel takes of positions (T,) or (B, T): the pointer, strides of rows and tokens."""
+    if positions is None:
+        return fractions, 0, 0  # a stand-in, never read
+    return positions, positions.stride(0) if positions.ndim == 2 else 0, positions.stride(-1)
+
+
 @triton.jit
 def upper(turns):
     """The upper word of 64-bit turns, int32."""
@@ -102,6 +109,52 @@ def rotate(x1, x2, cos, sin):
     Fused multiply-adds are explicit: left to the compiler, two kernels might round differently.
     """
     return tl.fma(x1, cos, -(x2 * sin)), tl.fma(x2, cos, x1 * sin)
+
+
+@triton.jit
+def rotate_tile(tile, cos, sin, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr):
+    """R(a) on an fp32 tile (ROWS, 2 * PAIRS) that is already in registers."""
+    if INTERLEAVED:
+        x1, x2 = tl.split(tl.reshape(tile, (ROWS, PAIRS, 2)))
+    else:
+        x1, x2 = tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, PAIRS)), (0, 2, 1)))
+    y = tl.join(*rotate(x1, x2, cos, sin))
+    if not INTERLEAVED:
+        y = tl.permute(y, (0, 2, 1))
+    return tl.reshape(y, (ROWS, 2 * PAIRS))
+
+
+@triton.jit
+def rotate_rows(
+    tile,
+    fractions,
+    positions,
+    stride_t,
+    factor,
+    first,
+    length,
+    INVERSE: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """factor R(phase) on a tile in registers, in fp32: rows `first` .. of a sequence."""
+    turns = position_turns(
+        fractions,
+        positions,
+        stride_t,
+        first,
+        length,
+        HAS_POSITIONS,
+        ROWS,
+        BLOCK_D // 2,
+        BLOCK_D // 2,
+    )
+    cos, sin = cos_sin(turns)
+    cos *= factor
+    sin *= -factor if INVERSE else factor
+    return rotate_tile(tile.to(tl.float32), cos, sin, INTERLEAVED, ROWS, BLOCK_D // 2)
 
 
 @triton.jit

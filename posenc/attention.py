@@ -16,7 +16,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from posenc.cache import Cache, Stream, cache_dtype, check_cache, place
+from posenc import fused
+from posenc.cache import Cache, Placement, Stream, cache_dtype, check_cache, place
 from posenc.checks import check_heads, check_positions
 from posenc.convolution import DepthwiseConv
 from posenc.core import attend, check_impl
@@ -85,6 +86,12 @@ class Attention(nn.Module):
                         f"{seam} {type(part).__name__} was built for {size}={got}; "
                         f"the attention has {expected}. Build both for the same sizes."
                     )
+        if self.impl == "fused":
+            fused.check_case(None, self.dropout)
+            if not self.encoding.has_kernel:
+                raise ValueError(
+                    f"impl='fused' has no kernel for {type(self.encoding).__name__}. {fused.REMEDY}"
+                )
         if self.encoding.at_input:
             raise ValueError(
                 f"{type(self.encoding).__name__} acts where tokens enter the model, not in "
@@ -211,22 +218,36 @@ class Attention(nn.Module):
         )
         if self.conv is not None:
             q, k, v = self.conv(q, k, v, real=here, state=cache)
-        q, k = self.encoding.rotate(q, k, where.positions, x if phase is None else phase, cache)
-        if cache is not None:
-            k, v = cache.append("k", k), cache.append("v", v)
-        scores = self.encoding.scores(q, k, where.positions, where.keys, x, cache)
-        dropout_p = self.dropout if self.training else 0.0
-        y = attend(
-            q, k, v, scores, real=where.real, dropout_p=dropout_p, impl=self.impl
-        )  # (B, H, T, D)
-        aux = y.new_zeros((), dtype=torch.float32)
+        gates, aux = None, q.new_zeros((), dtype=torch.float32)
+        # Before the rotation, which keeps the norms that a router may read.
         if self.router is not None:
             gates, aux = self.router(x, q, real=here)  # (B, H, T)
+        y = self._attend(q, k, v, where, x if phase is None else phase, cache)  # (B, H, T, D)
+        if gates is not None:
             y = y * gates.unsqueeze(-1).to(y.dtype)
         y = self.c_proj(rearrange(y, "b h t d -> b t (h d)"))
         if cache is not None:
             cache.advance(length)
         return (y, aux) if return_aux else y
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, where: Placement, x: Tensor, cache: Cache | None
+    ) -> Tensor:
+        """Position in q, k and the logits, and attention over the cached keys too: (B, H, T, D)."""
+        dropout_p = self.dropout if self.training else 0.0
+        rotate = self.encoding.rotate
+        if self.impl == "fused":
+            fused.check_case(where.real, dropout_p)
+            if cache is None:
+                whole = self.encoding.attend_fused(q, k, v, where.positions)
+                if whole is not None:
+                    return whole
+            rotate = self.encoding.rotate_fused
+        q, k = rotate(q, k, where.positions, x, cache)
+        if cache is not None:
+            k, v = cache.append("k", k), cache.append("v", v)
+        scores = self.encoding.scores(q, k, where.positions, where.keys, x, cache)
+        return attend(q, k, v, scores, real=where.real, dropout_p=dropout_p, impl=self.impl)
 
     def extra_repr(self) -> str:
         sizes = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"

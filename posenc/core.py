@@ -7,9 +7,10 @@ Shapes: q (B, H, T, D), k and v (B, H, S, D) with T <= S; query row i sits at ke
 Back ends (`impl`):
     reference   materialises the definition, in fp32 or better
     sdpa        torch's scaled_dot_product_attention; a dense bias only where the logits need one
-    fused       Triton kernels
-    auto        the fastest that supports the case; on CPU `posenc.blockwise` for relative terms
-An explicit choice never falls back.
+    fused       Triton kernels, see `posenc.fused`
+    auto        the fastest measured: on CPU `posenc.blockwise` for relative terms, else sdpa
+An explicit choice never falls back. The kernels have been timed on no GPU yet, so `auto` leaves
+them out.
 """
 
 import math
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from posenc import fused
 from posenc.autocast import no_autocast
 from posenc.blockwise import attend_blockwise
 from posenc.errors import unknown
@@ -31,14 +33,11 @@ UPCAST_TO = 512
 
 
 def check_impl(impl: str) -> str:
-    """`impl` itself, or ValueError with the choices; "fused" raises where no kernel can run it."""
+    """`impl` itself, or ValueError with the choices; "fused" raises where no kernel can run."""
     if impl not in IMPLS:
         raise ValueError(unknown("impl", impl, IMPLS))
-    if impl == "fused":
-        raise ValueError(
-            "impl='fused' asks for a Triton kernel; this version has none. "
-            "Use impl='sdpa' (torch's fused attention), 'reference' or 'auto'."
-        )
+    if impl == "fused" and not torch.compiler.is_compiling():
+        fused.check_available()
     return impl
 
 
@@ -83,7 +82,8 @@ def attend(
         (B, H, T, D) in q's dtype.
 
     Raises:
-        ValueError: for an unknown impl, "fused" without a kernel, or fewer keys than queries.
+        ValueError: for an unknown impl, a case that "fused" has no kernel for, or fewer keys than
+            queries.
     """
     check_impl(impl)
     scores = scores or Scores()
@@ -92,6 +92,8 @@ def attend(
             f"causal attention needs at least as many keys as queries; got T={q.shape[-2]}, "
             f"S={k.shape[-2]}. Pass the whole key sequence, the queries being its last tokens."
         )
+    if impl == "fused":
+        return fused.attend(q, k, v, scores, real, dropout_p)
     if impl == "reference":
         return _reference(q, k, v, scores, real, dropout_p)
     if impl == "auto" and q.device.type == "cpu" and real is None:

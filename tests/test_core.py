@@ -1,5 +1,6 @@
 """attend(): causal alignment, masks, scores and back ends."""
 
+import importlib.util
 import math
 
 import pytest
@@ -245,3 +246,9 @@ def test_impl_is_checked() -> None:
         check_impl("refrence")
     with pytest.raises(ValueError, match="'sdpa'"):
         attend(*inputs(2, 2), impl="fused")
+
+
+def test_kernels_are_refused_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"Triton is not installed\. Use impl='sdpa'"):
+        check_impl("fused")

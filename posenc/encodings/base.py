@@ -28,6 +28,8 @@ class Encoding(nn.Module):
     at_input: ClassVar[bool] = False
     #: Whether shifting all positions leaves the output unchanged.
     relative: ClassVar[bool] = True
+    #: Whether kernels compute its logits (`impl="fused"`).
+    has_kernel: ClassVar[bool] = True
 
     def embed(self, positions: Tensor) -> Tensor | None:
         """What is added once to the token embedding: (T, C) or (B, T, C), or None."""
@@ -43,6 +45,21 @@ class Encoding(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Transform q and k, in time linear in T; `state` is given while decoding."""
         return q, k
+
+    def rotate_fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        positions: Tensor | None = None,
+        x: Tensor | None = None,
+        state: "Cache | None" = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`rotate` by a Triton kernel where the scheme has one (`impl="fused"`)."""
+        return self.rotate(q, k, positions, x, state)
+
+    def attend_fused(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor | None:
+        """Rotation and attention in one kernel where the scheme has one, else None."""
+        return None
 
     def scores(
         self,

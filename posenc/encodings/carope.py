@@ -150,6 +150,30 @@ class CARoPE(Float32Parameters, Encoding):
         state: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """Rotate q and k (B, H, T, D) by the phases of x (B, T, C)."""
+        x = self._checked(q, k, x)
+        return turn_by_phase(q, k, self.phases(x, positions, state))
+
+    def rotate_fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        positions: Tensor | None = None,
+        x: Tensor | None = None,
+        state: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`rotate` by the kernel, which keeps no phases; a cache must, so decoding is `rotate`."""
+        from posenc.kernels.carope import carope
+
+        if state is not None:
+            return self.rotate(q, k, positions, x, state)
+        log_f = log_rates(self._checked(q, k, x), self.weight, self.bias)
+        if positions is not None and positions.ndim == 2:
+            log_f = log_f.masked_fill((positions < 0).unsqueeze(1), -math.inf)
+        q, k, _ = carope(q, k, log_f, first_power=self.first_power)
+        return q, k
+
+    def _checked(self, q: Tensor, k: Tensor, x: Tensor | None) -> Tensor:
+        """x itself, or ValueError for what does not fit."""
         check_pair(q, k, self.head_dim)
         shape = (q.shape[0], q.shape[-2], self.embed_dim)
         if x is None or x.shape != shape:
@@ -158,7 +182,7 @@ class CARoPE(Float32Parameters, Encoding):
                 f"CARoPE turns by the tokens: rotate(q, k, positions, x) needs x of shape {shape}; "
                 f"got {got}. Pass the attention's input."
             )
-        return turn_by_phase(q, k, self.phases(x, positions, state))
+        return x
 
     def streams(self) -> dict[str, Stream]:
         return {"phase": Stream((self.num_heads, self.head_dim // 2), torch.float64, history=1)}

@@ -43,6 +43,18 @@ def content_angle(x: Tensor, delta: Tensor) -> Tensor:
     return (delta - 1).unsqueeze(-2) * torch.atan2(second, first)
 
 
+def turn_by_content(
+    q: Tensor, k: Tensor, delta: Tensor, b: Tensor, turns: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rotate q and k (B, H, T, D) by their own angles and by `turns`, that of their positions.
+
+    delta, b: (H, D/2); b turns q alone. turns: broadcastable to (B, H, T, D/2).
+    """
+    q_angle = content_angle(q, delta) + (b.unsqueeze(-2) + turns)
+    k_angle = content_angle(k, delta) + turns
+    return turn(q, q_angle.cos(), q_angle.sin()), turn(k, k_angle.cos(), k_angle.sin())
+
+
 class Polar(Float32Parameters, Encoding):
     """CMHA's polar rotation: position plus a learned multiple of each pair's own angle.
 
@@ -104,9 +116,23 @@ class Polar(Float32Parameters, Encoding):
         positions = check_positions(positions, q.shape[0], q.shape[-2], q.device)
         frequencies = inverse_frequencies(self.head_dim, self.base, q.device)
         turns = position_phases(positions, frequencies).to(phase_dtype(q))  # (T, D/2)
-        q_angle = content_angle(q, self.delta) + (self.b.unsqueeze(-2) + turns)
-        k_angle = content_angle(k, self.delta) + turns
-        return turn(q, q_angle.cos(), q_angle.sin()), turn(k, k_angle.cos(), k_angle.sin())
+        return turn_by_content(q, k, self.delta, self.b, turns)
+
+    def rotate_fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        positions: Tensor | None = None,
+        x: Tensor | None = None,
+        state: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`rotate` by the kernel: one launch for q and k."""
+        from posenc.kernels.polar import polar
+
+        check_pair(q, k, self.head_dim)
+        positions = check_positions(positions, q.shape[0], q.shape[-2], q.device).long()
+        frequencies = inverse_frequencies(self.head_dim, self.base, q.device)
+        return polar(q, k, self.delta, self.b, frequencies, positions)
 
     def scores(
         self,

@@ -79,6 +79,8 @@ class Relative(Encoding):
         ValueError: for an unknown kind, a missing or non-positive max_distance, an odd embed_dim.
     """
 
+    has_kernel = False
+
     def __init__(
         self,
         num_heads: int,

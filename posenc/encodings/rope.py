@@ -78,6 +78,30 @@ class RoPE(Encoding):
         cos, sin = angle.cos() * factor, angle.sin() * factor
         return turn(q, cos, sin, self.pairing), turn(k, cos, sin, self.pairing)
 
+    def rotate_fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        positions: Tensor | None = None,
+        x: Tensor | None = None,
+        state: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`rotate` by the kernel: one launch for q and k."""
+        from posenc.kernels.rope import rope
+
+        check_pair(q, k, self.head_dim)
+        positions = check_positions(positions, q.shape[0], q.shape[-2], q.device).long()
+        frequencies, factor = scaled_frequencies(self.rotary_dim, self.base, self.scaling, q.device)
+        return rope(q, k, frequencies, positions, factor=factor, pairing=self.pairing)
+
+    def attend_fused(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        from posenc.kernels.rope_attention import rope_attention
+
+        frequencies, factor = scaled_frequencies(self.rotary_dim, self.base, self.scaling, q.device)
+        return rope_attention(
+            q, k, v, frequencies, positions.long(), factor=factor, pairing=self.pairing
+        )
+
     def extra_repr(self) -> str:
         return (
             f"head_dim={self.head_dim}, base={self.base}, pairing={self.pairing!r}, "

@@ -1,0 +1,509 @@
+"""Every kernel beside its peers, behind a gate of correctness: `python -m bench.kernels`.
+
+    python -m bench.kernels --out bench/results/h100/kernels.jsonl     S1, S2, S3 in bfloat16, CUDA
+    TRITON_INTERPRET=1 python -m bench.kernels --shapes 1,2,33,16      the same code on a CPU, slow
+
+A case is a computation, its providers are implementations. Before a provider is timed, its outputs
+and all gradients on one head are compared with the definition in fp64: at most twice the error of
+the definition in the inputs' own dtype, or there is no row. A provider that is not installed or
+does not fit is left out, with the reason. All providers of a case run in the same process on the
+same inputs; q, k and v are views of one packed projection.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import posenc
+from bench.rows import Row, RowFile
+from posenc.encodings.carope import running_phase, turn_by_phase
+from posenc.encodings.polar import turn_by_content
+from posenc.kernels.carope import carope
+from posenc.kernels.flash import flash_attention
+from posenc.kernels.polar import polar
+from posenc.kernels.rope import rope
+from posenc.kernels.rope_attention import rope_attention
+from posenc.phase import inverse_frequencies, phase_dtype, position_phases
+
+#: Batch, heads, length, head dim. GPT-2's layer at three lengths, 16,384 tokens each.
+SHAPES = {"S1": (16, 12, 1024, 64), "S2": (4, 12, 4096, 64), "S3": (1, 12, 16384, 64)}
+#: The direct form of CMHA holds every pair of tokens and bands: 1.6 GB at this size.
+DIRECT = (1, 12, 1024, 64)
+OURS = "posenc"
+EAGER = "eager"
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+class Case(NamedTuple):
+    """A computation: leaves in, tensors out; by its definition, and by its providers."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    definition: Function
+    providers: dict[str, Callable[[], Function]]  # built when their turn comes
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Causal attention as written."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    visible = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    return ((q @ k.mT) * scale).masked_fill(~visible, -math.inf).softmax(-1) @ v
+
+
+def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's attention by one named back end."""
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+FA2 = partial(sdpa, SDPBackend.FLASH_ATTENTION)
+CUDNN = partial(sdpa, SDPBackend.CUDNN_ATTENTION)
+
+
+def flex(length: int, device: torch.device) -> Function:
+    """Compiled FlexAttention with a causal block mask."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def causal(b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
+        return m >= n
+
+    mask = create_block_mask(causal, None, None, length, length, device=device)
+    return partial(torch.compile(flex_attention), block_mask=mask)
+
+
+def after(rotate: Function, core: Function) -> Function:
+    """Attention whose q and k are rotated first; what follows v is for the rotation."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        q, k = rotate(q, k, *rest)
+        return core(q, k, v)  # type: ignore[return-value]
+
+    return run
+
+
+def liger(length: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Function:
+    """Liger's rotation, its tables made beforehand."""
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    turns = torch.arange(length, device=device)[:, None] * inverse_frequencies(
+        head_dim, 10000.0, device
+    )
+    angles = torch.cat((turns, turns), dim=-1)[None]
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return lambda q, k: LigerRopeFunction.apply(q, k, cos, sin)
+
+
+def cores(length: int, device: torch.device) -> dict[str, Callable[[], Function]]:
+    """The peers of the flash core."""
+    peers: dict[str, Callable[[], Function]] = {
+        "sdpa-fa2": lambda: FA2,
+        "sdpa-cudnn": lambda: CUDNN,
+        "flex": lambda: flex(length, device),
+    }
+    return peers if device.type == "cuda" else {}
+
+
+def direct_cmha(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, b: Tensor) -> Tensor:
+    """ComplexFormer's scores as written: a cosine for every pair of tokens and every band."""
+    pairs, length = q.shape[-1] // 2, q.shape[-2]
+    (q1, q2), (k1, k2) = q.float().split(pairs, -1), k.float().split(pairs, -1)
+    positions = torch.arange(length, device=q.device)
+    apart = (positions[:, None] - positions)[..., None]
+    omega = inverse_frequencies(2 * pairs, 10000.0, q.device)
+    turn = (apart * omega).remainder(2 * math.pi).float()  # (T, T, D/2)
+    q_angle, k_angle = torch.atan2(q2, q1), torch.atan2(k2, k1)
+    angle = delta[:, None, None] * (q_angle.unsqueeze(-2) - k_angle.unsqueeze(-3))
+    size = torch.hypot(q1, q2).unsqueeze(-2) * torch.hypot(k1, k2).unsqueeze(-3)
+    scores = (size * torch.cos(angle + b[:, None, None] + turn)).sum(-1)
+    visible = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    scores = (scores * q.shape[-1] ** -0.5).masked_fill(~visible, -math.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def cases(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> Iterator[Case]:
+    """All cases of one shape, on fresh random inputs."""
+    batch, heads, length, dim = shape
+    packed = torch.randn(batch, length, 3, heads, dim, device=device, dtype=dtype)
+    q, k, v = (x.detach().requires_grad_() for x in packed.permute(2, 0, 3, 1, 4).unbind(0))
+    log_f = -torch.nn.functional.softplus(
+        torch.randn(batch, heads, length, device=device, dtype=torch.float64)
+    ).log1p()
+    log_f.requires_grad_()
+    delta = (1 + 0.1 * torch.randn(heads, dim // 2, device=device)).requires_grad_()
+    b = (0.1 * torch.randn(heads, dim // 2, device=device)).requires_grad_()
+
+    encoding = posenc.RoPE(dim)
+    omega = inverse_frequencies(dim, encoding.base, device)
+
+    def eager_rope(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return encoding.rotate(q, k)
+
+    def eager_carope(q: Tensor, k: Tensor, log_f: Tensor) -> tuple[Tensor, Tensor]:
+        return turn_by_phase(q, k, running_phase(log_f.double(), dim // 2))
+
+    def eager_polar(q: Tensor, k: Tensor, delta: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        turns = position_phases(torch.arange(length, device=device), omega)
+        return turn_by_content(q, k, delta, b, turns.to(phase_dtype(q)))
+
+    def our_carope(q: Tensor, k: Tensor, log_f: Tensor) -> tuple[Tensor, Tensor]:
+        return carope(q, k, log_f)[:2]
+
+    def our_polar(q: Tensor, k: Tensor, delta: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return polar(q, k, delta, b, omega)
+
+    peers = cores(length, device)
+    fast = {"": flash_attention, " + fa2": FA2, " + cudnn": CUDNN}
+    compiled = {"torch.compile": torch.compile} if device.type == "cuda" else {}
+    yield Case(
+        "flash",
+        (q, k, v),
+        attention,
+        {
+            OURS: lambda: flash_attention,
+            f"{OURS} split": lambda: partial(flash_attention, deterministic=True),
+            f"{OURS} one kernel": lambda: partial(flash_attention, deterministic=False),
+            EAGER: lambda: attention,
+            **peers,
+        },
+    )
+
+    our_rope: Function = lambda q, k: rope(q, k, omega)  # noqa: E731
+    liger_rope = partial(liger, length, dim, dtype, device)
+    for name, rotate, eager, extra in (
+        ("rope", our_rope, eager_rope, ()),
+        ("carope", our_carope, eager_carope, (log_f,)),
+        ("polar", our_polar, eager_polar, (delta, b)),
+    ):
+        providers: dict[str, Callable[[], Function]] = {
+            OURS: lambda rotate=rotate: rotate,
+            EAGER: lambda eager=eager: eager,
+            **{key: lambda wrap=wrap, eager=eager: wrap(eager) for key, wrap in compiled.items()},
+        }
+        if name == "rope" and device.type == "cuda":
+            providers["liger"] = liger_rope
+        yield Case(name, (q, k, *extra), eager, providers)
+
+        whole = {f"{OURS} parts": lambda rotate=rotate: after(rotate, flash_attention)}
+        if name == "rope":
+            whole = {OURS: lambda: lambda q, k, v: rope_attention(q, k, v, omega), **whole}
+        else:
+            whole = {OURS: whole[f"{OURS} parts"]}
+        whole[EAGER] = lambda eager=eager: after(eager, attention)
+        if device.type == "cuda":
+            for label, core in fast.items():
+                if label:
+                    whole[f"{OURS}{label}"] = lambda r=rotate, core=core: after(r, core)
+                    whole[f"torch.compile{label}"] = lambda e=eager, core=core: after(
+                        torch.compile(e), core
+                    )
+            if name == "rope":
+                whole["liger + fa2"] = lambda: after(liger_rope(), FA2)
+        if name == "polar" and math.prod(shape) <= math.prod(DIRECT):
+            whole["direct"] = lambda: direct_cmha
+        yield Case(f"{name} + attention", (q, k, v, *extra), after(eager, attention), whole)
+
+
+def one_head(x: Tensor) -> Tensor:
+    """The last head of q, k, v, rates (B, H, ..) or of a parameter (H, ..): heads do not meet."""
+    return x[:, -1:] if x.ndim >= 3 else x[-1:]
+
+
+def outputs_and_gradients(
+    function: Function, inputs: tuple[Tensor, ...], dtype: torch.dtype
+) -> list[Tensor]:
+    """Outputs, then the gradients of a random projection of them, the same for every provider.
+
+    The projection is drawn in `dtype`, for one head, and serves all heads.
+    """
+    found = function(*inputs)
+    outputs = (found,) if isinstance(found, Tensor) else found
+    probes = []
+    for number, output in enumerate(outputs):
+        generator = torch.Generator(output.device).manual_seed(number)
+        shape = (output.shape[0], 1, *output.shape[2:])
+        probe = torch.randn(shape, generator=generator, device=output.device, dtype=dtype)
+        probes.append(probe.to(output.dtype).expand_as(output))
+    return [*outputs, *torch.autograd.grad(outputs, inputs, probes)]
+
+
+def errors(actual: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Root mean square of each difference, relative to that of the exact tensor."""
+    return [
+        ((a.double() - e).square().mean() / e.square().mean().clamp(min=1e-30)).sqrt().item()
+        for a, e in zip(actual, exact, strict=True)
+    ]
+
+
+class Gate:
+    """What a provider must compute: one head in fp64, and the error that its dtype excuses."""
+
+    def __init__(self, case: Case) -> None:
+        self.inputs, self.dtype = case.inputs, case.inputs[0].dtype
+        head = tuple(one_head(x.detach()).clone().requires_grad_() for x in case.inputs)
+        precise = tuple(x.detach().double().requires_grad_() for x in head)
+        self.exact = outputs_and_gradients(case.definition, precise, self.dtype)
+        plain = outputs_and_gradients(case.definition, head, self.dtype)
+        rounding = torch.finfo(self.dtype).eps
+        self.allowed = [2 * error + rounding for error in errors(plain, self.exact)]
+
+    def check(self, function: Function) -> float:
+        """The error of the first output; ValueError where anything is worse than allowed."""
+        results = outputs_and_gradients(function, self.inputs, self.dtype)
+        found = errors([one_head(x) for x in results], self.exact)
+        for number, (error, allowed) in enumerate(zip(found, self.allowed, strict=True)):
+            if not error <= allowed:
+                raise ValueError(f"result {number} is off by {error:.1e}; allowed {allowed:.1e}")
+        return found[0]
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float, float]:
+    """p20, p50 and p80 in milliseconds."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        low, middle, high = do_bench(run, warmup=25, rep=150, quantiles=[0.2, 0.5, 0.8])
+        return low, middle, high
+    taken = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        taken.append((time.perf_counter() - start) * 1e3)
+    low, middle, high = sorted(taken)
+    return low, middle, high
+
+
+def modes(function: Function, inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], Any]]:
+    """What is timed: forward alone, backward alone, both."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            function(*inputs)
+
+    found = function(*inputs)
+    outputs = (found,) if isinstance(found, Tensor) else found
+    gradients = [torch.randn_like(output) for output in outputs]
+
+    def both() -> None:
+        found = function(*inputs)
+        torch.autograd.grad(found, inputs, gradients)
+
+    return {
+        "fwd": forward,
+        "bwd": lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True),
+        "fwd+bwd": both,
+    }
+
+
+def peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:
+    """The most memory that a call adds, on CUDA."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def ceilings(device: torch.device) -> Iterator[Row]:
+    """What the device reaches at best: a bf16 product, and copies, counting bytes both ways."""
+    if device.type != "cuda":
+        return
+    a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16).unbind(0)
+    low, middle, high = timed(lambda: a @ b, device)
+    rates = [2 * 8192**3 / ms / 1e9 for ms in (high, middle, low)]
+    sizes = {"B": 1, "H": 1, "T": 8192, "D": 8192, "dtype": "bfloat16", "error_vs_fp64": None}
+    yield Row(
+        "product",
+        "cublas",
+        "fwd",
+        "rate",
+        "TFLOP/s",
+        p20=rates[0],
+        p50=rates[1],
+        p80=rates[2],
+        **sizes,
+    )
+    for mib in (25, 64, 256):
+        source = torch.randn(mib * 2**18, device=device)
+        target = torch.empty_like(source)
+        times = timed(lambda source=source, target=target: target.copy_(source), device)
+        rates = [2 * source.nbytes / ms / 1e9 for ms in reversed(times)]
+        sizes = {
+            "B": 1,
+            "H": 1,
+            "T": source.numel(),
+            "D": 1,
+            "dtype": "float32",
+            "error_vs_fp64": None,
+        }
+        yield Row(
+            "copy",
+            f"{mib} MiB",
+            "fwd",
+            "rate",
+            "TB/s",
+            p20=rates[0],
+            p50=rates[1],
+            p80=rates[2],
+            **sizes,
+        )
+
+
+def measure(
+    case: Case, shape: tuple[int, int, int, int], device: torch.device
+) -> Iterator[Row | str]:
+    """Rows of all providers of a case; a line of text for those that are left out."""
+    batch, heads, length, dim = shape
+    gate = Gate(case)
+    for provider, build in case.providers.items():
+        try:
+            function = build()
+            error = gate.check(function)
+            about: dict[str, Any] = {
+                "kernel": case.name, "provider": provider, "B": batch, "H": heads, "T": length,
+                "D": dim, "dtype": str(case.inputs[0].dtype).removeprefix("torch."),
+                "error_vs_fp64": error,
+            }  # fmt: skip
+            runs = modes(function, case.inputs)
+            for mode, run in runs.items():
+                low, middle, high = timed(run, device)
+                times = {"p20": low, "p50": middle, "p80": high}
+                yield Row(mode=mode, metric="time", unit="ms", **about, **times)
+            peak = peak_mib(runs["fwd+bwd"], device)
+            if peak is not None:
+                same = {"p20": peak, "p50": peak, "p80": peak}
+                yield Row(mode="fwd+bwd", metric="memory", unit="MiB", **about, **same)
+        except (ImportError, RuntimeError, ValueError) as failure:
+            reason = str(failure).strip().partition("\n")[0] or type(failure).__name__
+            yield f"{case.name}: no row of {provider}: {reason}"
+
+
+class Target(NamedTuple):
+    """A ratio of two medians of one case and shape: numerator / denominator."""
+
+    what: str
+    kernel: tuple[str, str]
+    provider: tuple[str, str]
+    mode: str
+    bound: str
+
+
+#: What the kernels were designed for, at S1 unless the name says otherwise.
+TARGETS = [
+    Target("core over FA2", ("flash", "flash"), ("sdpa-fa2", OURS), "fwd", ">= 1.15"),
+    Target("core over cuDNN", ("flash", "flash"), ("sdpa-cudnn", OURS), "fwd", ">= 0.90"),
+    Target("core over FA2", ("flash", "flash"), ("sdpa-fa2", OURS), "bwd", ">= 1.10"),
+    Target("core over cuDNN", ("flash", "flash"), ("sdpa-cudnn", OURS), "bwd", ">= 0.75"),
+    Target("core over FA2", ("flash", "flash"), ("sdpa-fa2", OURS), "fwd+bwd", ">= 1.10"),
+    Target("RoPE over liger", ("rope", "rope"), ("liger", OURS), "fwd+bwd", ">= 1.80"),
+    Target("RoPE over compiled", ("rope", "rope"), ("torch.compile", OURS), "fwd+bwd", ">= 1.00"),
+    Target(
+        "RoPE + core over liger + FA2",
+        ("rope + attention", "rope + attention"), ("liger + fa2", OURS), "fwd+bwd", ">= 1.30",
+    ),
+    Target(
+        "RoPE + core over compiled + cuDNN",
+        ("rope + attention", "rope + attention"), ("torch.compile + cudnn", OURS), "fwd+bwd",
+        ">= 0.93",
+    ),
+    Target(
+        "CARoPE to RoPE", ("carope + attention", "rope + attention"), (OURS, OURS), "fwd+bwd",
+        "<= 1.12",
+    ),
+    Target("CARoPE over eager", ("carope", "carope"), (EAGER, OURS), "fwd+bwd", ">= 5.00"),
+    Target(
+        "CARoPE over compiled", ("carope", "carope"), ("torch.compile", OURS), "fwd+bwd", ">= 2.50"
+    ),
+    Target(
+        "CMHA to RoPE", ("polar + attention", "rope + attention"), (OURS, OURS), "fwd+bwd",
+        "<= 1.15",
+    ),
+    Target(
+        "CMHA over its direct form",
+        ("polar + attention", "polar + attention"), ("direct", OURS), "fwd+bwd", ">= 50",
+    ),
+]  # fmt: skip
+
+
+def ratios(rows: list[Row]) -> Iterator[str]:
+    """Targets beside what was measured, for every shape that has both figures."""
+    found = {
+        ((row.B, row.H, row.T, row.D), row.kernel, row.provider, row.mode): row.p50
+        for row in rows
+        if row.metric == "time"
+    }
+    for shape in dict.fromkeys(key[0] for key in found):
+        for target in TARGETS:
+            keys = [
+                (shape, kernel, provider, target.mode)
+                for kernel, provider in zip(target.kernel, target.provider, strict=True)
+            ]
+            if all(key in found for key in keys):
+                ratio = found[keys[0]] / found[keys[1]]
+                about = f"{shape!s:22} {target.what:34} {target.mode:8}"
+                yield f"{about} {target.bound:>8} {ratio:8.2f}"
+
+
+def parse_shape(text: str) -> tuple[int, int, int, int]:
+    """A name of SHAPES or B,H,T,D."""
+    if text in SHAPES:
+        return SHAPES[text]
+    batch, heads, length, dim = map(int, text.split(","))
+    return batch, heads, length, dim
+
+
+def main() -> None:
+    """Measure, print a line a row, then the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", type=parse_shape, nargs="+", metavar="S1|S2|S3|B,H,T,D",
+                        default=[*SHAPES.values(), DIRECT])  # fmt: skip
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--out", type=Path, help="append the rows to this file")
+    args = parser.parse_args()
+    from posenc.kernels.common import INTERPRETED
+
+    device = torch.device("cpu" if INTERPRETED else "cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("bench.kernels needs a CUDA device, or TRITON_INTERPRET=1 to try it on a CPU.")
+    dtype = getattr(torch, args.dtype or ("float32" if INTERPRETED else "bfloat16"))
+    torch.manual_seed(0)
+    file, rows = RowFile(args.out, device), []
+    for row in ceilings(device):
+        file.add(row)
+        print(f"{row.kernel} {row.provider}: {row.p50:.2f} {row.unit}", flush=True)
+    for shape in args.shapes:
+        for case in cases(shape, dtype, device):
+            for row in measure(case, shape, device):
+                if isinstance(row, str):
+                    print(row, flush=True)
+                    continue
+                file.add(row)
+                rows.append(row)
+                print(
+                    f"{shape!s:22} {row.kernel:20} {row.provider:24} {row.mode:8} "
+                    f"{row.p50:10.4f} {row.unit:4} error {row.error_vs_fp64:.1e}",
+                    flush=True,
+                )
+            torch._dynamo.reset()
+    print("\nmeasured ratios beside their targets")
+    for line in ratios(rows):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""pytest-benchmark: every kernel and its peers at GPT-2's shape, on CUDA. `pytest bench`."""
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("the kernels are timed on a CUDA device", allow_module_level=True)
+
+from bench.kernels import SHAPES, Gate, cases, modes
+
+CASES = {case.name: case for case in cases(SHAPES["S1"], torch.bfloat16, torch.device("cuda"))}
+
+
+@pytest.mark.parametrize("mode", ["fwd", "fwd+bwd"])
+@pytest.mark.parametrize(
+    ("case", "provider"), [(name, key) for name, case in CASES.items() for key in case.providers]
+)
+def test_kernel(benchmark, case, provider, mode):
+    found = CASES[case]
+    try:
+        function = found.providers[provider]()
+        Gate(found).check(function)
+    except (ImportError, RuntimeError, ValueError) as error:
+        pytest.skip(str(error).partition("\n")[0])
+    run = modes(function, found.inputs)[mode]
+
+    def once():
+        run()
+        torch.cuda.synchronize()
+
+    benchmark(once)

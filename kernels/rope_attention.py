@@ -1,0 +1,159 @@
+"""Causal attention with RoPE in one op (arXiv 2104.09864, 2205.14135), forward and backward.
+
+    y = attention(a R(m omega) q[m], a R(n omega) k[n], v)
+
+Every tile of q has one owner, which turns it when it loads it; k is turned once before, because
+every tile of it is read many times. In the backward pass dq and dk are turned back in the registers
+that they were summed in. Against turning q, k, dq and dk in kernels of their own this saves reading
+and writing q, dq and dk.
+
+Head dims that are not powers of two, rotations of a part of the features, and heads so wide that
+the rotation would not fit the registers take those kernels.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from posenc.kernels import flash, rope
+from posenc.kernels.turns import turns_from_radians
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, rotation: flash.Rotation
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o and L as `flash.forward`; turned q and k, which the backward pass takes."""
+    k_turned = torch.empty_like(k, memory_format=torch.contiguous_format)
+    none, (fractions, positions, factor, interleaved) = k[:, :0], rotation
+    rope.launch(k, none, k_turned, none, fractions, positions, factor, interleaved, inverse=False)
+    o, lse, q_turned = flash.forward(q, k_turned, v, scale, rotation)
+    return o, lse, q_turned, k_turned
+
+
+@torch.library.custom_op("posenc::rope_attention_forward", mutates_args=())
+def _forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fractions: Tensor,
+    positions: Tensor | None,
+    factor: float,
+    interleaved: bool,
+    scale: float,
+    deterministic: bool | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return forward(q, k, v, scale, flash.Rotation(fractions, positions, factor, interleaved))
+
+
+@torch.library.custom_op("posenc::rope_attention_backward", mutates_args=())
+def _backward_op(
+    do: Tensor,
+    q_turned: Tensor,
+    k_turned: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    fractions: Tensor,
+    positions: Tensor | None,
+    factor: float,
+    interleaved: bool,
+    scale: float,
+    deterministic: bool | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rotation = flash.Rotation(fractions, positions, factor, interleaved)
+    return flash.backward(do, q_turned, k_turned, v, o, lse, scale, deterministic, rotation)
+
+
+@_forward_op.register_fake
+def _(q, k, v, *options):
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    k_turned = torch.empty_like(k, memory_format=torch.contiguous_format)
+    return flash.rows_by_head(q), lse, flash.rows_by_head(q), k_turned
+
+
+@_backward_op.register_fake
+def _(do, q_turned, k_turned, v, *options):
+    return tuple(flash.rows_by_head(x) for x in (q_turned, k_turned, v))
+
+
+def _save(ctx, inputs, output) -> None:
+    _, _, v, fractions, positions, *ctx.options = inputs
+    o, lse, q_turned, k_turned = output
+    ctx.mark_non_differentiable(lse, q_turned, k_turned)
+    ctx.save_for_backward(q_turned, k_turned, v, o, lse, fractions, positions)
+
+
+def _differentiate(ctx, do, *_):
+    return *_backward_op(do, *ctx.saved_tensors, *ctx.options), *(None,) * 6
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    frequencies: Tensor,
+    positions: Tensor | None = None,
+    *,
+    factor: float = 1.0,
+    pairing: str = "half",
+    scale: float | None = None,
+    deterministic: bool | None = None,
+) -> Tensor:
+    """Rotate q and k to their positions and attend causally; differentiable once.
+
+    Args:
+        q: (B, H, T, D), any strides, in bfloat16, float16 or float32; D at most 256.
+        k, v: (B, G, T, D), G a divisor of H.
+        frequencies, positions, factor, pairing: see `posenc.kernels.rope.rope`.
+        scale, deterministic: see `posenc.kernels.flash.flash_attention`.
+
+    Returns:
+        (B, H, T, D) in q's dtype.
+
+    Raises:
+        ValueError: for other shapes, dtypes or devices.
+    """
+    flash.check(q, k, v, scale)
+    rope.check(q, k, frequencies, positions, pairing)
+    head_dim = q.shape[-1]
+    if 2 * frequencies.shape[0] < head_dim or not fits(head_dim, q.dtype):
+        q, k = rope.rope(q, k, frequencies, positions, factor=factor, pairing=pairing)
+        return flash.flash_attention(q, k, v, scale=scale, deterministic=deterministic)
+    if scale is None:
+        scale = 1 / math.sqrt(head_dim)
+    if torch.are_deterministic_algorithms_enabled():
+        deterministic = True
+    fractions, interleaved = turns_from_radians(frequencies), pairing == "interleaved"
+    options = (fractions, positions, float(factor), interleaved, scale, deterministic)
+    return _forward_op(q, k, v, *options)[0]
+
+
+def fits(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the core can turn such heads: a power of two, and nothing spills."""
+    return head_dim in (16, 32, 64, 128) and head_dim * dtype.itemsize <= 256
+
+
+def examples() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Named launches that between them use every configuration, for `inspect_sm90`."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for dim, interleaved in ((16, False), (64, False), (64, True), (128, False)):
+            if not fits(dim, dtype):
+                continue
+            packed = torch.empty(16, 1024, 3, 12, dim, dtype=dtype, device="meta")
+            q, k, v = packed.permute(2, 0, 3, 1, 4)
+            o, lse = flash.rows_by_head(q), torch.empty(q.shape[:-1], device="meta")
+            fractions = torch.empty(dim // 2, dtype=torch.int64, device="meta")
+            positions = torch.empty(16, 1024, dtype=torch.int64, device="meta")
+            plain = flash.Rotation(fractions, None, 1.0, interleaved)
+            placed = flash.Rotation(fractions, positions, 1.0, interleaved)
+            name = f"{str(dtype).removeprefix('torch.')} D={dim}" + " interleaved" * interleaved
+            yield name, functools.partial(forward, q, k, v, 0.125, plain)
+            back = functools.partial(flash.backward, o, q, k, v, o, lse, 0.125)
+            yield name, functools.partial(back, True, placed)
+            yield f"{name} atomic", functools.partial(back, False, plain)

@@ -1,0 +1,53 @@
+"""The Triton kernels as attention's back end, `impl="fused"`: where they run, what they compute.
+
+This file and the encodings' `rotate_fused` and `attend_fused` are all that imports
+`posenc.kernels`, and only when such a path is chosen: posenc itself needs no Triton.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from posenc.scores import Scores, add_per_head
+
+REMEDY = "Use impl='sdpa' (torch's fused attention), 'reference' or 'auto'."
+
+
+def check_available() -> None:
+    """Raise ValueError unless Triton has a CUDA device, or its interpreter is on."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            f"impl='fused' asks for a Triton kernel; Triton is not installed. {REMEDY}"
+        )
+    from posenc.kernels.common import INTERPRETED
+
+    if not (INTERPRETED or torch.cuda.is_available()):
+        raise ValueError(
+            "impl='fused' asks for a Triton kernel, which needs a CUDA device, or for a test "
+            f"TRITON_INTERPRET=1 before Python starts. {REMEDY}"
+        )
+
+
+def check_case(real: Tensor | None, dropout_p: float) -> None:
+    """Raise ValueError for what no kernel computes yet: padded rows and dropped weights."""
+    if real is not None:
+        raise ValueError(
+            "impl='fused' takes positions of shape (T,) only: (B, T) may hold padding, for which "
+            f"the kernels have no mask. {REMEDY}"
+        )
+    if dropout_p:
+        raise ValueError(f"impl='fused' drops no attention weights; got dropout. {REMEDY}")
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, real: Tensor | None, dropout_p: float
+) -> Tensor:
+    """`core.attend` by the flash kernel; arguments and errors as there."""
+    from posenc.kernels.flash import flash_attention
+
+    check_case(real, dropout_p)
+    if scores.bias is not None or scores.relative is not None:
+        raise ValueError(f"impl='fused' has no kernel for a bias or relative term. {REMEDY}")
+    content = add_per_head(q, scores.content)
+    return flash_attention(content, k, v, scale=scores.factor(q.shape[-1]))
