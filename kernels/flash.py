@@ -13,8 +13,7 @@ projection (B, T, 3, H, D). o and the gradients are laid out (B, T, H, D), so th
 copies nothing. Sums are fp32; the weights are rounded to the input's dtype for their product with
 v. fp32 inputs go through the tensor cores as three TF32 products: 22 bits of every factor count.
 
-With a `Rotation`, q is turned where it is loaded, and dq and dk are turned back where they are
-stored: `posenc.kernels.rope_attention`.
+Rotations enter through `posenc.kernels.hooks`: where q is loaded, and where dq and dk are stored.
 """
 
 import functools
@@ -27,7 +26,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posenc.kernels import rope
 from posenc.kernels.common import (
     OPTIONS,
     device_of,
@@ -38,7 +36,7 @@ from posenc.kernels.common import (
     strided,
 )
 from posenc.kernels.flash_backward import delta_kernel, dkv_kernel, dq_kernel
-from posenc.kernels.turns import position_arguments, rotate_rows
+from posenc.kernels.hooks import LOAD, STORE, Hook
 
 MAX_HEAD_DIM = 256
 #: `deterministic=None` takes the one-kernel backward for more queries than this. Not measured:
@@ -46,25 +44,6 @@ MAX_HEAD_DIM = 256
 SPLIT_UP_TO = 2048
 #: Rows of a program of the small kernel that only computes delta.
 DELTA_ROWS = 64
-
-
-class Rotation(NamedTuple):
-    """RoPE inside the kernels: head dims that are powers of two, all features turned, T = S."""
-
-    fractions: Tensor  # int64 (D/2,), see `posenc.kernels.turns`
-    positions: Tensor | None  # integer (T,) or (B, T); None is 0 .. T-1
-    factor: float
-    interleaved: bool
-
-
-def _rotation_arguments(rotation: Rotation | None, stand_in: Tensor) -> tuple[tuple, dict]:
-    """What kernels take of a rotation, or of none: values, and constants."""
-    fractions, positions, factor, interleaved = rotation or (stand_in, None, 1.0, False)
-    return (fractions, *position_arguments(fractions, positions), factor), {
-        "ROTATE": rotation is not None,
-        "HAS_POSITIONS": positions is not None,
-        "INTERLEAVED": interleaved,
-    }
 
 
 class Config(NamedTuple):
@@ -146,26 +125,20 @@ def _attend(
     return sums, total, peak
 
 
-@triton.jit(do_not_specialize=["H", "T", "S", "position_b"])
+@triton.jit(do_not_specialize=["H", "T", "S"])
 def forward_kernel(
     q,
     k,
     v,
     o,
     lse,
-    rotated,
-    fractions,
-    positions,
-    position_b,
-    position_t,
-    factor,
+    extra,
     H,
     T,
     S,
     c,
-    ROTATE: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    HOOK: tl.constexpr,
+    OPTIONS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -173,10 +146,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows of o and L; with ROTATE of turned q, which the backward pass reads.
-
-    q, k, v, o, rotated: `common.strided`. lse: contiguous fp32 (B, H, T).
-    """
+    """Rows of o and L. q, k, v, o: `common.strided`; lse: contiguous fp32 (B, H, T)."""
     tiles = tl.cdiv(T, BLOCK_M)
     # Late rows see the most keys: they start first.
     first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
@@ -185,17 +155,7 @@ def forward_kernel(
     m = first + tl.arange(0, BLOCK_M)
     shift = S - T
 
-    q_tile = load_tile(head_of(q, b, h), first, T, BLOCK_M, D, BLOCK_D)
-    if ROTATE:
-        turned = rotate_rows(
-            q_tile, fractions, positions + b * position_b, position_t, factor, first, T,
-            False, HAS_POSITIONS, INTERLEAVED, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
-        store_tile(head_of(rotated, b, h), turned, first, T, BLOCK_M, D, BLOCK_D)
-        # Read back, as every q tile is: a computed one would stay in registers, and at D=64 one
-        # program would fit where two do.
-        tl.debug_barrier()
-        q_tile = load_tile(head_of(rotated, b, h), first, T, BLOCK_M, D, BLOCK_D)
+    q_tile = HOOK(q, b, h, extra, first, T, OPTIONS, BLOCK_M, D, BLOCK_D)
     keys, values = head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -214,7 +174,7 @@ def forward_kernel(
     tl.store(lse + bh * T + m, peak + tl.log2(total), mask=m < T)
 
 
-def _launch(kernel: str, x: Tensor) -> tuple[Config, dict]:
+def launch(kernel: str, x: Tensor) -> tuple[Config, dict]:
     """The configuration of a kernel for tensors like x, and the launch's keyword arguments."""
     dim = x.shape[-1]
     block_d = max(16, triton.next_power_of_2(dim))
@@ -240,81 +200,108 @@ def rows_by_head(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, rotation: Rotation | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """o (B, H, T, D) in q's dtype, L, fp32 (B, H, T), and q as rotated, of checked arguments.
-
-    k must be rotated already.
-    """
+    q: Tensor, k: Tensor, v: Tensor, scale: float, load: Hook = LOAD
+) -> tuple[Tensor, Tensor]:
+    """o (B, H, T, D) in q's dtype and L, fp32 (B, H, T), of checked arguments."""
     batch, heads, length, _ = q.shape
     o = rows_by_head(q)
-    rotated = q if rotation is None else rows_by_head(q)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
-    config, options = _launch("forward", q)
-    turn, constants = _rotation_arguments(rotation, lse)
+    config, options = launch("forward", q)
     grid = (triton.cdiv(length, config.block_m) * batch * heads,)
     with device_of(q):
         forward_kernel[grid](
-            strided(q), strided(k), strided(v), strided(o), lse, strided(rotated), *turn,
+            strided(q), strided(k), strided(v), strided(o), lse, load.extra,
             heads, length, k.shape[2], scale * math.log2(math.e),
-            GROUP=heads // k.shape[1], **constants, **options,
+            HOOK=load.function, OPTIONS=load.options, GROUP=heads // k.shape[1], **options,
         )  # fmt: skip
-    return o, lse, rotated
+    return o, lse
+
+
+class Saved(NamedTuple):
+    """What the backward pass reads: q and k as they met, and what the forward pass left."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    lse: Tensor
+
+
+def is_split(deterministic: bool | None, length: int) -> bool:
+    """Whether the backward pass takes two kernels: True if asked to, None takes the faster way."""
+    return length <= SPLIT_UP_TO if deterministic is None else deterministic
+
+
+def backward_split(
+    do: Tensor, saved: Saved, scale: float, store_q: Hook = STORE, store_k: Hook = STORE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv by two kernels; `store_q` runs for all rows before `store_k` for any."""
+    q, k, v, o, lse = saved
+    batch, heads, length, _ = q.shape
+    c = scale * math.log2(math.e)
+    dq, delta = rows_by_head(q), torch.empty_like(lse)
+    config, options = launch("dq", q)
+    grid = (triton.cdiv(length, config.block_m) * batch * heads,)
+    with device_of(q):
+        dq_kernel[grid](
+            strided(q), strided(k), strided(v), strided(o), strided(do), lse, delta, strided(dq),
+            store_q.extra, heads, length, k.shape[2], scale, c,
+            HOOK=store_q.function, OPTIONS=store_q.options, GROUP=heads // k.shape[1], **options,
+        )  # fmt: skip
+    return dq, *_dkv("dkv", do, saved, delta, delta, scale, store_k)
+
+
+def backward_atomic(
+    do: Tensor, saved: Saved, scale: float, store_k: Hook = STORE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq / scale in fp32, contiguous; dk, dv: by one kernel with atomics, and one for delta."""
+    q, o, lse = saved.q, saved.o, saved.lse
+    batch, heads, length, dim = q.shape
+    dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    delta = torch.empty_like(lse)
+    with device_of(q):
+        delta_kernel[(triton.cdiv(length, DELTA_ROWS) * batch * heads,)](
+            strided(o), strided(do), delta, heads, length,
+            D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=DELTA_ROWS, **OPTIONS,
+        )  # fmt: skip
+    return dq_sum, *_dkv("dqkv", do, saved, delta, dq_sum, scale, store_k)
+
+
+def _dkv(
+    kernel: str,
+    do: Tensor,
+    saved: Saved,
+    delta: Tensor,
+    dq_sum: Tensor,
+    scale: float,
+    store_k: Hook,
+) -> tuple[Tensor, Tensor]:
+    """dk and dv; "dqkv" adds dq to dq_sum, which "dkv" does not touch."""
+    q, k, v, _, lse = saved
+    batch, heads, length, _ = q.shape
+    kv_heads, key_length = k.shape[1:3]
+    dk, dv = rows_by_head(k), rows_by_head(v)
+    config, options = launch(kernel, q)
+    grid = (triton.cdiv(key_length, config.block_n) * batch * kv_heads,)
+    with device_of(q):
+        dkv_kernel[grid](
+            strided(q), strided(k), strided(v), strided(do), lse, delta, strided(dk), strided(dv),
+            dq_sum, store_k.extra, heads, length, key_length, scale, scale * math.log2(math.e),
+            HOOK=store_k.function, OPTIONS=store_k.options, ADD_DQ=kernel == "dqkv",
+            GROUP=heads // kv_heads, **options,
+        )  # fmt: skip
+    return dk, dv
 
 
 def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    scale: float,
-    deterministic: bool | None,
-    rotation: Rotation | None = None,
+    do: Tensor, saved: Saved, scale: float, deterministic: bool | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv; deterministic False takes one kernel, True two, None the likely faster way.
-
-    q and k are the rotated ones, dq and dk those of the ones before the rotation.
-    """
-    batch, heads, length, dim = q.shape
-    kv_heads, key_length = k.shape[1:3]
-    split = length <= SPLIT_UP_TO if deterministic is None else deterministic
-    group, c = heads // kv_heads, scale * math.log2(math.e)
-    dq, dk, dv = rows_by_head(q), rows_by_head(k), rows_by_head(v)
-    delta = torch.empty_like(lse)
-    turn, constants = _rotation_arguments(rotation, lse)
-    with device_of(q):
-        if split:
-            dq_sum = delta  # a stand-in, never read
-            config, options = _launch("dq", q)
-            grid = (triton.cdiv(length, config.block_m) * batch * heads,)
-            dq_kernel[grid](
-                strided(q), strided(k), strided(v), strided(o), strided(do), lse, delta,
-                strided(dq), *turn, heads, length, key_length, scale, c,
-                GROUP=group, **constants, **options,
-            )  # fmt: skip
-        else:
-            dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-            _, options = _launch("dqkv", q)
-            grid = (triton.cdiv(length, DELTA_ROWS) * batch * heads,)
-            delta_kernel[grid](
-                strided(o), strided(do), delta, heads, length,
-                D=dim, BLOCK_D=options["BLOCK_D"], BLOCK_M=DELTA_ROWS, **OPTIONS,
-            )  # fmt: skip
-        config, options = _launch("dkv" if split else "dqkv", q)
-        grid = (triton.cdiv(key_length, config.block_n) * batch * kv_heads,)
-        dkv_kernel[grid](
-            strided(q), strided(k), strided(v), strided(do), lse, delta, strided(dk), strided(dv),
-            dq_sum, *turn, heads, length, key_length, scale, c,
-            ADD_DQ=not split, GROUP=group, **constants, **options,
-        )  # fmt: skip
-    if not split and rotation is None:
-        torch.mul(dq_sum, scale, out=dq)
-    elif not split:
-        none = dq[:, :0]
-        at = (rotation.fractions, rotation.positions, rotation.factor * scale)
-        rope.launch(dq_sum, none, dq, none, *at, rotation.interleaved, inverse=True)
+    """dq, dk, dv; deterministic False takes one kernel, True two, None the likely faster way."""
+    if is_split(deterministic, saved.q.shape[2]):
+        return backward_split(do, saved, scale)
+    dq_sum, dk, dv = backward_atomic(do, saved, scale)
+    dq = rows_by_head(saved.q)
+    torch.mul(dq_sum, scale, out=dq)
     return dq, dk, dv
 
 
@@ -322,8 +309,7 @@ def backward(
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, scale: float, deterministic: bool | None
 ) -> tuple[Tensor, Tensor]:
-    o, lse, _ = forward(q, k, v, scale)  # `deterministic` is passed on to the backward pass
-    return o, lse
+    return forward(q, k, v, scale)  # `deterministic` is only passed on to the backward pass
 
 
 @torch.library.custom_op("posenc::flash_backward", mutates_args=())
@@ -337,7 +323,7 @@ def _backward_op(
     scale: float,
     deterministic: bool | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(do, q, k, v, o, lse, scale, deterministic)
+    return backward(do, Saved(q, k, v, o, lse), scale, deterministic)
 
 
 @_forward_op.register_fake
@@ -444,5 +430,6 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
         o, lse = rows_by_head(q), torch.empty(q.shape[:-1], device="meta")
         name = f"{str(dtype).removeprefix('torch.')} D={dim}"
         yield name, functools.partial(forward, q, k, v, 0.125)
-        yield name, functools.partial(backward, o, q, k, v, o, lse, 0.125, True)
-        yield f"{name} atomic", functools.partial(backward, o, q, k, v, o, lse, 0.125, False)
+        saved = Saved(q, k, v, o, lse)
+        yield name, functools.partial(backward, o, saved, 0.125, True)
+        yield f"{name} atomic", functools.partial(backward, o, saved, 0.125, False)

@@ -11,14 +11,13 @@ Two ways through the same tiles:
     one kernel   the owner of rows of dK and dV also adds its share of dQ, in fp32, with atomics.
                  Five products, but dQ is zeroed, added to in no fixed order, and converted.
 
-With ROTATE, Q and K are rotated ones and dQ and dK are turned back before they are stored.
+Q and K are what met in the forward pass; HOOK stores dQ, or dK (see `posenc.kernels.hooks`).
 """
 
 import triton
 import triton.language as tl
 
 from posenc.kernels.common import head_of, load_tile, store_tile
-from posenc.kernels.turns import rotate_rows
 
 
 @triton.jit
@@ -56,7 +55,7 @@ def _dq_over_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["H", "T", "S", "position_b"])
+@triton.jit(do_not_specialize=["H", "T", "S"])
 def dq_kernel(
     q,
     k,
@@ -66,19 +65,14 @@ def dq_kernel(
     lse,
     delta,
     dq,
-    fractions,
-    positions,
-    position_b,
-    position_t,
-    factor,
+    extra,
     H,
     T,
     S,
     scale,
     c,
-    ROTATE: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    HOOK: tl.constexpr,
+    OPTIONS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -117,13 +111,7 @@ def dq_kernel(
         grad, q_tile, do_tile, row_lse, row_delta, keys, values, m,
         whole, min(S, first + BLOCK_M + shift), S, shift, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
     )  # fmt: skip
-    grad *= scale
-    if ROTATE:
-        grad = rotate_rows(
-            grad, fractions, positions + b * position_b, position_t, factor, first, T,
-            True, HAS_POSITIONS, INTERLEAVED, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
-    store_tile(head_of(dq, b, h), grad, first, T, BLOCK_M, D, BLOCK_D)
+    HOOK(grad * scale, dq, b, h, extra, first, T, OPTIONS, BLOCK_M, D, BLOCK_D)
 
 
 @triton.jit
@@ -187,7 +175,7 @@ def _dkv_over_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["H", "T", "S", "position_b"])
+@triton.jit(do_not_specialize=["H", "T", "S"])
 def dkv_kernel(
     q,
     k,
@@ -198,19 +186,14 @@ def dkv_kernel(
     dk,
     dv,
     dq_sum,
-    fractions,
-    positions,
-    position_b,
-    position_t,
-    factor,
+    extra,
     H,
     T,
     S,
     scale,
     c,
-    ROTATE: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    HOOK: tl.constexpr,
+    OPTIONS: tl.constexpr,
     ADD_DQ: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -250,15 +233,9 @@ def dkv_kernel(
         whole, T, T, shift, c,
         False, ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, PRECISION,
     )  # fmt: skip
-    # dV first: its registers are then free for the rotation.
+    # dV first: its registers are then free for the hook.
     store_tile(head_of(dv, b, kv_head), v_grad, first, S, BLOCK_N, D, BLOCK_D)
-    k_grad *= scale
-    if ROTATE:
-        k_grad = rotate_rows(
-            k_grad, fractions, positions + b * position_b, position_t, factor, first, S,
-            True, HAS_POSITIONS, INTERLEAVED, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    store_tile(head_of(dk, b, kv_head), k_grad, first, S, BLOCK_N, D, BLOCK_D)
+    HOOK(k_grad * scale, dk, b, kv_head, extra, first, S, OPTIONS, BLOCK_N, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["H", "T"])

@@ -14,23 +14,115 @@ the rotation would not fit the registers take those kernels.
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from posenc.kernels import flash, rope
-from posenc.kernels.turns import turns_from_radians
+from posenc.kernels.common import head_of, load_tile, store_tile, strided
+from posenc.kernels.hooks import Hook
+from posenc.kernels.turns import position_arguments, rotate_rows, turns_from_radians
+
+
+class Rotation(NamedTuple):
+    """RoPE as the hooks take it."""
+
+    fractions: Tensor  # int64 (D/2,), see `posenc.kernels.turns`
+    positions: Tensor | None  # integer (T,) or (B, T); None is 0 .. T-1
+    factor: float
+    interleaved: bool
+
+    def load(self, turned: Tensor) -> Hook:
+        """Turn q as it is loaded, and keep it in `turned`."""
+        return Hook(load_turned, (*self._extra(), strided(turned)), self._options())
+
+    def store(self) -> Hook:
+        """Turn a gradient back as it is stored."""
+        return Hook(store_turned_back, self._extra(), self._options())
+
+    def _extra(self) -> tuple:
+        where = position_arguments(self.fractions, self.positions)
+        return self.fractions, *where, self.factor
+
+    def _options(self) -> tuple:
+        return self.positions is not None, self.interleaved
+
+
+@triton.jit
+def load_turned(
+    x,
+    b,
+    h,
+    extra,
+    first,
+    length,
+    OPTIONS: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A tile of q, turned."""
+    tile = load_tile(head_of(x, b, h), first, length, ROWS, D, BLOCK_D)
+    turned = rotate_rows(
+        tile, extra[0], extra[1] + b * extra[2], extra[3], extra[4], first, length,
+        False, OPTIONS[0], OPTIONS[1], ROWS, BLOCK_D,
+    )  # fmt: skip
+    target = head_of(extra[5], b, h)
+    store_tile(target, turned, first, length, ROWS, D, BLOCK_D)
+    # Read back, as every q tile is: a computed one would stay in registers, and at D=64 one program
+    # would fit where two do.
+    tl.debug_barrier()
+    return load_tile(target, first, length, ROWS, D, BLOCK_D)
+
+
+@triton.jit
+def store_turned_back(
+    tile,
+    x,
+    b,
+    h,
+    extra,
+    first,
+    length,
+    OPTIONS: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A tile of dq or dk, turned back."""
+    tile = rotate_rows(
+        tile, extra[0], extra[1] + b * extra[2], extra[3], extra[4], first, length,
+        True, OPTIONS[0], OPTIONS[1], ROWS, BLOCK_D,
+    )  # fmt: skip
+    store_tile(head_of(x, b, h), tile, first, length, ROWS, D, BLOCK_D)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, rotation: flash.Rotation
+    q: Tensor, k: Tensor, v: Tensor, scale: float, rotation: Rotation
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o and L as `flash.forward`; turned q and k, which the backward pass takes."""
     k_turned = torch.empty_like(k, memory_format=torch.contiguous_format)
-    none, (fractions, positions, factor, interleaved) = k[:, :0], rotation
-    rope.launch(k, none, k_turned, none, fractions, positions, factor, interleaved, inverse=False)
-    o, lse, q_turned = flash.forward(q, k_turned, v, scale, rotation)
+    rope.launch(k, k[:, :0], k_turned, k[:, :0], *rotation, inverse=False)
+    q_turned = flash.rows_by_head(q)
+    o, lse = flash.forward(q, k_turned, v, scale, rotation.load(q_turned))
     return o, lse, q_turned, k_turned
+
+
+def backward(
+    do: Tensor, saved: flash.Saved, scale: float, deterministic: bool | None, rotation: Rotation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq and dk of q and k before they were turned, dv."""
+    store = rotation.store()
+    if flash.is_split(deterministic, saved.q.shape[2]):
+        return flash.backward_split(do, saved, scale, store, store)
+    dq_sum, dk, dv = flash.backward_atomic(do, saved, scale, store)
+    dq = flash.rows_by_head(saved.q)
+    scaled = rotation._replace(factor=rotation.factor * scale)
+    rope.launch(dq_sum, dq[:, :0], dq, dq[:, :0], *scaled, inverse=True)
+    return dq, dk, dv
 
 
 @torch.library.custom_op("posenc::rope_attention_forward", mutates_args=())
@@ -45,7 +137,7 @@ def _forward_op(
     scale: float,
     deterministic: bool | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return forward(q, k, v, scale, flash.Rotation(fractions, positions, factor, interleaved))
+    return forward(q, k, v, scale, Rotation(fractions, positions, factor, interleaved))
 
 
 @torch.library.custom_op("posenc::rope_attention_backward", mutates_args=())
@@ -63,8 +155,9 @@ def _backward_op(
     scale: float,
     deterministic: bool | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rotation = flash.Rotation(fractions, positions, factor, interleaved)
-    return flash.backward(do, q_turned, k_turned, v, o, lse, scale, deterministic, rotation)
+    saved = flash.Saved(q_turned, k_turned, v, o, lse)
+    rotation = Rotation(fractions, positions, factor, interleaved)
+    return backward(do, saved, scale, deterministic, rotation)
 
 
 @_forward_op.register_fake
@@ -150,10 +243,10 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
             o, lse = flash.rows_by_head(q), torch.empty(q.shape[:-1], device="meta")
             fractions = torch.empty(dim // 2, dtype=torch.int64, device="meta")
             positions = torch.empty(16, 1024, dtype=torch.int64, device="meta")
-            plain = flash.Rotation(fractions, None, 1.0, interleaved)
-            placed = flash.Rotation(fractions, positions, 1.0, interleaved)
+            plain = Rotation(fractions, None, 1.0, interleaved)
+            placed = Rotation(fractions, positions, 1.0, interleaved)
             name = f"{str(dtype).removeprefix('torch.')} D={dim}" + " interleaved" * interleaved
             yield name, functools.partial(forward, q, k, v, 0.125, plain)
-            back = functools.partial(flash.backward, o, q, k, v, o, lse, 0.125)
+            back = functools.partial(backward, o, flash.Saved(q, k, v, o, lse), 0.125)
             yield name, functools.partial(back, True, placed)
             yield f"{name} atomic", functools.partial(back, False, plain)
