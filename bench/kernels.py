@@ -29,6 +29,7 @@ from bench.rows import Row, RowFile
 from posenc.encodings.carope import running_phase, turn_by_phase
 from posenc.encodings.polar import turn_by_content
 from posenc.kernels.carope import carope
+from posenc.kernels.carope_attention import carope_attention
 from posenc.kernels.flash import flash_attention
 from posenc.kernels.polar import polar
 from posenc.kernels.rope import rope
@@ -182,10 +183,11 @@ def cases(
 
     our_rope: Function = lambda q, k: rope(q, k, omega)  # noqa: E731
     liger_rope = partial(liger, length, dim, dtype, device)
-    for name, rotate, eager, extra in (
-        ("rope", our_rope, eager_rope, ()),
-        ("carope", our_carope, eager_carope, (log_f,)),
-        ("polar", our_polar, eager_polar, (delta, b)),
+    our_rope_attention: Function = lambda q, k, v: rope_attention(q, k, v, omega)  # noqa: E731
+    for name, rotate, fused, eager, extra in (
+        ("rope", our_rope, our_rope_attention, eager_rope, ()),
+        ("carope", our_carope, carope_attention, eager_carope, (log_f,)),
+        ("polar", our_polar, None, eager_polar, (delta, b)),
     ):
         providers: dict[str, Callable[[], Function]] = {
             OURS: lambda rotate=rotate: rotate,
@@ -196,11 +198,10 @@ def cases(
             providers["liger"] = liger_rope
         yield Case(name, (q, k, *extra), eager, providers)
 
-        whole = {f"{OURS} parts": lambda rotate=rotate: after(rotate, flash_attention)}
-        if name == "rope":
-            whole = {OURS: lambda: lambda q, k, v: rope_attention(q, k, v, omega), **whole}
-        else:
-            whole = {OURS: whole[f"{OURS} parts"]}
+        parts = {f"{OURS} parts": lambda rotate=rotate: after(rotate, flash_attention)}
+        whole = (
+            {OURS: lambda fused=fused: fused, **parts} if fused else {OURS: parts[f"{OURS} parts"]}
+        )
         whole[EAGER] = lambda eager=eager: after(eager, attention)
         if device.type == "cuda":
             for label, core in fast.items():

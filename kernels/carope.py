@@ -34,6 +34,7 @@ from posenc.kernels.common import (
     head_of,
     load_tile,
     require_runnable,
+    rows_by_head,
     store_tile,
     strided,
 )
@@ -58,7 +59,7 @@ def _times(a, b):
 
 
 @triton.jit
-def _steps(
+def token_steps(
     rates,
     head,
     first,
@@ -110,7 +111,7 @@ def sum_kernel(
 ):
     """Program (tile, head of the batch): how far the tile turns, into sums (B, H, tiles, D/2)."""
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    steps = _steps(rates, head, tile * ROWS, length, FIRST_POWER, ROWS, BLOCK_P)
+    steps = token_steps(rates, head, tile * ROWS, length, FIRST_POWER, ROWS, BLOCK_P)
     bands = tl.arange(0, BLOCK_P)
     at = sums + (head * tiles + tile) * PAIRS + bands
     tl.store(at, tl.sum(steps, 0), mask=bands < PAIRS)
@@ -167,7 +168,7 @@ def forward_kernel(
     head = b * heads + h
     first = tile * ROWS
     bands = tl.arange(0, BLOCK_P)
-    steps = _steps(rates, head, first, length, FIRST_POWER, ROWS, BLOCK_P)
+    steps = token_steps(rates, head, first, length, FIRST_POWER, ROWS, BLOCK_P)
     carry = tl.load(carries + (head * tiles + tile) * PAIRS + bands, mask=bands < PAIRS, other=0)
     if tile == tiles - 1:
         tl.store(last + head * PAIRS + bands, carry + tl.sum(steps, 0), mask=bands < PAIRS)
@@ -188,6 +189,15 @@ def _load_pairs(x, first, length, PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK
 
 
 @triton.jit
+def store_pairs(
+    x, x1, x2, first, length, PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """Write the two halves of the features of a tile."""
+    store_tile(x, x1, first, length, ROWS, PAIRS, BLOCK_P)
+    store_tile(columns_from(x, PAIRS), x2, first, length, ROWS, PAIRS, BLOCK_P)
+
+
+@triton.jit
 def _rotate_tile(
     x,
     y,
@@ -201,15 +211,13 @@ def _rotate_tile(
 ):
     x1, x2 = _load_pairs(x, first, length, PAIRS, ROWS, BLOCK_P)
     y1, y2 = rotate(x1, x2, cos, sin)
-    store_tile(y, y1, first, length, ROWS, PAIRS, BLOCK_P)
-    store_tile(columns_from(y, PAIRS), y2, first, length, ROWS, PAIRS, BLOCK_P)
+    store_pairs(y, y1, y2, first, length, PAIRS, ROWS, BLOCK_P)
 
 
 @triton.jit
-def _turn_back(
+def turn_back(
     y,
     dy,
-    dx,
     cos,
     sin,
     first,
@@ -218,13 +226,18 @@ def _turn_back(
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Write dx = R(-phi) dy; return the phase's gradient y x dy, so the unrotated x is not kept."""
+    """The halves of dx = R(-phi) dy, and dphi = y x dy, for which the unrotated x is not kept."""
     y1, y2 = _load_pairs(y, first, length, PAIRS, ROWS, BLOCK_P)
     dy1, dy2 = _load_pairs(dy, first, length, PAIRS, ROWS, BLOCK_P)
     dx1, dx2 = rotate(dy1, dy2, cos, -sin)
-    store_tile(dx, dx1, first, length, ROWS, PAIRS, BLOCK_P)
-    store_tile(columns_from(dx, PAIRS), dx2, first, length, ROWS, PAIRS, BLOCK_P)
-    return y1 * dy2 - y2 * dy1
+    return dx1, dx2, y1 * dy2 - y2 * dy1
+
+
+@triton.jit
+def trace(dphi, steps, FIRST_POWER: tl.constexpr, BLOCK_P: tl.constexpr):
+    """What dphi of a tile's tokens cause: dlog f in the tile, and their sum, for all before it."""
+    weights = steps.to(tl.float32) * FULL_UNIT * _exponents(FIRST_POWER, BLOCK_P)[None, :]
+    return tl.sum(weights * tl.cumsum(dphi, 0, reverse=True), 1), tl.sum(dphi, 0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -256,20 +269,20 @@ def backward_kernel(
     first = tile * ROWS
     bands = tl.arange(0, BLOCK_P)
     at = (head * tiles + tile) * PAIRS + bands
-    steps = _steps(rates, head, first, length, FIRST_POWER, ROWS, BLOCK_P)
+    steps = token_steps(rates, head, first, length, FIRST_POWER, ROWS, BLOCK_P)
     carry = tl.load(carries + at, mask=bands < PAIRS, other=0)
     cos, sin = cos_sin(upper(carry[None, :] + tl.cumsum(steps, 0)))
-    dphi = _turn_back(
-        head_of(q, b, h), head_of(dq_out, b, h), head_of(dq, b, h),
-        cos, sin, first, length, PAIRS, ROWS, BLOCK_P,
-    ) + _turn_back(
-        head_of(k, b, h), head_of(dk_out, b, h), head_of(dk, b, h),
-        cos, sin, first, length, PAIRS, ROWS, BLOCK_P,
-    )  # fmt: skip
-    tl.store(sums + at, tl.sum(dphi, 0), mask=bands < PAIRS)
-    weights = steps.to(tl.float32) * FULL_UNIT * _exponents(FIRST_POWER, BLOCK_P)[None, :]
+    dq1, dq2, q_dphi = turn_back(
+        head_of(q, b, h), head_of(dq_out, b, h), cos, sin, first, length, PAIRS, ROWS, BLOCK_P
+    )
+    store_pairs(head_of(dq, b, h), dq1, dq2, first, length, PAIRS, ROWS, BLOCK_P)
+    dk1, dk2, k_dphi = turn_back(
+        head_of(k, b, h), head_of(dk_out, b, h), cos, sin, first, length, PAIRS, ROWS, BLOCK_P
+    )
+    store_pairs(head_of(dk, b, h), dk1, dk2, first, length, PAIRS, ROWS, BLOCK_P)
+    own, tile_sum = trace(q_dphi + k_dphi, steps, FIRST_POWER, BLOCK_P)
+    tl.store(sums + at, tile_sum, mask=bands < PAIRS)
     rows = first + tl.arange(0, ROWS)
-    own = tl.sum(weights * tl.cumsum(dphi, 0, reverse=True), 1)
     tl.store(dlog + head * length + rows, own, mask=rows < length)
 
 
@@ -291,7 +304,7 @@ def later_kernel(
     bands = tl.arange(0, BLOCK_P)
     later = tl.load(sums + (head * tiles + tile) * PAIRS + bands, mask=bands < PAIRS, other=0.0)
     later *= _exponents(FIRST_POWER, BLOCK_P) * FULL_UNIT
-    steps = _steps(rates, head, first, length, FIRST_POWER, ROWS, BLOCK_P)
+    steps = token_steps(rates, head, first, length, FIRST_POWER, ROWS, BLOCK_P)
     rows = first + tl.arange(0, ROWS)
     at = dlog + head * length + rows
     own = tl.load(at, mask=rows < length, other=0.0)
@@ -373,7 +386,7 @@ def backward(
     batch, heads, length, head_dim = q_out.shape
     tiles = carries.shape[2]
     sizes = blocks(head_dim, first_power)
-    dq, dk = torch.empty_like(q_out), torch.empty_like(k_out)
+    dq, dk = rows_by_head(q_out), rows_by_head(k_out)
     dlog = torch.empty(rates.shape, dtype=torch.float32, device=rates.device)
     sums = torch.empty(carries.shape, dtype=torch.float32, device=rates.device)
     with device_of(q_out):
@@ -382,12 +395,20 @@ def backward(
             strided(dk), rates, carries, dlog, sums, length, tiles, heads,
             **sizes, num_warps=WARPS["backward"] * (q_out.element_size() // 2), **OPTIONS,
         )  # fmt: skip
-        if tiles > 1:
+    add_later(dlog, sums, rates, sizes)
+    return dq, dk, dlog
+
+
+def add_later(dlog: Tensor, sums: Tensor, rates: Tensor, sizes: dict[str, int]) -> None:
+    """Add to dlog f what the tokens of later tiles cause; overwrites the tiles' sums of dphi."""
+    batch, heads, tiles, _ = sums.shape
+    if tiles > 1:
+        with device_of(sums):
             _scan(sums, None, reverse=True)
             later_kernel[tiles, batch * heads](
-                rates, dlog, sums, length, tiles, **sizes, num_warps=WARPS["later"], **OPTIONS
-            )
-    return dq, dk, dlog
+                rates, dlog, sums, rates.shape[2], tiles,
+                **sizes, num_warps=WARPS["later"], **OPTIONS,
+            )  # fmt: skip
 
 
 def _phases(q: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
@@ -418,8 +439,10 @@ def _backward_op(
     return backward(dq_out, dk_out, q_out, k_out, rates, carries, first_power)
 
 
-@_forward_op.register_fake
-def _(q, k, log_rates, carry, first_power):
+def fake_forward(
+    q: Tensor, k: Tensor, log_rates: Tensor, first_power: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `forward` returns, uninitialised."""
     rows = blocks(q.shape[-1], first_power)["ROWS"]
     last, carries = _phases(q, (q.shape[2] + rows - 1) // rows)
     return (
@@ -431,10 +454,15 @@ def _(q, k, log_rates, carry, first_power):
     )
 
 
+@_forward_op.register_fake
+def _(q, k, log_rates, carry, first_power):
+    return fake_forward(q, k, log_rates, first_power)
+
+
 @_backward_op.register_fake
 def _(dq_out, dk_out, q_out, k_out, rates, carries, first_power):
     dlog = torch.empty(rates.shape, dtype=torch.float32, device=rates.device)
-    return torch.empty_like(q_out), torch.empty_like(k_out), dlog
+    return rows_by_head(q_out), rows_by_head(k_out), dlog
 
 
 def _save(ctx, inputs, output) -> None:
@@ -451,6 +479,32 @@ def _differentiate(ctx, dq_out, dk_out, *_):
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def check(q: Tensor, k: Tensor, log_rates: Tensor, carry: Tensor | None, first_power: int) -> None:
+    """ValueError unless these arguments of `carope` fit together."""
+    batch, heads, length, head_dim = q.shape
+    if k.shape != q.shape or head_dim % 2 or not 2 <= head_dim <= 512:
+        raise ValueError(
+            "CARoPE needs q and k of one shape (B, H, T, D), D even and at most 512; "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}."
+        )
+    if not batch * heads * length:
+        raise ValueError(f"CARoPE needs at least one token; got {tuple(q.shape)}.")
+    if log_rates.shape != q.shape[:3] or log_rates.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"log_rates must be {(batch, heads, length)} in float64 or float32; got "
+            f"{tuple(log_rates.shape)} in {log_rates.dtype}."
+        )
+    start = (batch, heads, head_dim // 2)
+    if carry is not None and (carry.shape != start or carry.dtype != torch.int64):
+        raise ValueError(
+            f"carry must be {start} in int64 turns; got {tuple(carry.shape)} in {carry.dtype}. "
+            "Pass the one that the previous call returned."
+        )
+    if first_power not in (0, 1):
+        raise ValueError(f"first_power must be 0 or 1; got {first_power}.")
+    require_runnable("carope", q, k)
 
 
 def carope(
@@ -477,28 +531,7 @@ def carope(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit.
     """
-    batch, heads, length, head_dim = q.shape
-    if k.shape != q.shape or head_dim % 2 or not 2 <= head_dim <= 512:
-        raise ValueError(
-            "CARoPE needs q and k of one shape (B, H, T, D), D even and at most 512; "
-            f"got {tuple(q.shape)} and {tuple(k.shape)}."
-        )
-    if not batch * heads * length:
-        raise ValueError(f"CARoPE needs at least one token; got {tuple(q.shape)}.")
-    if log_rates.shape != q.shape[:3] or log_rates.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"log_rates must be {(batch, heads, length)} in float64 or float32; got "
-            f"{tuple(log_rates.shape)} in {log_rates.dtype}."
-        )
-    start = (batch, heads, head_dim // 2)
-    if carry is not None and (carry.shape != start or carry.dtype != torch.int64):
-        raise ValueError(
-            f"carry must be {start} in int64 turns; got {tuple(carry.shape)} in {carry.dtype}. "
-            "Pass the one that the previous call returned."
-        )
-    if first_power not in (0, 1):
-        raise ValueError(f"first_power must be 0 or 1; got {first_power}.")
-    require_runnable("carope", q, k)
+    check(q, k, log_rates, carry, first_power)
     carry = None if carry is None else carry.contiguous()
     return _forward_op(q, k, log_rates, carry, first_power)[:3]
 

@@ -53,6 +53,13 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def rows_by_head(x: Tensor) -> Tensor:
+    """Uninitialised (B, H, T, D) like x, laid out (B, T, H, D)."""
+    batch, heads, length, dim = x.shape
+    shape = (batch, length, heads, dim)
+    return torch.empty(shape, dtype=x.dtype, device=x.device).transpose(1, 2)
+
+
 def strided(x: Tensor) -> tuple:
     """A (B, H, T, D) tensor as a kernel argument: the pointer, then the four strides."""
     return (x, *x.stride())

@@ -32,6 +32,7 @@ from posenc.kernels.common import (
     head_of,
     load_tile,
     require_runnable,
+    rows_by_head,
     store_tile,
     strided,
 )
@@ -190,13 +191,6 @@ def launch(kernel: str, x: Tensor) -> tuple[Config, dict]:
         "maxnreg": config.registers,
         **OPTIONS,
     }
-
-
-def rows_by_head(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised (B, H, T, D) like x, laid out (B, T, H, D)."""
-    batch, heads, length, dim = x.shape
-    shape = (batch, length, heads, dim)
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device).transpose(1, 2)
 
 
 def forward(

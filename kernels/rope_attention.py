@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posenc.kernels import flash, rope
-from posenc.kernels.common import head_of, load_tile, store_tile, strided
+from posenc.kernels.common import head_of, load_tile, rows_by_head, store_tile, strided
 from posenc.kernels.hooks import Hook
 from posenc.kernels.turns import position_arguments, rotate_rows, turns_from_radians
 
@@ -106,7 +106,7 @@ def forward(
     """o and L as `flash.forward`; turned q and k, which the backward pass takes."""
     k_turned = torch.empty_like(k, memory_format=torch.contiguous_format)
     rope.launch(k, k[:, :0], k_turned, k[:, :0], *rotation, inverse=False)
-    q_turned = flash.rows_by_head(q)
+    q_turned = rows_by_head(q)
     o, lse = flash.forward(q, k_turned, v, scale, rotation.load(q_turned))
     return o, lse, q_turned, k_turned
 
@@ -119,7 +119,7 @@ def backward(
     if flash.is_split(deterministic, saved.q.shape[2]):
         return flash.backward_split(do, saved, scale, store, store)
     dq_sum, dk, dv = flash.backward_atomic(do, saved, scale, store)
-    dq = flash.rows_by_head(saved.q)
+    dq = rows_by_head(saved.q)
     scaled = rotation._replace(factor=rotation.factor * scale)
     rope.launch(dq_sum, dq[:, :0], dq, dq[:, :0], *scaled, inverse=True)
     return dq, dk, dv
@@ -164,12 +164,12 @@ def _backward_op(
 def _(q, k, v, *options):
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     k_turned = torch.empty_like(k, memory_format=torch.contiguous_format)
-    return flash.rows_by_head(q), lse, flash.rows_by_head(q), k_turned
+    return rows_by_head(q), lse, rows_by_head(q), k_turned
 
 
 @_backward_op.register_fake
 def _(do, q_turned, k_turned, v, *options):
-    return tuple(flash.rows_by_head(x) for x in (q_turned, k_turned, v))
+    return tuple(rows_by_head(x) for x in (q_turned, k_turned, v))
 
 
 def _save(ctx, inputs, output) -> None:
@@ -240,7 +240,7 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
                 continue
             packed = torch.empty(16, 1024, 3, 12, dim, dtype=dtype, device="meta")
             q, k, v = packed.permute(2, 0, 3, 1, 4)
-            o, lse = flash.rows_by_head(q), torch.empty(q.shape[:-1], device="meta")
+            o, lse = rows_by_head(q), torch.empty(q.shape[:-1], device="meta")
             fractions = torch.empty(dim // 2, dtype=torch.int64, device="meta")
             positions = torch.empty(16, 1024, dtype=torch.int64, device="meta")
             plain = Rotation(fractions, None, 1.0, interleaved)

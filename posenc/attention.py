@@ -239,7 +239,7 @@ class Attention(nn.Module):
         if self.impl == "fused":
             fused.check_case(where.real, dropout_p)
             if cache is None:
-                whole = self.encoding.attend_fused(q, k, v, where.positions)
+                whole = self.encoding.attend_fused(q, k, v, where.positions, x)
                 if whole is not None:
                     return whole
             rotate = self.encoding.rotate_fused

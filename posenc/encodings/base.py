@@ -57,7 +57,9 @@ class Encoding(nn.Module):
         """`rotate` by a Triton kernel where the scheme has one (`impl="fused"`)."""
         return self.rotate(q, k, positions, x, state)
 
-    def attend_fused(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor | None:
+    def attend_fused(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, x: Tensor
+    ) -> Tensor | None:
         """Rotation and attention in one kernel where the scheme has one, else None."""
         return None
 

@@ -172,6 +172,12 @@ class CARoPE(Float32Parameters, Encoding):
         q, k, _ = carope(q, k, log_f, first_power=self.first_power)
         return q, k
 
+    def attend_fused(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, x: Tensor) -> Tensor:
+        from posenc.kernels.carope_attention import carope_attention
+
+        log_f = log_rates(self._checked(q, k, x), self.weight, self.bias)
+        return carope_attention(q, k, v, log_f, first_power=self.first_power)
+
     def _checked(self, q: Tensor, k: Tensor, x: Tensor | None) -> Tensor:
         """x itself, or ValueError for what does not fit."""
         check_pair(q, k, self.head_dim)

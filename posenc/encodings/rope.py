@@ -94,7 +94,7 @@ class RoPE(Encoding):
         frequencies, factor = scaled_frequencies(self.rotary_dim, self.base, self.scaling, q.device)
         return rope(q, k, frequencies, positions, factor=factor, pairing=self.pairing)
 
-    def attend_fused(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    def attend_fused(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, x: Tensor) -> Tensor:
         from posenc.kernels.rope_attention import rope_attention
 
         frequencies, factor = scaled_frequencies(self.rotary_dim, self.base, self.scaling, q.device)

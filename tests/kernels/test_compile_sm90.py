@@ -10,6 +10,7 @@ MAY_SPILL = {"flash float32 D=256": 256, "flash float32 D=256 atomic": 256}
 #: At D=64 two programs of 256 threads should fit in the 65536 registers of a multiprocessor. Counts
 #: move with the compiler, so this holds for the versions it was tuned on.
 TWO_PROGRAMS = {"forward_kernel", "dq_kernel"}
+HALF = ("flash bfloat16", "rope_attention bfloat16", "carope_attention bfloat16")
 TUNED_ON = ("3.6.", "3.7.")
 LAUNCHES = [
     pytest.param(f"{family} {name}", launch, id=f"{family} {name} {launch.kernel.__name__}")
@@ -24,7 +25,7 @@ def test_compiled(example, launch):
     assert report.spilled <= MAY_SPILL.get(example, 0)
     assert report.shared <= inspect_sm90.SHARED_LIMIT
     assert ".f64" not in report.ptx
-    half = example.startswith(("flash bfloat16", "rope_attention bfloat16"))
+    half = example.startswith(HALF)
     if half and "D=64" in example and report.kernel in TWO_PROGRAMS:
         assert report.registers <= 128 or not triton.__version__.startswith(TUNED_ON)
     assert report.products == (report.tensor_cores != "-")

@@ -1,0 +1,226 @@
+"""Causal attention with CARoPE in one op (arXiv 2507.23083, 2205.14135), forward and backward.
+
+    y = attention(R(phi[m]) q[m], R(phi[n]) k[n], v)        phi as in `posenc.kernels.carope`
+
+Forward, one launch turns q and k together, as the phases cost more than the bytes. Backward, the
+owner of a tile of dq or dk turns it back right after it wrote it, while it is still in the cache,
+and leaves what it means for the rates; a last small kernel adds what later tokens cause. The one-
+kernel backward, whose dq is not complete until it ends, is followed by CARoPE's own.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from posenc.kernels import carope, flash
+from posenc.kernels.common import head_of, rows_by_head, store_tile, strided
+from posenc.kernels.hooks import Hook
+from posenc.kernels.turns import cos_sin, upper
+
+
+@triton.jit
+def store_turned_back(
+    tile,
+    x,
+    b,
+    h,
+    extra,
+    first,
+    length,
+    OPTIONS: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A tile of dq (ADD False) or dk (True), turned back; its dlog f and sums of dphi.
+
+    It is written, then taken in the smaller tiles of CARoPE, of which a flash tile holds several.
+    """
+    turned, rates, carries, dlog, sums, tiles, heads = extra
+    FIRST_POWER: tl.constexpr = OPTIONS[0]
+    SMALL: tl.constexpr = OPTIONS[1]
+    BLOCK_P: tl.constexpr = OPTIONS[2]
+    ADD: tl.constexpr = OPTIONS[3]
+    PAIRS: tl.constexpr = D // 2
+    gradient = head_of(x, b, h)
+    store_tile(gradient, tile, first, length, ROWS, D, BLOCK_D)
+    tl.debug_barrier()
+    head = b * heads + h
+    bands = tl.arange(0, BLOCK_P)
+    inside = bands < PAIRS
+    for small in range(first // SMALL, tl.cdiv(min(first + ROWS, length), SMALL)):
+        start = small * SMALL
+        at = (head * tiles + small) * PAIRS + bands
+        steps = carope.token_steps(rates, head, start, length, FIRST_POWER, SMALL, BLOCK_P)
+        carry = tl.load(carries + at, mask=inside, other=0)
+        cos, sin = cos_sin(upper(carry[None, :] + tl.cumsum(steps, 0)))
+        dx1, dx2, dphi = carope.turn_back(
+            head_of(turned, b, h), gradient, cos, sin, start, length, PAIRS, SMALL, BLOCK_P
+        )
+        tl.debug_barrier()  # a thread may overwrite what another reads
+        carope.store_pairs(gradient, dx1, dx2, start, length, PAIRS, SMALL, BLOCK_P)
+        own, tile_sum = carope.trace(dphi, steps, FIRST_POWER, BLOCK_P)
+        rows = start + tl.arange(0, SMALL)
+        to = dlog + head * length + rows
+        if ADD:
+            own += tl.load(to, mask=rows < length, other=0.0)
+            tile_sum += tl.load(sums + at, mask=inside, other=0.0)
+        tl.store(to, own, mask=rows < length)
+        tl.store(sums + at, tile_sum, mask=inside)
+
+
+def fits(q: Tensor, first_power: int) -> bool:
+    """Whether flash's tiles are made of whole tiles of CARoPE."""
+    rows = carope.blocks(q.shape[-1], first_power)["ROWS"]
+    sizes = flash.launch("dq", q)[0].block_m, flash.launch("dkv", q)[0].block_n
+    return all(size % rows == 0 for size in sizes)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, log_rates: Tensor, first_power: int, scale: float
+) -> tuple[Tensor, ...]:
+    """o and L as `flash.forward`; turned q and k, rates and carries, for the backward pass."""
+    q_turned, k_turned, _, rates, carries = carope.forward(q, k, log_rates, None, first_power)
+    o, lse = flash.forward(q_turned, k_turned, v, scale)
+    return o, lse, q_turned, k_turned, rates, carries
+
+
+def backward(
+    do: Tensor,
+    saved: flash.Saved,
+    rates: Tensor,
+    carries: Tensor,
+    first_power: int,
+    scale: float,
+    deterministic: bool | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq and dk of q and k before they were turned, dv, and dlog f (B, H, T) in fp32."""
+    q, k = saved.q, saved.k
+    if not (flash.is_split(deterministic, q.shape[2]) and fits(q, first_power)):
+        dq, dk, dv = flash.backward(do, saved, scale, deterministic)
+        dq, dk, dlog = carope.backward(dq, dk, q, k, rates, carries, first_power)
+        return dq, dk, dv, dlog
+    sizes = carope.blocks(q.shape[-1], first_power)
+    dlog = torch.empty(rates.shape, dtype=torch.float32, device=rates.device)
+    sums = torch.empty(carries.shape, dtype=torch.float32, device=rates.device)
+
+    def hook(turned: Tensor, add: bool) -> Hook:
+        extra = (strided(turned), rates, carries, dlog, sums, carries.shape[2], q.shape[1])
+        return Hook(store_turned_back, extra, (first_power, sizes["ROWS"], sizes["BLOCK_P"], add))
+
+    dq, dk, dv = flash.backward_split(do, saved, scale, hook(q, False), hook(k, True))
+    carope.add_later(dlog, sums, rates, sizes)
+    return dq, dk, dv, dlog
+
+
+@torch.library.custom_op("posenc::carope_attention_forward", mutates_args=())
+def _forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_rates: Tensor,
+    first_power: int,
+    scale: float,
+    deterministic: bool | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return forward(q, k, v, log_rates, first_power, scale)
+
+
+@torch.library.custom_op("posenc::carope_attention_backward", mutates_args=())
+def _backward_op(
+    do: Tensor,
+    q_turned: Tensor,
+    k_turned: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    rates: Tensor,
+    carries: Tensor,
+    first_power: int,
+    scale: float,
+    deterministic: bool | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    saved = flash.Saved(q_turned, k_turned, v, o, lse)
+    return backward(do, saved, rates, carries, first_power, scale, deterministic)
+
+
+@_forward_op.register_fake
+def _(q, k, v, log_rates, first_power, scale, deterministic):
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    q_turned, k_turned, _, rates, carries = carope.fake_forward(q, k, log_rates, first_power)
+    return rows_by_head(q), lse, q_turned, k_turned, rates, carries
+
+
+@_backward_op.register_fake
+def _(do, q_turned, k_turned, v, o, lse, rates, *options):
+    dlog = torch.empty(rates.shape, dtype=torch.float32, device=rates.device)
+    return *(rows_by_head(x) for x in (q_turned, k_turned, v)), dlog
+
+
+def _save(ctx, inputs, output) -> None:
+    _, _, v, log_rates, *ctx.options = inputs
+    o, lse, q_turned, k_turned, rates, carries = output
+    ctx.dtype = log_rates.dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(q_turned, k_turned, v, o, lse, rates, carries)
+
+
+def _differentiate(ctx, do, *_):
+    *grads, dlog = _backward_op(do, *ctx.saved_tensors, *ctx.options)
+    return *grads, dlog.to(ctx.dtype), None, None, None
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def carope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_rates: Tensor,
+    *,
+    first_power: int = 0,
+    scale: float | None = None,
+    deterministic: bool | None = None,
+) -> Tensor:
+    """Rotate q and k by the running phases of the tokens and attend causally; differentiable once.
+
+    Args:
+        q, k, v: (B, H, T, D), any strides, in bfloat16, float16 or float32; D even, at most 256.
+        log_rates, first_power: see `posenc.kernels.carope.carope`.
+        scale, deterministic: see `posenc.kernels.flash.flash_attention`.
+
+    Returns:
+        (B, H, T, D) in q's dtype.
+
+    Raises:
+        ValueError: for other shapes, dtypes or devices.
+    """
+    carope.check(q, k, log_rates, None, first_power)
+    flash.check(q, k, v, scale)
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    if torch.are_deterministic_algorithms_enabled():
+        deterministic = True
+    return _forward_op(q, k, v, log_rates, first_power, scale, deterministic)[0]
+
+
+def examples() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Named launches that between them use every configuration, for `inspect_sm90`."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for dim in (64, 80, 128):
+            packed = torch.empty(16, 1024, 3, 12, dim, dtype=dtype, device="meta")
+            q, k, v = packed.permute(2, 0, 3, 1, 4)
+            log_rates = torch.empty(16, 12, 1024, dtype=torch.float64, device="meta")
+            name = f"{str(dtype).removeprefix('torch.')} D={dim}"
+            outputs = carope.fake_forward(q, k, log_rates, 0)
+            q_turned, k_turned, _, rates, carries = outputs
+            lse = torch.empty(q.shape[:-1], device="meta")
+            saved = flash.Saved(q_turned, k_turned, v, rows_by_head(q), lse)
+            back = functools.partial(backward, saved.o, saved, rates, carries, 0, 0.125)
+            yield name, functools.partial(back, True)
