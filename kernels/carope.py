@@ -155,15 +155,20 @@ def forward_kernel(
     rates,
     carries,
     last,
+    phases,
     length,
     tiles,
     heads,
+    KEEP: tl.constexpr,
     FIRST_POWER: tl.constexpr,
     PAIRS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Program (tile, head, batch row): turn q and k; the last tile leaves its final phase."""
+    """Program (tile, head, batch row): turn q and k; the last tile leaves its final phase.
+
+    KEEP writes the phases of all tokens, int64 (B, H, T, D/2).
+    """
     tile, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     head = b * heads + h
     first = tile * ROWS
@@ -172,7 +177,12 @@ def forward_kernel(
     carry = tl.load(carries + (head * tiles + tile) * PAIRS + bands, mask=bands < PAIRS, other=0)
     if tile == tiles - 1:
         tl.store(last + head * PAIRS + bands, carry + tl.sum(steps, 0), mask=bands < PAIRS)
-    cos, sin = cos_sin(upper(carry[None, :] + tl.cumsum(steps, 0)))
+    turns = carry[None, :] + tl.cumsum(steps, 0)
+    if KEEP:
+        rows = first + tl.arange(0, ROWS)
+        to = phases + (head * length + rows)[:, None] * PAIRS + bands[None, :]
+        tl.store(to, turns, mask=(rows < length)[:, None] & (bands < PAIRS)[None, :])
+    cos, sin = cos_sin(upper(turns))
     _rotate_tile(
         head_of(q, b, h), head_of(q_out, b, h), cos, sin, first, length, PAIRS, ROWS, BLOCK_P
     )
@@ -345,9 +355,17 @@ def rates_from_log(log_rates: Tensor) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, log_rates: Tensor, carry: Tensor | None, first_power: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rotated q and k, final carry (B, H, D/2); for the backward pass, rates and tile carries."""
+    q: Tensor,
+    k: Tensor,
+    log_rates: Tensor,
+    carry: Tensor | None,
+    first_power: int,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rotated q and k, final carry (B, H, D/2), phases (B, H, T, D/2) if kept, else (0,).
+
+    For the backward pass, rates and tile carries.
+    """
     batch, heads, length, head_dim = q.shape
     rates = rates_from_log(log_rates)
     sizes = blocks(head_dim, first_power)
@@ -355,6 +373,7 @@ def forward(
     k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     tiles = triton.cdiv(length, sizes["ROWS"])
     last, carries = _phases(q, tiles)
+    phases = _kept(q, keep)
     with device_of(q):
         if tiles == 1 and carry is None:
             carries.zero_()
@@ -367,10 +386,10 @@ def forward(
             _scan(carries, carry, reverse=False)
         forward_kernel[tiles, heads, batch](
             strided(q), strided(k), strided(q_out), strided(k_out), rates, carries, last,
-            length, tiles, heads,
-            **sizes, num_warps=WARPS["forward"] * (q.element_size() // 2), **OPTIONS,
+            phases, length, tiles, heads,
+            KEEP=keep, **sizes, num_warps=WARPS["forward"] * (q.element_size() // 2), **OPTIONS,
         )  # fmt: skip
-    return q_out, k_out, last, rates, carries
+    return q_out, k_out, last, phases, rates, carries
 
 
 def backward(
@@ -419,11 +438,18 @@ def _phases(q: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(carries[:, :, 0]), carries
 
 
+def _kept(q: Tensor, keep: bool) -> Tensor:
+    """Uninitialised int64 phases of all tokens, or nothing."""
+    batch, heads, length, head_dim = q.shape
+    shape = (batch, heads, length, head_dim // 2) if keep else (0,)
+    return torch.empty(shape, dtype=torch.int64, device=q.device)
+
+
 @torch.library.custom_op("posenc::carope_forward", mutates_args=())
 def _forward_op(
-    q: Tensor, k: Tensor, log_rates: Tensor, carry: Tensor | None, first_power: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return forward(q, k, log_rates, carry, first_power)
+    q: Tensor, k: Tensor, log_rates: Tensor, carry: Tensor | None, first_power: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return forward(q, k, log_rates, carry, first_power, keep)
 
 
 @torch.library.custom_op("posenc::carope_backward", mutates_args=())
@@ -440,8 +466,8 @@ def _backward_op(
 
 
 def fake_forward(
-    q: Tensor, k: Tensor, log_rates: Tensor, first_power: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, log_rates: Tensor, first_power: int, keep: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `forward` returns, uninitialised."""
     rows = blocks(q.shape[-1], first_power)["ROWS"]
     last, carries = _phases(q, (q.shape[2] + rows - 1) // rows)
@@ -449,14 +475,15 @@ def fake_forward(
         torch.empty_like(q, memory_format=torch.contiguous_format),
         torch.empty_like(k, memory_format=torch.contiguous_format),
         last,
+        _kept(q, keep),
         torch.empty(log_rates.shape, dtype=torch.int64, device=q.device),
         carries,
     )
 
 
 @_forward_op.register_fake
-def _(q, k, log_rates, carry, first_power):
-    return fake_forward(q, k, log_rates, first_power)
+def _(q, k, log_rates, carry, first_power, keep):
+    return fake_forward(q, k, log_rates, first_power, keep)
 
 
 @_backward_op.register_fake
@@ -466,16 +493,16 @@ def _(dq_out, dk_out, q_out, k_out, rates, carries, first_power):
 
 
 def _save(ctx, inputs, output) -> None:
-    _, _, log_rates, _, ctx.first_power = inputs
+    _, _, log_rates, _, ctx.first_power, _ = inputs
     q_out, k_out, *whole = output
     ctx.dtype = log_rates.dtype
     ctx.mark_non_differentiable(*whole)
-    ctx.save_for_backward(q_out, k_out, *whole[1:])
+    ctx.save_for_backward(q_out, k_out, *whole[-2:])
 
 
 def _differentiate(ctx, dq_out, dk_out, *_):
     dq, dk, dlog = _backward_op(dq_out, dk_out, *ctx.saved_tensors, ctx.first_power)
-    return dq, dk, dlog.to(ctx.dtype), None, None
+    return dq, dk, dlog.to(ctx.dtype), None, None, None
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
@@ -533,7 +560,25 @@ def carope(
     """
     check(q, k, log_rates, carry, first_power)
     carry = None if carry is None else carry.contiguous()
-    return _forward_op(q, k, log_rates, carry, first_power)[:3]
+    return _forward_op(q, k, log_rates, carry, first_power, False)[:3]
+
+
+def carope_with_phases(
+    q: Tensor,
+    k: Tensor,
+    log_rates: Tensor,
+    carry: Tensor | None = None,
+    *,
+    first_power: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`carope`, with the phases of all tokens (B, H, T, D/2) in place of the last carry.
+
+    For a cache that can forget any number of tokens: they are int64 turns, like `carry`.
+    """
+    check(q, k, log_rates, carry, first_power)
+    carry = None if carry is None else carry.contiguous()
+    q, k, _, phases, *_ = _forward_op(q, k, log_rates, carry, first_power, True)
+    return q, k, phases
 
 
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -545,6 +590,7 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
             log_rates = torch.empty(16, 12, 1024, dtype=torch.float64, device="meta")
             name = f"{str(dtype).removeprefix('torch.')} D={dim}"
             yield name, functools.partial(forward, q, k, log_rates, None, 0)
+            yield f"{name} phases", functools.partial(forward, q, k, log_rates, None, 0, True)
             out = torch.empty(q.shape, dtype=dtype, device="meta")
             rates = torch.empty(16, 12, 1024, dtype=torch.int64, device="meta")
             _, carries = _phases(q, triton.cdiv(1024, blocks(dim, 0)["ROWS"]))

@@ -85,7 +85,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, log_rates: Tensor, first_power: int, scale: float
 ) -> tuple[Tensor, ...]:
     """o and L as `flash.forward`; turned q and k, rates and carries, for the backward pass."""
-    q_turned, k_turned, _, rates, carries = carope.forward(q, k, log_rates, None, first_power)
+    q_turned, k_turned, *_, rates, carries = carope.forward(q, k, log_rates, None, first_power)
     o, lse = flash.forward(q_turned, k_turned, v, scale)
     return o, lse, q_turned, k_turned, rates, carries
 
@@ -152,7 +152,7 @@ def _backward_op(
 @_forward_op.register_fake
 def _(q, k, v, log_rates, first_power, scale, deterministic):
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    q_turned, k_turned, _, rates, carries = carope.fake_forward(q, k, log_rates, first_power)
+    q_turned, k_turned, *_, rates, carries = carope.fake_forward(q, k, log_rates, first_power)
     return rows_by_head(q), lse, q_turned, k_turned, rates, carries
 
 
@@ -219,7 +219,7 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
             log_rates = torch.empty(16, 12, 1024, dtype=torch.float64, device="meta")
             name = f"{str(dtype).removeprefix('torch.')} D={dim}"
             outputs = carope.fake_forward(q, k, log_rates, 0)
-            q_turned, k_turned, _, rates, carries = outputs
+            q_turned, k_turned, *_, rates, carries = outputs
             lse = torch.empty(q.shape[:-1], device="meta")
             saved = flash.Saved(q_turned, k_turned, v, rows_by_head(q), lse)
             back = functools.partial(backward, saved.o, saved, rates, carries, 0, 0.125)

@@ -161,15 +161,19 @@ class CARoPE(Float32Parameters, Encoding):
         x: Tensor | None = None,
         state: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        """`rotate` by the kernel, which keeps no phases; a cache must, so decoding is `rotate`."""
-        from posenc.kernels.carope import carope
+        """`rotate` by the kernel, which writes the phases of the tokens only for a cache."""
+        from posenc.kernels.carope import carope, carope_with_phases
+        from posenc.kernels.turns import radians_from_turns, turns_from_radians
 
-        if state is not None:
-            return self.rotate(q, k, positions, x, state)
         log_f = log_rates(self._checked(q, k, x), self.weight, self.bias)
         if positions is not None and positions.ndim == 2:
             log_f = log_f.masked_fill((positions < 0).unsqueeze(1), -math.inf)
-        q, k, _ = carope(q, k, log_f, first_power=self.first_power)
+        if state is None:
+            q, k, _ = carope(q, k, log_f, first_power=self.first_power)
+            return q, k
+        carry = turns_from_radians(state.recent("phase").squeeze(-2))
+        q, k, phases = carope_with_phases(q, k, log_f, carry, first_power=self.first_power)
+        state.append("phase", radians_from_turns(phases))
         return q, k
 
     def attend_fused(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, x: Tensor) -> Tensor:

@@ -7,7 +7,13 @@ import torch
 
 import oracles
 from posenc.kernels import carope as kernel
-from posenc.kernels.carope import _backward_op, _forward_op, carope, rates_from_log
+from posenc.kernels.carope import (
+    _backward_op,
+    _forward_op,
+    carope,
+    carope_with_phases,
+    rates_from_log,
+)
 from posenc.kernels.turns import radians_from_turns
 
 #: Error of a rotated feature relative to its pair's norm, as for RoPE.
@@ -116,6 +122,18 @@ def test_carry_is_an_input_and_an_output(device):
     for actual, wanted in zip((y, z), oracles.carope_rotate(*exact, phases), strict=True):
         check(actual, wanted)
     assert turned(radians_from_turns(last.cpu()) - phases[:, :, -1]) < 1e-12
+
+
+def test_phases_are_those_of_all_tokens(device):
+    torch.manual_seed(1)
+    q, k, log_rates = inputs(2, 3, 70, 40, torch.float32, device)
+    carry = torch.randint(-(2**62), 2**62, (2, 3, 20), device=device) * 2
+    y, z, last = carope(q, k, log_rates, carry)
+    *same, phases = carope_with_phases(q, k, log_rates, carry)
+    assert all(map(torch.equal, same, (y, z)))
+    assert torch.equal(phases[:, :, -1], last)
+    wanted = exact_phases(log_rates.cpu(), 40, 0, carry.cpu())
+    assert turned(radians_from_turns(phases.cpu()) - wanted) < 1e-12
 
 
 @pytest.mark.parametrize("cuts", [(1,), (64,), (3, 64, 65, 130, 190), tuple(range(1, 200, 33))])
@@ -240,10 +258,10 @@ def test_operator_contract(device):
     q, k, log_rates = inputs(2, 3, 5, 16, torch.float32, device)
     carry = torch.zeros(2, 3, 8, dtype=torch.int64, device=device)
     leaves = [x.detach().requires_grad_() for x in (q, k, log_rates)]
-    torch.library.opcheck(_forward_op, (*leaves, None, 0))
+    torch.library.opcheck(_forward_op, (*leaves, None, 0, False))
     shallow = ("test_schema", "test_faketensor")
-    torch.library.opcheck(_forward_op, (*leaves, carry, 1), test_utils=shallow)
-    y, z, _, rates, carries = _forward_op(q, k, log_rates, None, 0)
+    torch.library.opcheck(_forward_op, (*leaves, carry, 1, True), test_utils=shallow)
+    y, z, *_, rates, carries = _forward_op(q, k, log_rates, None, 0, False)
     torch.library.opcheck(_backward_op, (z, y, y, z, rates, carries, 0), test_utils=shallow)
 
 
