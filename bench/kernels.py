@@ -4,13 +4,14 @@
     TRITON_INTERPRET=1 python -m bench.kernels --shapes 1,2,33,16      the same code on a CPU, slow
 
 A case is a computation, its providers are implementations. Before a provider is timed, its outputs
-and all gradients on one head are compared with the definition in fp64: at most twice the error of
-the definition in the inputs' own dtype, or there is no row. A provider that is not installed or
-does not fit is left out, with the reason. All providers of a case run in the same process on the
-same inputs; q, k and v are views of one packed projection.
+and gradients on one head, or one row of a layer, are compared with the definition in fp64: at most
+twice the error of the definition in the inputs' own dtype, or there is no row. A provider that is
+not installed or does not fit is left out, with the reason. All providers of a case run in the same
+process on the same inputs; q, k and v are views of one packed projection.
 """
 
 import argparse
+import copy
 import math
 import sys
 import time
@@ -53,6 +54,7 @@ class Case(NamedTuple):
     inputs: tuple[Tensor, ...]
     definition: Function
     providers: dict[str, Callable[[], Function]]  # built when their turn comes
+    part: Callable[[Tensor], Tensor]  # of inputs and results: what the gate compares
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -132,6 +134,49 @@ def direct_cmha(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, b: Tensor) -> Te
     return scores.softmax(-1).to(v.dtype) @ v
 
 
+def one_head(x: Tensor) -> Tensor:
+    """The last head of q, k, v, rates (B, H, ..) or of a parameter (H, ..): heads do not meet."""
+    return x[:, -1:] if x.ndim >= 3 else x[-1:]
+
+
+def one_row(x: Tensor) -> Tensor:
+    """The last row of a batch (B, T, C): rows do not meet."""
+    return x[-1:]
+
+
+def layers(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> Iterator[Case]:
+    """Whole attention modules, of lengths whose definition fits in fp64."""
+    batch, heads, length, dim = shape
+    if length > 4096:
+        return
+    for name in ("rope", "carope", "cmha", "moh"):
+        if heads < 4 and name == "moh":
+            continue
+        module = posenc.attention(name, heads * dim, heads, impl="reference").to(device)
+        precise = copy.deepcopy(module).double()
+        module = module.to(dtype)
+
+        def definition(x: Tensor, module: Any = module, precise: Any = precise) -> Tensor:
+            return (precise if x.dtype == torch.float64 else module)(x)
+
+        def by(impl: str, wrap: Function = lambda m: m, module: Any = module) -> Function:
+            other = copy.deepcopy(module)
+            other.impl = impl
+            return wrap(other)  # type: ignore[return-value]
+
+        providers: dict[str, Callable[[], Function]] = {
+            OURS: partial(by, "fused"),
+            "sdpa": partial(by, "sdpa"),
+        }
+        if device.type == "cuda":
+            providers["torch.compile sdpa"] = partial(by, "sdpa", torch.compile)
+            providers[f"torch.compile {OURS}"] = partial(by, "fused", torch.compile)
+        x = torch.randn(batch, length, heads * dim, device=device, dtype=dtype, requires_grad=True)
+        yield Case(f"{name} layer", (x,), definition, providers, one_row)
+
+
 def cases(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Case]:
@@ -179,6 +224,7 @@ def cases(
             EAGER: lambda: attention,
             **peers,
         },
+        one_head,
     )
 
     our_rope: Function = lambda q, k: rope(q, k, omega)  # noqa: E731
@@ -196,7 +242,7 @@ def cases(
         }
         if name == "rope" and device.type == "cuda":
             providers["liger"] = liger_rope
-        yield Case(name, (q, k, *extra), eager, providers)
+        yield Case(name, (q, k, *extra), eager, providers, one_head)
 
         parts = {f"{OURS} parts": lambda rotate=rotate: after(rotate, flash_attention)}
         whole = (
@@ -214,27 +260,28 @@ def cases(
                 whole["liger + fa2"] = lambda: after(liger_rope(), FA2)
         if name == "polar" and math.prod(shape) <= math.prod(DIRECT):
             whole["direct"] = lambda: direct_cmha
-        yield Case(f"{name} + attention", (q, k, v, *extra), after(eager, attention), whole)
-
-
-def one_head(x: Tensor) -> Tensor:
-    """The last head of q, k, v, rates (B, H, ..) or of a parameter (H, ..): heads do not meet."""
-    return x[:, -1:] if x.ndim >= 3 else x[-1:]
+        yield Case(
+            f"{name} + attention", (q, k, v, *extra), after(eager, attention), whole, one_head
+        )
+    yield from layers(shape, dtype, device)
 
 
 def outputs_and_gradients(
-    function: Function, inputs: tuple[Tensor, ...], dtype: torch.dtype
+    function: Function,
+    inputs: tuple[Tensor, ...],
+    dtype: torch.dtype,
+    part: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
     """Outputs, then the gradients of a random projection of them, the same for every provider.
 
-    The projection is drawn in `dtype`, for one head, and serves all heads.
+    The projection is drawn in `dtype` for one part, a head or a row, and serves all of them.
     """
     found = function(*inputs)
     outputs = (found,) if isinstance(found, Tensor) else found
     probes = []
     for number, output in enumerate(outputs):
         generator = torch.Generator(output.device).manual_seed(number)
-        shape = (output.shape[0], 1, *output.shape[2:])
+        shape = part(output).shape
         probe = torch.randn(shape, generator=generator, device=output.device, dtype=dtype)
         probes.append(probe.to(output.dtype).expand_as(output))
     return [*outputs, *torch.autograd.grad(outputs, inputs, probes)]
@@ -249,21 +296,21 @@ def errors(actual: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 class Gate:
-    """What a provider must compute: one head in fp64, and the error that its dtype excuses."""
+    """What a provider must compute: one part in fp64, and the error that its dtype excuses."""
 
     def __init__(self, case: Case) -> None:
-        self.inputs, self.dtype = case.inputs, case.inputs[0].dtype
-        head = tuple(one_head(x.detach()).clone().requires_grad_() for x in case.inputs)
-        precise = tuple(x.detach().double().requires_grad_() for x in head)
-        self.exact = outputs_and_gradients(case.definition, precise, self.dtype)
-        plain = outputs_and_gradients(case.definition, head, self.dtype)
-        rounding = torch.finfo(self.dtype).eps
+        self.inputs, self.dtype, self.part = case.inputs, case.inputs[0].dtype, case.part
+        own = tuple(case.part(x.detach()).clone().requires_grad_() for x in case.inputs)
+        precise = tuple(x.detach().double().requires_grad_() for x in own)
+        self.exact = outputs_and_gradients(case.definition, precise, self.dtype, self.part)
+        plain = outputs_and_gradients(case.definition, own, self.dtype, self.part)
+        rounding = max(torch.finfo(self.dtype).eps, 1e-6)  # fp32 sums in another order
         self.allowed = [2 * error + rounding for error in errors(plain, self.exact)]
 
     def check(self, function: Function) -> float:
         """The error of the first output; ValueError where anything is worse than allowed."""
-        results = outputs_and_gradients(function, self.inputs, self.dtype)
-        found = errors([one_head(x) for x in results], self.exact)
+        results = outputs_and_gradients(function, self.inputs, self.dtype, self.part)
+        found = errors([self.part(x) for x in results], self.exact)
         for number, (error, allowed) in enumerate(zip(found, self.allowed, strict=True)):
             if not error <= allowed:
                 raise ValueError(f"result {number} is off by {error:.1e}; allowed {allowed:.1e}")

@@ -10,7 +10,7 @@ from bench import kernels
 
 def test_every_provider_has_a_row(tmp_path, monkeypatch, capsys):
     path = tmp_path / "rows" / "kernels.jsonl"
-    monkeypatch.setattr("sys.argv", ["kernels", "--shapes", "1,2,9,16", "--out", str(path)])
+    monkeypatch.setattr("sys.argv", ["kernels", "--shapes", "1,4,9,16", "--out", str(path)])
     kernels.main()
     printed = capsys.readouterr().out
     assert "no row of" not in printed or torch.cuda.is_available()
@@ -20,9 +20,10 @@ def test_every_provider_has_a_row(tmp_path, monkeypatch, capsys):
     assert {row["kernel"] for row in timed} == {
         "flash",
         *(name + end for name in ("rope", "carope", "polar") for end in ("", " + attention")),
+        *(f"{name} layer" for name in ("rope", "carope", "cmha", "moh")),
     }
     for row in timed:
-        assert (row["B"], row["H"], row["T"], row["D"]) == (1, 2, 9, 16)
+        assert (row["B"], row["H"], row["T"], row["D"]) == (1, 4, 9, 16)
         assert 0 < row["p20"] <= row["p50"] <= row["p80"]
         assert row["error_vs_fp64"] < 1e-2
         assert row["torch"] == torch.__version__
