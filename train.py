@@ -43,6 +43,7 @@ from posenc.training.signals import StopSignals
 from posenc.training.step import train_step
 from posenc.training.tracker import check_tracker, make_tracker
 
+PROMPT = 32  # tokens of the validation text that the sample continues
 STREAM_BROKE = 64  # a reason to stop, above the numbers of signals
 
 
@@ -217,10 +218,13 @@ def finish(job: Job) -> None:
         return
     model.save_pretrained(folder.model)
     if config.sample_tokens and job.corpus.tokenizer is not None:
-        first = [int(job.corpus.validation[:1][0])]  # in most corpora, what opens a document
-        text = sample_text(model, job.corpus.tokenizer, first, config.sample_tokens, config.seed)
+        # From the middle of the validation text: its first token alone says little to a small model.
+        validation = job.corpus.validation
+        middle, given = len(validation) // 2, min(PROMPT, len(validation) // 2)
+        prompt = [int(token) for token in validation[middle : middle + given]]
+        text = sample_text(model, job.corpus.tokenizer, prompt, config.sample_tokens, config.seed)
         folder.write_text(folder.sample, text)
-        job.say(f"sample:\n{text}\n")
+        job.say(f"sample, its first {given} tokens from the validation text:\n{text}\n")
     loss_plot(folder.read_metrics(), folder.plot, f"{config.attention} on {config.data}")
     values = summary(job, evaluations, refused, peak)
     folder.write_json(SUMMARY, values)

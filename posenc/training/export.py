@@ -27,9 +27,9 @@ def plain_model(model: GPT, parallel: Parallel) -> GPT | None:
 
 
 def sample_text(model: GPT, tokenizer: Tokenizer, prompt: list[int], length: int, seed: int) -> str:
-    """A text of `length` tokens that follows the ids of a prompt, which is not part of it."""
+    """The ids of a prompt and `length` tokens that the model continues them with, as one text."""
     device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     ids = torch.tensor([prompt], device=device)
     written = model.generate(ids, length, temperature=0.8, top_k=50, generator=generator)
-    return tokenizer.decode(written[0, len(prompt) :].tolist())
+    return tokenizer.decode(written[0].tolist())
