@@ -218,7 +218,7 @@ def finish(job: Job) -> None:
         return
     model.save_pretrained(folder.model)
     if config.sample_tokens and job.corpus.tokenizer is not None:
-        # From the middle of the validation text: its first token alone says little to a small model.
+        # From the middle of the text: its very first token says too little to a small model.
         validation = job.corpus.validation
         middle, given = len(validation) // 2, min(PROMPT, len(validation) // 2)
         prompt = [int(token) for token in validation[middle : middle + given]]

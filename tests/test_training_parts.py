@@ -217,9 +217,10 @@ def test_the_exported_model_is_the_trained_one(tmp_path):
 
 def test_samples_are_reproducible():
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
-    texts = [sample_text(small(), tokenizer, [3], 12, seed) for seed in (1, 1, 2)]
+    texts = [sample_text(small(), tokenizer, [3, 5], 12, seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
-    assert len(texts[0].split()) == 12
+    assert texts[0].split()[:2] == ["3", "5"]
+    assert len(texts[0].split()) == 14
 
 
 def test_devices_and_precision(monkeypatch):
