@@ -35,6 +35,7 @@ from posenc.kernels.common import (
     strided,
 )
 from posenc.kernels.turns import (
+    check_positions,
     columns_from,
     cos_sin,
     position_arguments,
@@ -376,15 +377,7 @@ def polar(
             raise ValueError(f"{name} must be {bands} in float32; got {tuple(x.shape)}, {x.dtype}.")
     if frequencies.shape != bands[1:]:
         raise ValueError(f"frequencies must be {bands[1:]}; got {tuple(frequencies.shape)}.")
-    if positions is not None and positions.shape not in ((length,), (batch, length)):
-        raise ValueError(
-            f"positions must have shape ({length},) or ({batch}, {length}); "
-            f"got {tuple(positions.shape)}."
-        )
-    if positions is not None and positions.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"positions must be integers, int32 or int64; got {positions.dtype}. Use torch.long."
-        )
+    check_positions(positions, batch, length)
     fractions = turns_from_radians(frequencies)
     return _forward_op(q, k, delta.contiguous(), b.contiguous(), fractions, positions)
 

@@ -26,6 +26,7 @@ from posenc.kernels.common import (
     strided,
 )
 from posenc.kernels.turns import (
+    check_positions,
     columns_from,
     cos_sin,
     position_arguments,
@@ -277,15 +278,7 @@ def check(
             f"frequencies must be (R/2,) with R at most the head dim, {head_dim}; got "
             f"{tuple(frequencies.shape)}."
         )
-    if positions is not None and positions.shape not in ((length,), (batch, length)):
-        raise ValueError(
-            f"positions must have shape ({length},) or ({batch}, {length}); "
-            f"got {tuple(positions.shape)}."
-        )
-    if positions is not None and positions.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"positions must be integers, int32 or int64; got {positions.dtype}. Use torch.long."
-        )
+    check_positions(positions, batch, length)
     if pairing not in PAIRINGS:
         raise ValueError(f"unknown pairing: {pairing!r}. Known: {', '.join(PAIRINGS)}.")
 

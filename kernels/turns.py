@@ -36,6 +36,21 @@ def radians_from_turns(turns: Tensor) -> Tensor:
     return turns.to(torch.float64) * (2 * math.pi / 2.0**64)
 
 
+def check_positions(positions: Tensor | None, batch: int, length: int) -> None:
+    """ValueError unless positions are None, or int32 or int64 of shape (T,) or (B, T)."""
+    if positions is None:
+        return
+    if positions.shape not in ((length,), (batch, length)):
+        raise ValueError(
+            f"positions must have shape ({length},) or ({batch}, {length}); "
+            f"got {tuple(positions.shape)}."
+        )
+    if positions.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"positions must be integers, int32 or int64; got {positions.dtype}. Use torch.long."
+        )
+
+
 def position_arguments(fractions: Tensor, positions: Tensor | None) -> tuple[Tensor, int, int]:
     """What a kernel takes of positions (T,) or (B, T): the pointer, strides of rows and tokens."""
     if positions is None:

@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -151,6 +151,15 @@ def left_padded(
         x[i, longest - len(row) :] = row
         positions[i, longest - len(row) :] = torch.arange(len(row))
     return x, positions
+
+
+def outputs_and_gradients(
+    function: Callable[..., Tensor], tensors: Sequence[Tensor], gradient: Tensor
+) -> list[Tensor]:
+    """The output of a function of tensors, and their gradients."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, gradient.to(y.dtype))]
 
 
 @contextmanager

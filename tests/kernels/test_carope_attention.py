@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import oracles
+from helpers import outputs_and_gradients
 from posenc.kernels import carope_attention as module
 from posenc.kernels import flash
 from posenc.kernels.carope import carope
@@ -40,12 +41,6 @@ def definition(q, k, v, log_f, first_power):
     visible = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
     scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~visible, -math.inf)
     return scores.softmax(-1) @ v
-
-
-def outputs_and_gradients(function, tensors, do):
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    o = function(*leaves)
-    return [o.detach(), *torch.autograd.grad(o, leaves, do.to(o.dtype))]
 
 
 def check(shape, dtype, first_power, deterministic, device):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import oracles
+from helpers import outputs_and_gradients
 from posenc.kernels import common, flash
 
 DTYPES = (torch.float32, torch.float16)
@@ -42,12 +43,6 @@ def definition(q, k, v, scale=None):
     visible = visible.tril(k.shape[2] - q.shape[2])
     scores = (q @ k.mT * scale).masked_fill(~visible, -math.inf)
     return scores.softmax(-1) @ v
-
-
-def outputs_and_gradients(function, inputs, do):
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    o = function(*leaves)
-    return [o.detach(), *torch.autograd.grad(o, leaves, do.to(o.dtype))]
 
 
 def check(function, inputs, do, scale=None):

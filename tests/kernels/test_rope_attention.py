@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import oracles
+from helpers import outputs_and_gradients
 from posenc.kernels import flash
 from posenc.kernels.rope import rope
 from posenc.kernels.rope_attention import _backward_op, _forward_op, rope_attention
@@ -47,12 +48,6 @@ def definition(q, k, v, omega, positions, factor, pairing):
     visible = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
     scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~visible, -math.inf)
     return scores.softmax(-1) @ v
-
-
-def outputs_and_gradients(function, tensors, do):
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    o = function(*leaves)
-    return [o.detach(), *torch.autograd.grad(o, leaves, do.to(o.dtype))]
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
