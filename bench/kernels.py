@@ -340,25 +340,25 @@ def modes(function: Function, inputs: tuple[Tensor, ...]) -> dict[str, Callable[
         with torch.no_grad():
             function(*inputs)
 
+    # A layer's backward pass is that of training: its weights have gradients too.
+    weights = tuple(function.parameters()) if isinstance(function, torch.nn.Module) else ()
+    wanted = (*inputs, *weights)
     found = function(*inputs)
     outputs = (found,) if isinstance(found, Tensor) else found
     gradients = [torch.randn_like(output) for output in outputs]
 
     def both() -> None:
-        found = function(*inputs)
-        torch.autograd.grad(found, inputs, gradients)
+        torch.autograd.grad(function(*inputs), wanted, gradients)
 
     return {
         "fwd": forward,
-        "bwd": lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True),
+        "bwd": lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True),
         "fwd+bwd": both,
     }
 
 
-def peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:
+def peak_mib(run: Callable[[], Any], device: torch.device) -> float:
     """The most memory that a call adds, on CUDA."""
-    if device.type != "cuda":
-        return None
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -412,33 +412,49 @@ def ceilings(device: torch.device) -> Iterator[Row]:
         )
 
 
+def graphed(run: Callable[[], Any]) -> tuple[float, float, float]:
+    """As `timed`, replayed from a CUDA graph: without what the host adds to each launch."""
+    from triton.testing import do_bench_cudagraph
+
+    low, middle, high = do_bench_cudagraph(run, rep=100, quantiles=[0.2, 0.5, 0.8])
+    return low, middle, high
+
+
 def measure(
     case: Case, shape: tuple[int, int, int, int], device: torch.device
 ) -> Iterator[Row | str]:
     """Rows of all providers of a case; a line of text for those that are left out."""
     batch, heads, length, dim = shape
-    gate = Gate(case)
+    dtype = str(case.inputs[0].dtype).removeprefix("torch.")
+    sizes: dict[str, Any] = {"B": batch, "H": heads, "T": length, "D": dim, "dtype": dtype}
+    gate: Gate | None = None
     for provider, build in case.providers.items():
         try:
+            gate = gate or Gate(case)
             function = build()
             error = gate.check(function)
-            about: dict[str, Any] = {
-                "kernel": case.name, "provider": provider, "B": batch, "H": heads, "T": length,
-                "D": dim, "dtype": str(case.inputs[0].dtype).removeprefix("torch."),
-                "error_vs_fp64": error,
-            }  # fmt: skip
             runs = modes(function, case.inputs)
-            for mode, run in runs.items():
-                low, middle, high = timed(run, device)
-                times = {"p20": low, "p50": middle, "p80": high}
-                yield Row(mode=mode, metric="time", unit="ms", **about, **times)
-            peak = peak_mib(runs["fwd+bwd"], device)
-            if peak is not None:
-                same = {"p20": peak, "p50": peak, "p80": peak}
-                yield Row(mode="fwd+bwd", metric="memory", unit="MiB", **about, **same)
-        except (ImportError, RuntimeError, ValueError) as failure:
-            reason = str(failure).strip().partition("\n")[0] or type(failure).__name__
-            yield f"{case.name}: no row of {provider}: {reason}"
+        except Exception as failure:  # whatever a peer raises, the others are still measured
+            yield f"{case.name}: no row of {provider}: {_reason(failure)}"
+            continue
+        row = partial(Row, case.name, provider, error_vs_fp64=error, **sizes)
+        for mode, run in runs.items():
+            try:
+                yield row(mode, "time", "ms", *timed(run, device))
+            except Exception as failure:
+                yield f"{case.name}: no {mode} of {provider}: {_reason(failure)}"
+        try:
+            if device.type == "cuda":
+                for mode in ("fwd", "fwd+bwd"):
+                    yield row(mode, "graph time", "ms", *graphed(runs[mode]))
+                peak = peak_mib(runs["fwd+bwd"], device)
+                yield row("fwd+bwd", "memory", "MiB", peak, peak, peak)
+        except Exception as failure:
+            yield f"{case.name}: no graph of {provider}: {_reason(failure)}"
+
+
+def _reason(failure: Exception) -> str:
+    return str(failure).strip().partition("\n")[0] or type(failure).__name__
 
 
 class Target(NamedTuple):
@@ -489,22 +505,23 @@ TARGETS = [
 
 
 def ratios(rows: list[Row]) -> Iterator[str]:
-    """Targets beside what was measured, for every shape that has both figures."""
+    """Targets beside what was measured; ratios of graph times where both sides have them."""
     found = {
-        ((row.B, row.H, row.T, row.D), row.kernel, row.provider, row.mode): row.p50
+        ((row.B, row.H, row.T, row.D), row.kernel, row.provider, row.mode, row.metric): row.p50
         for row in rows
-        if row.metric == "time"
     }
     for shape in dict.fromkeys(key[0] for key in found):
         for target in TARGETS:
-            keys = [
-                (shape, kernel, provider, target.mode)
-                for kernel, provider in zip(target.kernel, target.provider, strict=True)
-            ]
-            if all(key in found for key in keys):
-                ratio = found[keys[0]] / found[keys[1]]
-                about = f"{shape!s:22} {target.what:34} {target.mode:8}"
-                yield f"{about} {target.bound:>8} {ratio:8.2f}"
+            for metric in ("graph time", "time"):
+                keys = [
+                    (shape, kernel, provider, target.mode, metric)
+                    for kernel, provider in zip(target.kernel, target.provider, strict=True)
+                ]
+                if all(key in found for key in keys):
+                    ratio = found[keys[0]] / found[keys[1]]
+                    about = f"{shape!s:22} {target.what:34} {target.mode:8} {metric:10}"
+                    yield f"{about} {target.bound:>8} {ratio:8.2f}"
+                    break
 
 
 def parse_shape(text: str) -> tuple[int, int, int, int]:
@@ -530,27 +547,31 @@ def main() -> None:
         sys.exit("bench.kernels needs a CUDA device, or TRITON_INTERPRET=1 to try it on a CPU.")
     dtype = getattr(torch, args.dtype or ("float32" if INTERPRETED else "bfloat16"))
     torch.manual_seed(0)
-    file, rows = RowFile(args.out, device), []
+    # Gates and modes differentiate one compiled forward pass more than once.
+    torch._functorch.config.donated_buffer = False
+    file, failed = RowFile(args.out, device), False
     for row in ceilings(device):
         file.add(row)
         print(f"{row.kernel} {row.provider}: {row.p50:.2f} {row.unit}", flush=True)
     for shape in args.shapes:
+        rows = []
         for case in cases(shape, dtype, device):
             for row in measure(case, shape, device):
                 if isinstance(row, str):
+                    failed = failed or f"of {OURS}" in row
                     print(row, flush=True)
                     continue
                 file.add(row)
                 rows.append(row)
                 print(
                     f"{shape!s:22} {row.kernel:20} {row.provider:24} {row.mode:8} "
-                    f"{row.p50:10.4f} {row.unit:4} error {row.error_vs_fp64:.1e}",
+                    f"{row.p50:10.4f} {row.unit:4} {row.metric:10} error {row.error_vs_fp64:.1e}",
                     flush=True,
                 )
             torch._dynamo.reset()
-    print("\nmeasured ratios beside their targets")
-    for line in ratios(rows):
-        print(line)
+        print("\nmeasured ratios beside their targets", *ratios(rows), "", sep="\n", flush=True)
+    if failed:
+        sys.exit("a kernel of posenc was refused or failed, see above")
 
 
 if __name__ == "__main__":

@@ -21,14 +21,14 @@ class Row:
     mode: str  # fwd, bwd or fwd+bwd
     metric: str
     unit: str
+    p20: float
+    p50: float
+    p80: float
     B: int
     H: int
     T: int
     D: int
     dtype: str
-    p20: float
-    p50: float
-    p80: float
     error_vs_fp64: float | None  # of the output, relative to its root mean square
 
 
@@ -46,11 +46,14 @@ def environment(device: torch.device) -> dict[str, str | bool | None]:
         triton_version = triton.__version__
     except ImportError:
         triton_version = None
-    name = platform.processor() or platform.machine()
+    name, driver = platform.processor() or platform.machine(), None
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
     return {
         "device": name,
+        "driver": driver,
         "torch": torch.__version__,
         "triton": triton_version,
         "cuda": torch.version.cuda,

@@ -510,12 +510,13 @@ _forward_op.register_autograd(_differentiate, setup_context=_save)
 
 def check(q: Tensor, k: Tensor, log_rates: Tensor, carry: Tensor | None, first_power: int) -> None:
     """ValueError unless these arguments of `carope` fit together."""
-    batch, heads, length, head_dim = q.shape
-    if k.shape != q.shape or head_dim % 2 or not 2 <= head_dim <= 512:
+    head_dim = q.shape[-1]
+    if q.dim() != 4 or k.shape != q.shape or head_dim % 2 or not 2 <= head_dim <= 512:
         raise ValueError(
             "CARoPE needs q and k of one shape (B, H, T, D), D even and at most 512; "
             f"got {tuple(q.shape)} and {tuple(k.shape)}."
         )
+    batch, heads, length, _ = q.shape
     if not batch * heads * length:
         raise ValueError(f"CARoPE needs at least one token; got {tuple(q.shape)}.")
     if log_rates.shape != q.shape[:3] or log_rates.dtype not in (torch.float32, torch.float64):

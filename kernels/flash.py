@@ -59,29 +59,37 @@ class Config(NamedTuple):
     registers: int | None = None
 
 
-#: By kernel, bytes of an element, and the head dim rounded up to a power of two (at least 64).
+#: By kernel, bytes of an element, and the head dim rounded up to a power of two (at least 32).
 CONFIGS = {
+    ("forward", 2, 32): Config(128, 64, 8, 3, 128),
     ("forward", 2, 64): Config(128, 64, 8, 3, 128),
     ("forward", 2, 128): Config(128, 64, 8, 3),
     ("forward", 2, 256): Config(128, 64, 8, 2),
+    ("forward", 4, 32): Config(64, 32, 4, 2),
     ("forward", 4, 64): Config(64, 32, 4, 2),
     ("forward", 4, 128): Config(16, 32, 4, 2),
     ("forward", 4, 256): Config(16, 16, 8, 1),
+    ("dq", 2, 32): Config(128, 64, 8, 2, 128),
     ("dq", 2, 64): Config(128, 64, 8, 2, 128),
     ("dq", 2, 128): Config(128, 64, 8, 2),
     ("dq", 2, 256): Config(64, 32, 8, 2),
+    ("dq", 4, 32): Config(64, 32, 4, 2),
     ("dq", 4, 64): Config(64, 32, 4, 2),
     ("dq", 4, 128): Config(16, 64, 8, 1),
     ("dq", 4, 256): Config(16, 16, 8, 1),
+    ("dkv", 2, 32): Config(64, 128, 8, 2),
     ("dkv", 2, 64): Config(64, 128, 8, 2),
     ("dkv", 2, 128): Config(32, 128, 8, 2),
     ("dkv", 2, 256): Config(16, 64, 8, 2),
+    ("dkv", 4, 32): Config(16, 32, 8, 2),
     ("dkv", 4, 64): Config(32, 32, 8, 2),
     ("dkv", 4, 128): Config(32, 16, 8, 1),
     ("dkv", 4, 256): Config(16, 16, 8, 1),
+    ("dqkv", 2, 32): Config(64, 128, 8, 2),
     ("dqkv", 2, 64): Config(64, 128, 8, 2),
     ("dqkv", 2, 128): Config(32, 128, 8, 2),
     ("dqkv", 2, 256): Config(32, 32, 8, 2),
+    ("dqkv", 4, 32): Config(16, 32, 8, 2),
     ("dqkv", 4, 64): Config(32, 32, 8, 2),
     ("dqkv", 4, 128): Config(16, 16, 8, 1),
     ("dqkv", 4, 256): Config(16, 16, 8, 1),
@@ -179,7 +187,7 @@ def launch(kernel: str, x: Tensor) -> tuple[Config, dict]:
     """The configuration of a kernel for tensors like x, and the launch's keyword arguments."""
     dim = x.shape[-1]
     block_d = max(16, triton.next_power_of_2(dim))
-    config = CONFIGS[kernel, x.element_size(), max(64, block_d)]
+    config = CONFIGS[kernel, x.element_size(), max(32, block_d)]
     return config, {
         "D": dim,
         "BLOCK_D": block_d,
@@ -417,7 +425,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Named launches that between them use every configuration, for `inspect_sm90`."""
     half, single = torch.bfloat16, torch.float32
-    plain = [(dtype, dim, 12) for dtype in (half, single) for dim in (64, 128, 256)]
+    plain = [(dtype, dim, 12) for dtype in (half, single) for dim in (32, 64, 128, 256)]
     for dtype, dim, kv_heads in [*plain, (half, 16, 12), (half, 80, 3)]:
         packed = torch.empty(16, 1024, 12 + 2 * kv_heads, dim, dtype=dtype, device="meta")
         q, k, v = packed.transpose(1, 2).split([12, kv_heads, kv_heads], 1)

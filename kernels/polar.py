@@ -365,12 +365,12 @@ def polar(
         ValueError: for shapes, dtypes or devices that do not fit.
     """
     require_runnable("polar", q, k)
-    batch, heads, length, head_dim = q.shape
-    if k.shape != q.shape or head_dim % 2 or not q.numel():
+    if q.dim() != 4 or k.shape != q.shape or q.shape[3] % 2 or not q.numel():
         raise ValueError(
             "polar needs q and k of one shape (B, H, T, D), D even, and at least one token; "
             f"got {tuple(q.shape)} and {tuple(k.shape)}."
         )
+    batch, heads, length, head_dim = q.shape
     bands = (heads, head_dim // 2)
     for name, x in (("delta", delta), ("b", b)):
         if x.shape != bands or x.dtype != torch.float32:

@@ -5,7 +5,7 @@
 Every tile of q has one owner, which turns it when it loads it; k is turned once before, because
 every tile of it is read many times. In the backward pass dq and dk are turned back in the registers
 that they were summed in. Against turning q, k, dq and dk in kernels of their own this saves reading
-and writing q, dq and dk.
+q once more, and reading and writing dq and dk.
 
 Head dims that are not powers of two, rotations of a part of the features, and heads so wide that
 the rotation would not fit the registers take those kernels.

@@ -74,6 +74,26 @@ def test_outputs_and_gradients(shape, dtype, deterministic, device):
     check(shape, dtype, shape[1] % 2, deterministic, device)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_tiles_of_the_table_in_bfloat16(deterministic, device, monkeypatch):
+    monkeypatch.undo()
+    for dim in (64, 128):
+        check((2, 3, 300, dim), torch.bfloat16, 0, deterministic, device)
+
+
+@pytest.mark.gpu
+def test_every_run_gives_the_same_bits(device, monkeypatch):
+    monkeypatch.undo()
+    *tensors, do = inputs((4, 12, 1024, 64), torch.bfloat16, device)
+    runs = [
+        outputs_and_gradients(lambda *x: carope_attention(*x, deterministic=True), tensors, do)
+        for _ in range(20)
+    ]
+    for other in runs[1:]:
+        assert all(map(torch.equal, runs[0], other))
+
+
 def test_tiles_that_do_not_divide_take_the_parts(device, monkeypatch):
     shape = (1, 2, 70, 16)  # CARoPE's tiles are 128 rows here, the core's 32 and 64
     assert not module.fits(inputs(shape, torch.float32, device)[0], 0)
@@ -110,7 +130,8 @@ def test_ops_are_registered_well(device):
 def test_bad_arguments_are_refused(device):
     q, k, v, log_f, _ = inputs((1, 2, 5, 16), torch.float32, device)
     for arguments, message in (
-        ((q[:, :, :3], k, v, log_f), "q and k of one shape"),
+        ((q, k[:, :1], v[:, :1], log_f), "q and k of one shape"),
+        ((q[0], k[0], v[0], log_f), "expected q"),
         ((q, k, v[:, :, :3], log_f), "expected q"),
         ((q, k, v, log_f[:, :1]), "log_rates must be"),
     ):

@@ -50,11 +50,7 @@ def definition(q, k, v, omega, positions, factor, pairing):
     return scores.softmax(-1) @ v
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("pairing", ["half", "interleaved"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_outputs_and_gradients(shape, dtype, pairing, deterministic, device):
+def check(shape, dtype, pairing, deterministic, device):
     *tensors, do = inputs(shape, dtype, device)
     batch, _, _, length, dim = shape
     omega, factor = frequencies(dim, device), 1.25
@@ -84,6 +80,36 @@ def test_outputs_and_gradients(shape, dtype, pairing, deterministic, device):
         size = e.abs().max()
         rounding = torch.finfo(dtype).eps * size
         assert (a.double() - e).abs().max() <= (c.double() - e).abs().max() + rounding
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outputs_and_gradients(shape, dtype, pairing, deterministic, device):
+    check(shape, dtype, pairing, deterministic, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+def test_tiles_of_the_table_in_bfloat16(pairing, deterministic, device, monkeypatch):
+    monkeypatch.undo()
+    for dim in (64, 128):
+        check((2, 4, 2, 300, dim), torch.bfloat16, pairing, deterministic, device)
+
+
+@pytest.mark.gpu
+def test_every_run_gives_the_same_bits(device, monkeypatch):
+    monkeypatch.undo()
+    *tensors, do = inputs((4, 12, 12, 1024, 64), torch.bfloat16, device)
+    omega = frequencies(64, device)
+    runs = [
+        outputs_and_gradients(lambda *x: rope_attention(*x, omega, deterministic=True), tensors, do)
+        for _ in range(20)
+    ]
+    for other in runs[1:]:
+        assert all(map(torch.equal, runs[0], other))
 
 
 def test_positions_default_to_the_index(device):
