@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -548,7 +549,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype or ("float32" if INTERPRETED else "bfloat16"))
     torch.manual_seed(0)
     # Gates and modes differentiate one compiled forward pass more than once.
-    torch._functorch.config.donated_buffer = False
+    functorch_config.donated_buffer = False
     file, failed = RowFile(args.out, device), False
     for row in ceilings(device):
         file.add(row)
