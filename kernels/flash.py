@@ -97,6 +97,20 @@ CONFIGS = {
 
 
 @triton.jit
+def add_keys(sums, total, peak, s, v, c, PRECISION: tl.constexpr):
+    """Take the keys of one tile, with logits s and values v, into a softmax under way.
+
+    Every row sees key 0, in the first tile, so its peak is finite ever after. c > 0.
+    """
+    new_peak = tl.maximum(peak, tl.max(s, 1) * c)
+    p = tl.exp2(s * c - new_peak[:, None])
+    fade = tl.exp2(peak - new_peak)
+    total = total * fade + tl.sum(p, 1)
+    sums = tl.dot(p.to(v.dtype), v, sums * fade[:, None], input_precision=PRECISION)
+    return sums, total, new_peak
+
+
+@triton.jit
 def _attend(
     sums,
     total,
@@ -122,15 +136,8 @@ def _attend(
         if MASK:
             n = first + tl.arange(0, BLOCK_N)
             s = tl.where(n[None, :] <= m[:, None] + shift, s, -float("inf"))
-        # Every row sees key 0, in the first tile, so its peak is finite ever after. c > 0.
-        new_peak = tl.maximum(peak, tl.max(s, 1) * c)
-        p = tl.exp2(s * c - new_peak[:, None])
-        fade = tl.exp2(peak - new_peak)
-        total = total * fade + tl.sum(p, 1)
         v_tile = load_tile(v, first, S, BLOCK_N, D, BLOCK_D, not MASK)
-        sums = sums * fade[:, None]
-        sums = tl.dot(p.to(v_tile.dtype), v_tile, sums, input_precision=PRECISION)
-        peak = new_peak
+        sums, total, peak = add_keys(sums, total, peak, s, v_tile, c, PRECISION)
     return sums, total, peak
 
 
@@ -253,19 +260,24 @@ def backward_split(
     return dq, *_dkv("dkv", do, saved, delta, delta, scale, store_k)
 
 
-def backward_atomic(
-    do: Tensor, saved: Saved, scale: float, store_k: Hook = STORE
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq / scale in fp32, contiguous; dk, dv: by one kernel with atomics, and one for delta."""
-    q, o, lse = saved.q, saved.o, saved.lse
-    batch, heads, length, dim = q.shape
-    dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    delta = torch.empty_like(lse)
-    with device_of(q):
+def delta_of(o: Tensor, do: Tensor) -> Tensor:
+    """delta alone, fp32 (B, H, T)."""
+    batch, heads, length, dim = o.shape
+    delta = torch.empty(o.shape[:-1], dtype=torch.float32, device=o.device)
+    with device_of(o):
         delta_kernel[(triton.cdiv(length, DELTA_ROWS) * batch * heads,)](
             strided(o), strided(do), delta, heads, length,
             D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=DELTA_ROWS, **OPTIONS,
         )  # fmt: skip
+    return delta
+
+
+def backward_atomic(
+    do: Tensor, saved: Saved, scale: float, store_k: Hook = STORE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq / scale in fp32, contiguous; dk, dv: by one kernel with atomics, and one for delta."""
+    dq_sum = torch.zeros(saved.q.shape, dtype=torch.float32, device=saved.q.device)
+    delta = delta_of(saved.o, do)
     return dq_sum, *_dkv("dqkv", do, saved, delta, dq_sum, scale, store_k)
 
 

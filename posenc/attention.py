@@ -88,10 +88,6 @@ class Attention(nn.Module):
                     )
         if self.impl == "fused":
             fused.check_case(None, self.dropout)
-            if not self.encoding.has_kernel:
-                raise ValueError(
-                    f"impl='fused' has no kernel for {type(self.encoding).__name__}. {fused.REMEDY}"
-                )
         if self.encoding.at_input:
             raise ValueError(
                 f"{type(self.encoding).__name__} acts where tokens enter the model, not in "
@@ -235,18 +231,18 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Position in q, k and the logits, and attention over the cached keys too: (B, H, T, D)."""
         dropout_p = self.dropout if self.training else 0.0
-        rotate = self.encoding.rotate
+        rotate, find_scores = self.encoding.rotate, self.encoding.scores
         if self.impl == "fused":
             fused.check_case(where.real, dropout_p)
             if cache is None:
                 whole = self.encoding.attend_fused(q, k, v, where.positions, x)
                 if whole is not None:
                     return whole
-            rotate = self.encoding.rotate_fused
+            rotate, find_scores = self.encoding.rotate_fused, self.encoding.scores_fused
         q, k = rotate(q, k, where.positions, x, cache)
         if cache is not None:
             k, v = cache.append("k", k), cache.append("v", v)
-        scores = self.encoding.scores(q, k, where.positions, where.keys, x, cache)
+        scores = find_scores(q, k, where.positions, where.keys, x, cache)
         return attend(q, k, v, scores, real=where.real, dropout_p=dropout_p, impl=self.impl)
 
     def extra_repr(self) -> str:

@@ -1,6 +1,6 @@
 """The Triton kernels as attention's back end, `impl="fused"`: where they run, what they compute.
 
-This file and the encodings' `rotate_fused` and `attend_fused` are all that imports
+This file and the encodings' `.._fused` methods are all that imports
 `posenc.kernels`, and only when such a path is chosen: posenc itself needs no Triton.
 """
 
@@ -45,9 +45,16 @@ def attend(
 ) -> Tensor:
     """`core.attend` by the flash kernel; arguments and errors as there."""
     from posenc.kernels.flash import flash_attention
+    from posenc.kernels.relative import relative_attention
 
     check_case(real, dropout_p)
-    if scores.bias is not None or scores.relative is not None:
-        raise ValueError(f"impl='fused' has no kernel for a bias or relative term. {REMEDY}")
-    content = add_per_head(q, scores.content)
-    return flash_attention(content, k, v, scale=scores.factor(q.shape[-1]))
+    term, scale = scores.relative, scores.factor(q.shape[-1])
+    if scores.bias is not None or (term is not None and term.distances is not None):
+        raise ValueError(
+            "impl='fused' has no kernel for a dense bias, nor for a relative term at positions "
+            f"that are not consecutive. {REMEDY}"
+        )
+    if term is None:
+        return flash_attention(add_per_head(q, scores.content), k, v, scale=scale)
+    biases = (term.offset, scores.content, term.query)
+    return relative_attention(q, k, v, term.table, *biases, scale=scale)

@@ -28,8 +28,6 @@ class Encoding(nn.Module):
     at_input: ClassVar[bool] = False
     #: Whether shifting all positions leaves the output unchanged.
     relative: ClassVar[bool] = True
-    #: Whether kernels compute its logits (`impl="fused"`).
-    has_kernel: ClassVar[bool] = True
 
     def embed(self, positions: Tensor) -> Tensor | None:
         """What is added once to the token embedding: (T, C) or (B, T, C), or None."""
@@ -60,7 +58,7 @@ class Encoding(nn.Module):
     def attend_fused(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, x: Tensor
     ) -> Tensor | None:
-        """Rotation and attention in one kernel where the scheme has one, else None."""
+        """Position and attention in one kernel where the scheme has one, else None."""
         return None
 
     def scores(
@@ -78,6 +76,18 @@ class Encoding(nn.Module):
         queries', and (S,) or (B, S) where the caller gave positions of its own.
         """
         return Scores()
+
+    def scores_fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        positions: Tensor,
+        key_positions: Tensor | None = None,
+        x: Tensor | None = None,
+        state: "Cache | None" = None,
+    ) -> Scores:
+        """`scores` in the form that the Triton kernels take (`impl="fused"`)."""
+        return self.scores(q, k, positions, key_positions, x, state)
 
     def streams(self) -> "dict[str, Stream]":
         """The per-token tensors that decoding must remember beside k and v, by name."""

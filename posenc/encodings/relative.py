@@ -19,12 +19,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from posenc.checks import check_even, check_sizes
 from posenc.encodings.base import Encoding
 from posenc.errors import unknown
 from posenc.phase import inverse_frequencies, pairs, position_phases
-from posenc.scores import RelativeTerm, Scores
+from posenc.scores import RelativeTerm, Scores, add_per_head
 
 
 def sinusoid(distances: Tensor, embed_dim: int) -> Tensor:
@@ -39,28 +40,29 @@ def distances(positions: Tensor, key_positions: Tensor) -> Tensor:
     return apart if apart.ndim == 2 else apart.unsqueeze(1)
 
 
-def sinusoidal_bias(
+def factors(
     query: Tensor, weight: Tensor, positions: Tensor, key_positions: Tensor
-) -> Tensor:
-    """query[m] . (W_R r[m - n])_h for any integer positions, without a table of distances: (B, H,
-    T, S).
+) -> tuple[Tensor, Tensor]:
+    """Vectors whose products are query[m] . (W_R r[m - n])_h, for any integer positions.
 
     sin and cos of a difference split into products, so r[m - n] turns W_R^T query by m and meets a
-    data-free key.
+    data-free key. No table of distances, and no limit to them.
 
     Args:
         query: (B, H, T, D); weight: W_R (H*D, C); positions: (T,) or (B, T); key_positions: (S,) or
             (B, S).
+
+    Returns:
+        (B, H, T, C), and (S, C) or (B, 1, S, C).
     """
     heads, embed_dim = query.shape[1], weight.shape[1]
     frequencies = inverse_frequencies(embed_dim, 10000.0, query.device)
     angle = position_phases(positions, frequencies)
     cos, sin = angle.cos().to(query.dtype), angle.sin().to(query.dtype)
     on_sin, on_cos = pairs(query @ weight.unflatten(0, (heads, -1)))  # (B, H, T, C/2) each
-    rotated = torch.cat((on_sin * sin + on_cos * cos, on_cos * sin - on_sin * cos), dim=-1)
+    turned = torch.cat((on_sin * sin + on_cos * cos, on_cos * sin - on_sin * cos), dim=-1)
     key_angle = position_phases(key_positions, frequencies)
-    key = torch.cat((key_angle.cos(), key_angle.sin()), dim=-1).to(query.dtype)
-    return rotated @ key.transpose(-1, -2)
+    return turned, torch.cat((key_angle.cos(), key_angle.sin()), dim=-1).to(query.dtype)
 
 
 class Relative(Encoding):
@@ -78,8 +80,6 @@ class Relative(Encoding):
     Raises:
         ValueError: for an unknown kind, a missing or non-positive max_distance, an odd embed_dim.
     """
-
-    has_kernel = False
 
     def __init__(
         self,
@@ -140,16 +140,52 @@ class Relative(Encoding):
             key_positions = torch.arange(k.shape[-2], device=k.device)
             positions = key_positions[-q.shape[-2] :]
         if key_positions is None:
-            r = sinusoid(torch.arange(k.shape[-2], device=k.device), self.sinusoid_dim).to(
-                self.W_R.weight.dtype
-            )
-            table = (
-                self.W_R(r).unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1)
-            )  # (H, S, D)
-            return Scores(content=self.u, relative=RelativeTerm(table, query=self.v))
-        query = q + self.v.unsqueeze(-2).to(q.dtype)
-        bias = sinusoidal_bias(query, self.W_R.weight.to(q.dtype), positions, key_positions)
-        return Scores(content=self.u, bias=bias / math.sqrt(self.head_dim))
+            return self._by_distance(k.shape[-2])
+        turned, key = self._factors(q, positions, key_positions)
+        return Scores(content=self.u, bias=turned @ key.mT / math.sqrt(self.head_dim))
+
+    def scores_fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        positions: Tensor,
+        key_positions: Tensor | None = None,
+        x: Tensor | None = None,
+        state: Any = None,
+    ) -> Scores:
+        if self.kind == "learned" or key_positions is not None:
+            return self.scores(q, k, positions, key_positions, x, state)
+        return self._by_distance(k.shape[-2])
+
+    def attend_fused(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, x: Tensor
+    ) -> Tensor | None:
+        """A sinusoid no wider than a head joins q and k as further features of plain attention."""
+        width = self.sinusoid_dim
+        if self.kind == "learned" or width > self.head_dim:
+            return None
+        from posenc.kernels.flash import flash_attention
+
+        turned, key = self._factors(q, positions, positions)
+        content = add_per_head(q, self.u)
+        queries = torch.cat((content, turned), dim=-1)
+        keys = torch.cat((k, key.expand(*k.shape[:-1], width)), dim=-1)
+        y = flash_attention(queries, keys, F.pad(v, (0, width)), scale=self.head_dim**-0.5)
+        return y[..., : self.head_dim]
+
+    def _by_distance(self, length: int) -> Scores:
+        """The sinusoidal form with a projected row for each of `length` distances."""
+        r = sinusoid(torch.arange(length, device=self.u.device), self.sinusoid_dim)
+        rows = self.W_R(r.to(self.W_R.weight.dtype))
+        table = rows.unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1)  # (H, S, D)
+        return Scores(content=self.u, relative=RelativeTerm(table, query=self.v))
+
+    def _factors(
+        self, q: Tensor, positions: Tensor, key_positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The sinusoidal form as products, see `factors`."""
+        query = add_per_head(q, self.v)
+        return factors(query, self.W_R.weight.to(q.dtype), positions, key_positions)
 
     def extra_repr(self) -> str:
         sizes = f"num_heads={self.num_heads}, head_dim={self.head_dim}"

@@ -1,0 +1,221 @@
+"""Backward pass of attention with a relative term; `posenc.kernels.relative` holds the forward pass.
+
+With dS = P * (dP - delta) as in `posenc.kernels.flash_backward` and dB[m,d] = dS[m, m-d]:
+
+    dq = scale (dS K + dB R)            dR[d] = scale sum_{b,m} dB[m,d] (q[m] + v_h)
+    dk = scale dS^T (q + u)             dS_d  = scale sum_{b,m} dB[m,d]
+    dv = P^T dO                         dv_h  = sum_d dS_d R[d],  du = sum_{b,m} dq - dv_h
+
+Eleven products in two kernels: one owns rows of dq, turns dS by its scratch into dB, and adds to dR
+and dS_d; the other owns rows of dk and dv and forms the bias anew.
+"""
+
+import triton
+import triton.language as tl
+
+from posenc.kernels.common import head_of, load_tile, store_tile
+from posenc.kernels.skew import (
+    clear_ends,
+    load_bias,
+    load_by_distance,
+    load_rows_at,
+    store_bias,
+    store_by_distance,
+)
+
+
+@triton.jit(do_not_specialize=["H", "B", "T", "S", "P"])
+def dq_kernel(
+    content,
+    relative,
+    k,
+    v,
+    table,
+    offsets,
+    do,
+    lse,
+    delta,
+    dq,
+    d_table,
+    d_offsets,
+    share,
+    scratch,
+    B,
+    H,
+    T,
+    S,
+    P,
+    scale,
+    c,
+    HAS_OFFSETS: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows of dq; dR / scale and dS_d / scale, one row for each of S distances.
+
+    Program (share, head) takes the head's tiles of every sequence, share .. by the number of
+    shares. d_table and d_offsets, fp32 (H, S, D) and (H, S): added to with atomics if ATOMIC, else
+    those of the program's share alone, of (shares, H, S, ..).
+    """
+    tiles = tl.cdiv(T, BLOCK_M)
+    shift = S - T
+    h = tl.program_id(1).to(tl.int64)
+    shares = tl.num_programs(0)
+    # One width for both halves of the scratch: their stores then share addresses.
+    WIDTH: tl.constexpr = SEGMENT + 2 * BLOCK_M
+    bias = scratch + (tl.program_id(0).to(tl.int64) * H + h) * (2 * BLOCK_M * WIDTH)
+    by_distance = bias + BLOCK_M * WIDTH
+    rows_of_table = table + h * P * D
+    offsets_of_head = offsets + h * P
+    own = h + tl.program_id(0).to(tl.int64) * share
+    d_table += own * S * D
+    d_offsets += own * S
+    columns, within = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK)
+    for turn in range(tl.program_id(0), B * tiles, shares):
+        # Every other round backwards: a share then gets early and late rows alike.
+        lap = turn // shares
+        place = turn
+        if lap % 2 == 1:
+            place = min((lap + 1) * shares, B * tiles) - 1 - turn % shares
+        first = (tiles - 1 - place % tiles) * BLOCK_M
+        b = (place // tiles).to(tl.int64)
+        bh = b * H + h
+        m = first + tl.arange(0, BLOCK_M)
+        q = load_tile(head_of(content, b, h), first, T, BLOCK_M, D, BLOCK_D)
+        r = load_tile(head_of(relative, b, h), first, T, BLOCK_M, D, BLOCK_D)
+        do_tile = load_tile(head_of(do, b, h), first, T, BLOCK_M, D, BLOCK_D)
+        row_delta = tl.load(delta + bh * T + m, mask=m < T, other=0.0)
+        # Rows past the last have P = 0, so that they add nothing to dR.
+        row_lse = tl.load(lse + bh * T + m, mask=m < T, other=float("inf"))
+        keys, values = head_of(k, b, h), head_of(v, b, h)
+        grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        stop = min(S, first + BLOCK_M + shift)
+        for begin in tl.range(0, stop, SEGMENT, disable_licm=True):
+            count = tl.cdiv(min(stop - begin, SEGMENT), BLOCK_N) * BLOCK_N
+            store_bias(
+                bias, r, first + shift, begin, count, rows_of_table, offsets_of_head, P,
+                HAS_OFFSETS, WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            clear_ends(by_distance, count, WIDTH, BLOCK_M)
+            tl.debug_barrier()
+            for at in range(0, count, BLOCK_N):
+                k_tile = load_tile(keys, begin + at, S, BLOCK_N, D, BLOCK_D)
+                v_tile = load_tile(values, begin + at, S, BLOCK_N, D, BLOCK_D)
+                s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
+                s += load_bias(bias, at, WIDTH, BLOCK_M, BLOCK_N)
+                p = tl.exp2(s * c - row_lse[:, None])
+                dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+                ds = (p * (dp - row_delta[:, None])).to(k_tile.dtype)
+                grad = tl.dot(ds, k_tile, grad, input_precision=PRECISION)
+                store_by_distance(by_distance, ds, at, count, WIDTH, BLOCK_M, BLOCK_N)
+            tl.debug_barrier()
+            lowest = first + shift - begin - count
+            for at in range(0, count + BLOCK_M, BLOCK):
+                distance = lowest + at + within
+                table_rows = load_rows_at(rows_of_table, distance, P, D, BLOCK_D)
+                db = load_by_distance(by_distance, at, WIDTH, BLOCK_M, BLOCK)
+                db = db.to(q.dtype)
+                grad = tl.dot(db, table_rows, grad, input_precision=PRECISION)
+                d_row = tl.dot(tl.trans(db), r, input_precision=PRECISION)
+                d_offset = tl.sum(db.to(tl.float32), 0)
+                inside = (distance >= 0) & (distance < S)
+                mask = inside[:, None] & (columns < D)[None, :]
+                to = (d_table + (lowest + at) * D) + (within[:, None] * D + columns[None, :])
+                to_offset = (d_offsets + (lowest + at)) + within
+                if ATOMIC:
+                    tl.atomic_add(to, d_row, mask=mask, sem="relaxed")
+                    tl.atomic_add(to_offset, d_offset, mask=inside, sem="relaxed")
+                else:
+                    tl.store(to, d_row + tl.load(to, mask=mask), mask=mask)
+                    tl.store(to_offset, d_offset + tl.load(to_offset, mask=inside), mask=inside)
+            tl.debug_barrier()
+        store_tile(head_of(dq, b, h), grad * scale, first, T, BLOCK_M, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["work", "H", "T", "S", "P"])
+def dkv_kernel(
+    content,
+    relative,
+    k,
+    v,
+    table,
+    offsets,
+    do,
+    lse,
+    delta,
+    dk,
+    dv,
+    counter,
+    scratch,
+    work,
+    H,
+    T,
+    S,
+    P,
+    scale,
+    c,
+    HAS_OFFSETS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows of dk and dv."""
+    tiles = tl.cdiv(S, BLOCK_N)
+    shift = S - T
+    WIDTH: tl.constexpr = BLOCK_N + 2 * BLOCK_M
+    scratch += tl.program_id(0).to(tl.int64) * (SEGMENT * WIDTH)
+    turn = tl.atomic_add(counter, 1)
+    while turn < work:
+        # Early keys are seen by the most rows: they are drawn first.
+        first = turn % tiles * BLOCK_N
+        bh = (turn // tiles).to(tl.int64)
+        b, h = bh // H, bh % H
+        k_tile = load_tile(head_of(k, b, h), first, S, BLOCK_N, D, BLOCK_D)
+        v_tile = load_tile(head_of(v, b, h), first, S, BLOCK_N, D, BLOCK_D)
+        on_keys, on_table = head_of(content, b, h), head_of(relative, b, h)
+        outer = head_of(do, b, h)
+        rows_of_table = table + h * P * D
+        offsets_of_head = offsets + h * P
+        k_grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        v_grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        # Rows before see no key of the tile.
+        start = max(first - shift, 0) // BLOCK_M * BLOCK_M
+        for begin in tl.range(start, T, SEGMENT, disable_licm=True):
+            stop = min(T, begin + SEGMENT)
+            for row in range(begin, stop, BLOCK_M):
+                r = load_tile(on_table, row, T, BLOCK_M, D, BLOCK_D)
+                store_bias(
+                    scratch + (row - begin) * WIDTH, r, row + shift, first, BLOCK_N,
+                    rows_of_table, offsets_of_head, P,
+                    HAS_OFFSETS, WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION,
+                )  # fmt: skip
+            tl.debug_barrier()
+            for row in range(begin, stop, BLOCK_M):
+                m = row + tl.arange(0, BLOCK_M)
+                q = load_tile(on_keys, row, T, BLOCK_M, D, BLOCK_D)
+                do_tile = load_tile(outer, row, T, BLOCK_M, D, BLOCK_D)
+                row_lse = tl.load(lse + bh * T + m, mask=m < T, other=float("inf"))
+                row_delta = tl.load(delta + bh * T + m, mask=m < T, other=0.0)
+                s = tl.dot(k_tile, tl.trans(q), input_precision=PRECISION)
+                s += tl.trans(
+                    load_bias(scratch + (row - begin) * WIDTH, 0, WIDTH, BLOCK_M, BLOCK_N)
+                )
+                p = tl.exp2(s * c - row_lse[None, :])
+                v_grad = tl.dot(p.to(do_tile.dtype), do_tile, v_grad, input_precision=PRECISION)
+                dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+                ds = (p * (dp - row_delta[None, :])).to(q.dtype)
+                k_grad = tl.dot(ds, q, k_grad, input_precision=PRECISION)
+            tl.debug_barrier()
+        store_tile(head_of(dv, b, h), v_grad, first, S, BLOCK_N, D, BLOCK_D)
+        store_tile(head_of(dk, b, h), k_grad * scale, first, S, BLOCK_N, D, BLOCK_D)
+        turn = tl.atomic_add(counter, 1)

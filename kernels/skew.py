@@ -1,0 +1,115 @@
+"""Query-dependent relative terms, from columns of distances to columns of keys and back.
+
+    b[i, d] = q[i].R[d] + S[d]         one product for a tile of rows and a block of distances
+    bias[i, n] = b[i, m_i - n]         what the logits of row i, at key index m_i, and key n need
+
+The move from (row, distance) to (row, key) shifts every row by another amount, which registers
+cannot do cheaply. So it is done by addresses: a program stores b to its own slice of a scratch that
+stays in the L2 cache, every element where its key stands, and loads whole tiles of the result after
+a barrier. The way back, for the gradient of b, is a store at the distance's place.
+
+Distances beyond the table take its last row. Where a key lies after its query the bias is -inf: it
+is the causal mask too.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _index(distance, P):
+    return tl.minimum(tl.maximum(distance, 0), P - 1)
+
+
+@triton.jit
+def load_rows_at(table, distance, P, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The table's rows for a block of distances: (BLOCK, BLOCK_D)."""
+    columns = tl.arange(0, BLOCK_D)
+    at = table + (_index(distance, P)[:, None] * D + columns[None, :])
+    if BLOCK_D > D:
+        rows = tl.load(at, mask=(columns < D)[None, :], other=0.0)
+    else:
+        rows = tl.load(at)
+    return rows
+
+
+@triton.jit
+def store_bias(
+    scratch,
+    q,
+    first_row,
+    first_key,
+    keys,
+    table,
+    offsets,
+    P,
+    HAS_OFFSETS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Bias of ROWS rows from key index `first_row` on, for the keys first_key .. + keys - 1.
+
+    scratch: (ROWS, WIDTH) of fp16 or fp32; key n goes to column ROWS + n - first_key. What is left
+    and right of the keys is overwritten too, ROWS columns each: WIDTH is at least keys + 2 ROWS.
+    q: (ROWS, BLOCK_D). table: contiguous (P, D). offsets: contiguous (P,), read if HAS_OFFSETS.
+    """
+    # The tile's own addresses are the same in every turn; only the scalar in front moves.
+    rows, within = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    at = rows[:, None] * (WIDTH + 1) - within[None, :] - ROWS * (WIDTH + 1)
+    lowest = first_row - first_key - keys
+    for begin in range(0, keys + ROWS, BLOCK):
+        distance = lowest + begin + within
+        r = load_rows_at(table, distance, P, D, BLOCK_D)
+        b = tl.dot(q, tl.trans(r), input_precision=PRECISION)
+        if HAS_OFFSETS:
+            b += tl.load(offsets + _index(distance, P)).to(tl.float32)[None, :]
+        if scratch.dtype.element_ty == tl.float16:
+            b = tl.minimum(tl.maximum(b, -65504.0), 65504.0)
+        b = tl.where(distance[None, :] >= 0, b, -float("inf"))
+        tl.store(
+            (scratch + (ROWS * (WIDTH + 2) + keys - begin)) + at, b.to(scratch.dtype.element_ty)
+        )
+
+
+@triton.jit
+def load_bias(scratch, key, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Keys key .. key + BLOCK - 1, counted from the first, of what `store_bias` left, in fp32."""
+    at = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, BLOCK)[None, :]
+    return tl.load((scratch + (ROWS + key)) + at).to(tl.float32)
+
+
+@triton.jit
+def clear_ends(scratch, keys, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Zero the places, ROWS columns at either end, that `store_by_distance` may leave out."""
+    at = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, ROWS)[None, :]
+    zero = tl.zeros([ROWS, ROWS], scratch.dtype.element_ty)
+    tl.store(scratch + at, zero)
+    tl.store((scratch + keys) + at, zero)
+
+
+@triton.jit
+def store_by_distance(
+    scratch, tile, key, keys, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Put the gradients of keys key .. key + BLOCK - 1 of `keys` at their distances' places.
+
+    Column 0 of scratch (ROWS, WIDTH) is the lowest distance of `store_bias`; WIDTH is at least
+    keys + ROWS.
+    """
+    at = (
+        tl.arange(0, ROWS)[:, None] * (WIDTH + 1)
+        - tl.arange(0, BLOCK)[None, :]
+        - ROWS * (WIDTH + 1)
+    )
+    tl.store((scratch + (ROWS * (WIDTH + 1) + keys - key)) + at, tile.to(scratch.dtype.element_ty))
+
+
+@triton.jit
+def load_by_distance(scratch, begin, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns begin .. begin + BLOCK - 1 of what `store_by_distance` left."""
+    at = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, BLOCK)[None, :]
+    return tl.load((scratch + begin) + at)
