@@ -1,5 +1,5 @@
-"""Causal depthwise convolution of q, k and v in one launch (MDHA of Primer, arXiv 2109.08668; RCMHA,
-arXiv 2308.03429).
+"""Causal depthwise convolution of q, k and v in one launch (MDHA of Primer, arXiv 2109.08668;
+RCMHA, arXiv 2308.03429).
 
     y[t] = sum_j w[j] x[t - (K-1) + j] (+ bias)            own weights for q, k and v; K taps
 
@@ -47,31 +47,21 @@ UNSPECIALIZED = ["length", "heads", "tiles", "items", "share"]
 
 
 @triton.jit
-def _choose(part, q, k, v):
-    return tl.where(part == 0, q, tl.where(part == 1, k, v))
-
-
-@triton.jit
-def _matrix_of(q, k, v, part, b, h):
-    """`head_of` q, k or v: that of number `part`."""
-    q, k, v = head_of(q, b, h), head_of(k, b, h), head_of(v, b, h)
-    return (
-        _choose(part, q[0], k[0], v[0]),
-        _choose(part, q[1], k[1], v[1]),
-        _choose(part, q[2], k[2], v[2]),
-    )
+def _chosen(part, q, k, v):
+    """The pointer and strides of number `part` of three tensors."""
+    chosen = ()
+    for i in tl.static_range(5):
+        chosen = chosen + (tl.where(part == 0, q[i], tl.where(part == 1, k[i], v[i])),)
+    return chosen
 
 
 @triton.jit
 def _past_of(past, part, b, h):
-    """The matrix of one head's rows before x, by strides as of `head_of`."""
-    return past[0] + b * past[1] + part * past[2] + h * past[3], past[4], past[5]
-
-
-@triton.jit
-def _at(matrix, rows, BLOCK_D: tl.constexpr):
-    columns = tl.arange(0, BLOCK_D).to(tl.int64)
-    return matrix[0] + rows.to(tl.int64)[:, None] * matrix[1] + columns[None, :] * matrix[2]
+    """The matrix of one head's rows before x; nothing for nothing."""
+    matrix = None
+    if past is not None:
+        matrix = past[0] + b * past[1] + part * past[2] + h * past[3], past[4], past[5]
+    return matrix
 
 
 @triton.jit
@@ -79,23 +69,17 @@ def _rows_at(
     matrix, past, rows, length, TAPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """Where rows lie, those before the first in `past`, unless None; and whether they exist."""
-    at, begin = _at(matrix, rows, BLOCK_D), 0
-    if past is not None:
-        begin = 1 - TAPS
-        at = tl.where((rows < 0)[:, None], _at(past, rows - begin, BLOCK_D), at)
+    begin = 0 if past is None else 1 - TAPS
     inside = ((rows >= begin) & (rows < length))[:, None]
     if BLOCK_D > D:
         inside = inside & (tl.arange(0, BLOCK_D) < D)[None, :]
+    rows = rows.to(tl.int64)[:, None]
+    columns = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
+    at = matrix[0] + rows * matrix[1] + columns * matrix[2]
+    if past is not None:
+        before = past[0] + (rows + (TAPS - 1)) * past[1] + columns * past[2]
+        at = tl.where(rows < 0, before, at)
     return at, inside
-
-
-@triton.jit
-def _load_rows(
-    matrix, past, rows, length, TAPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Rows of x, those before its first of the past, if there is one; zeros elsewhere."""
-    at, inside = _rows_at(matrix, past, rows, length, TAPS, D, BLOCK_D)
-    return tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -148,24 +132,22 @@ def forward_kernel(
     part, h = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
     taps = _load_taps(weight, part, h, TAPS, D, BLOCK_D)
     shift = _load_bias(bias, part, h, D, BLOCK_D)
+    x, y = _chosen(part, q, k, v), _chosen(part, q_out, k_out, v_out)
     begin = tl.program_id(1) * share
     for item in range(begin, tl.minimum(begin + share, items)):
         b = (item // tiles).to(tl.int64)
-        x = _matrix_of(q, k, v, part, b, h)
-        y = _matrix_of(q_out, k_out, v_out, part, b, h)
-        before = None
-        if past is not None:
-            before = _past_of(past, part, b, h)
+        source, target, before = head_of(x, b, h), head_of(y, b, h), _past_of(past, part, b, h)
         first = (item % tiles * GROUPS + tl.arange(0, GROUPS)) * STRIP
         window = ()
         for i in tl.static_range(STRIP + TAPS - 1):
             rows = first + (i - (TAPS - 1))
-            window = window + (_load_rows(x, before, rows, length, TAPS, D, BLOCK_D),)
+            at, inside = _rows_at(source, before, rows, length, TAPS, D, BLOCK_D)
+            window = window + (tl.load(at, mask=inside, other=0.0),)
         for i in tl.static_range(STRIP):
             result = tl.zeros((GROUPS, BLOCK_D), tl.float32) + shift
             for j in tl.static_range(TAPS):
                 result += taps[j] * window[i + j].to(tl.float32)
-            at, inside = _rows_at(y, None, first + i, length, TAPS, D, BLOCK_D)
+            at, inside = _rows_at(target, None, first + i, length, TAPS, D, BLOCK_D)
             tl.store(at, result.to(y[0].dtype.element_ty), mask=inside)
 
 
@@ -207,20 +189,20 @@ def backward_kernel(
     # With a past the rows before x have a gradient too: the tiles begin there.
     HALO: tl.constexpr = TAPS - 1
     origin = 0 if past is None else -HALO
+    x, dx = _chosen(part, q, k, v), _chosen(part, dq, dk, dv)
+    dy = _chosen(part, dq_out, dk_out, dv_out)
     for item in range(program * share, tl.minimum(program * share + share, items)):
         b = (item // tiles).to(tl.int64)
-        x = _matrix_of(q, k, v, part, b, h)
-        dy = _matrix_of(dq_out, dk_out, dv_out, part, b, h)
-        dx = _matrix_of(dq, dk, dv, part, b, h)
-        before, dbefore = None, None
-        if past is not None:
-            before, dbefore = _past_of(past, part, b, h), _past_of(dpast, part, b, h)
+        before, dbefore = _past_of(past, part, b, h), _past_of(dpast, part, b, h)
+        source, upstream, target = head_of(x, b, h), head_of(dy, b, h), head_of(dx, b, h)
         first = origin + (item % tiles * GROUPS + tl.arange(0, GROUPS)) * STRIP
         xs = ()
         dys = ()
         for i in tl.static_range(STRIP + HALO):
-            xs = xs + (_load_rows(x, before, first + (i - HALO), length, TAPS, D, BLOCK_D),)
-            dys = dys + (_load_rows(dy, None, first + i, length, TAPS, D, BLOCK_D),)
+            at, inside = _rows_at(source, before, first + (i - HALO), length, TAPS, D, BLOCK_D)
+            xs = xs + (tl.load(at, mask=inside, other=0.0),)
+            at, inside = _rows_at(upstream, None, first + i, length, TAPS, D, BLOCK_D)
+            dys = dys + (tl.load(at, mask=inside, other=0.0),)
         for i in tl.static_range(STRIP):
             gradient = tl.zeros((GROUPS, BLOCK_D), tl.float32)
             new = ()
@@ -229,7 +211,7 @@ def backward_kernel(
                 new = new + (sums[j] + dys[i].to(tl.float32) * xs[i + j].to(tl.float32),)
             sums = new
             total += dys[i].to(tl.float32)
-            at, inside = _rows_at(dx, dbefore, first + i, length, TAPS, D, BLOCK_D)
+            at, inside = _rows_at(target, dbefore, first + i, length, TAPS, D, BLOCK_D)
             tl.store(at, gradient.to(dx[0].dtype.element_ty), mask=inside)
     columns = tl.arange(0, BLOCK_D)
     at = (program.to(tl.int64) * 3 * heads + lane) * D + columns

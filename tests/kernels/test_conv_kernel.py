@@ -1,4 +1,4 @@
-"""The convolution's kernel against the fp64 oracle: outputs, state, every gradient, every stride."""
+"""The convolution's kernel against the fp64 oracle: outputs, state, gradients, strides."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import oracles
 from posenc.kernels import conv as kernels
+from posenc.kernels.common import INTERPRETED
 from posenc.kernels.conv import _backward_op, _forward_op, conv, conv_with_state
 
 #: Half a unit of the last place of fp32, and the longest chain of additions in these tests: rows
@@ -15,23 +16,22 @@ UNIT, CHAIN = 2**-24, 64
 DTYPES = (torch.float32, torch.float16)
 SHAPES = [  # batch, heads, length, dim, taps, per head, bias, past
     (2, 1, 1, 16, 3, False, True, False),
-    (1, 12, 2, 64, 4, True, False, True),
-    (2, 3, 63, 40, 3, True, True, False),
-    (1, 3, 100, 128, 2, False, False, True),
+    (1, 12, 2, 16, 4, True, False, True),
+    (1, 2, 63, 40, 3, True, True, False),
+    (1, 1, 100, 128, 2, False, False, True),
     (2, 2, 2, 6, 8, False, True, True),
     (1, 2, 63, 16, 8, True, False, False),
-    (2, 5, 9, 16, 1, False, True, True),
-    (1, 1, 300, 16, 3, True, True, True),
+    (2, 3, 9, 16, 1, False, True, True),
+    (1, 1, 130, 16, 3, True, True, True),
 ]
 
 
-@pytest.fixture(params=["shipped", "small"])
-def tiles(request, monkeypatch):
+@pytest.fixture
+def small_tiles(monkeypatch):
     """Short sequences take many tiles, each program several, over the ends of sequences."""
-    if request.param == "small":
-        monkeypatch.setattr(kernels, "NUM_WARPS", 1)
-        monkeypatch.setattr(kernels, "FORWARD_PROGRAMS", 20)
-        monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 20)
+    monkeypatch.setattr(kernels, "NUM_WARPS", 1)
+    monkeypatch.setattr(kernels, "FORWARD_PROGRAMS", 12)
+    monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 12)
 
 
 def inputs(batch, length, heads, dim, dtype, device):
@@ -95,10 +95,7 @@ def check_all(leaves, upstream):
         check(a, e, size)
 
 
-@pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward_and_backward(shape, dtype, device):
+def check_shape(shape, dtype, device):
     torch.manual_seed(0)
     batch, heads, length, dim, taps, *kind = shape
     rest = parameters(batch, heads, dim, taps, *kind, dtype, device)
@@ -110,19 +107,35 @@ def test_forward_and_backward(shape, dtype, device):
         assert x is None or torch.equal(x, old)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_backward(shape, dtype, device):
+    check_shape(shape, dtype, device)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 1, 63, 16, 3, False, True, False),
+        (3, 2, 25, 6, 4, True, False, True),
+        (1, 1, 7, 64, 8, False, True, True),
+    ],
+    ids=str,
+)
+def test_many_tiles(shape, dtype, device):
+    check_shape(shape, dtype, device)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
-    shape=st.tuples(*(st.integers(1, n) for n in (2, 3, 70, 20, 8))),
+    shape=st.tuples(*(st.integers(1, n) for n in (2, 2, 40, 20, 8))),
     kind=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     dtype=st.sampled_from(DTYPES),
 )
 def test_any_shape(shape, kind, dtype):
-    torch.manual_seed(0)
-    device = torch.device("cpu" if kernels.require_runnable.__globals__["INTERPRETED"] else "cuda")
-    batch, heads, length, dim, taps = shape
-    rest = parameters(batch, heads, dim, taps, *kind, dtype, device)
-    leaves = [leaf(x) for x in (*inputs(batch, length, heads, dim, dtype, device), *rest)]
-    check_all(leaves, inputs(batch, length, heads, dim, dtype, device))
+    check_shape((*shape, *kind), dtype, torch.device("cpu" if INTERPRETED else "cuda"))
 
 
 def test_bias_and_weight_need_not_be_shared_alike(device):
@@ -164,14 +177,15 @@ def test_missing_gradients_are_zero(device):
     dq, dk, dv, dweight = torch.autograd.grad(y.sum(), (q, k, v, weight))
     assert dq.any()
     assert dweight[0].any()
-    assert not (dk.any() or dv.any() or dweight[1:].any())
+    for gradient in (dk, dv, dweight[1:]):
+        assert not gradient.any()
 
 
-@pytest.mark.parametrize("taps", [1, 2, 3, 8])
-@pytest.mark.parametrize("size", [1, 2, 5, 21])
+@pytest.mark.parametrize("taps", [1, 3, 8])
+@pytest.mark.parametrize("size", [1, 3])
 def test_chunks_are_the_whole_bit_for_bit(taps, size, device):
-    given = inputs(2, 21, 3, 16, torch.float32, device)
-    weight, bias, _ = parameters(2, 3, 16, taps, True, True, False, torch.float32, device)
+    given = inputs(2, 7, 1, 16, torch.float32, device)
+    weight, bias, _ = parameters(2, 1, 16, taps, True, True, False, torch.float32, device)
     whole = conv_with_state(*given, weight, bias)
     parts, state = [], None
     for chunk in zip(*(x.split(size, 2) for x in given), strict=True):
@@ -179,9 +193,9 @@ def test_chunks_are_the_whole_bit_for_bit(taps, size, device):
         parts.append(outputs)
     for y, pieces in zip(whole[:3], zip(*parts, strict=True), strict=True):
         assert torch.equal(y, torch.cat(pieces, 2))
-    assert state.shape == (2, 3, 3, taps - 1, 16)
+    assert state.shape == (2, 3, 1, taps - 1, 16)
     assert torch.equal(state, whole[3])
-    assert torch.equal(state, torch.stack(given, 1)[..., 21 - (taps - 1) :, :])
+    assert torch.equal(state, torch.stack(given, 1)[..., 7 - (taps - 1) :, :])
 
 
 def test_state_has_no_gradient_and_begins_with_zeros(device):
@@ -192,10 +206,10 @@ def test_state_has_no_gradient_and_begins_with_zeros(device):
     assert torch.equal(state[..., 1:, :], torch.stack(given, 1))
 
 
-@pytest.mark.usefixtures("tiles")
+@pytest.mark.usefixtures("small_tiles")
 def test_same_bits_again_and_alone(device):
-    given = inputs(3, 90, 2, 32, torch.float32, device)
-    rest = parameters(3, 2, 32, 3, False, True, True, torch.float32, device)
+    given = inputs(3, 31, 1, 16, torch.float32, device)
+    rest = parameters(3, 1, 16, 3, False, True, True, torch.float32, device)
     results = []
     for rows in (slice(None), slice(None), slice(1, 2)):
         leaves = [leaf(x) for x in (*(z[rows] for z in given), *rest[:2], rest[2][rows])]
@@ -224,13 +238,13 @@ def test_heads_merge_without_a_copy(device):
 
 
 def test_operator_contract(device):
-    given = [leaf(x) for x in inputs(2, 5, 3, 16, torch.float32, device)]
-    rest = [leaf(x) for x in parameters(2, 3, 16, 3, True, True, True, torch.float32, device)]
+    given = [leaf(x) for x in inputs(1, 5, 2, 16, torch.float32, device)]
+    rest = [leaf(x) for x in parameters(1, 2, 16, 3, True, True, True, torch.float32, device)]
     torch.library.opcheck(_forward_op, (*given, *rest))
-    torch.library.opcheck(_forward_op, (*given, rest[0][:, 0], None, None))
+    torch.library.opcheck(_forward_op, (*given, leaf(rest[0][:, 0]), None, None))
     shallow = ("test_schema", "test_faketensor")
     torch.library.opcheck(_backward_op, (*given, *given, *rest), test_utils=shallow)
-    few = (*given, *given, rest[0][:, 0], None, None)
+    few = (*given, *given, leaf(rest[0][:, 0]), None, None)
     torch.library.opcheck(_backward_op, few, test_utils=shallow)
 
 
@@ -241,9 +255,9 @@ def test_compiles_whole(device):
 
     torch._dynamo.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
-    weight, bias, _ = parameters(2, 3, 16, 3, False, True, False, torch.float32, device)
-    for length in (5, 150):
-        leaves = [leaf(x) for x in (torch.randn(2, 3, length, 16, device=device), weight, bias)]
+    weight, bias, _ = parameters(1, 2, 16, 3, False, True, False, torch.float32, device)
+    for length in (5, 40):
+        leaves = [leaf(x) for x in (torch.randn(1, 2, length, 16, device=device), weight, bias)]
         runs = [run(*leaves) for run in (function, compiled)]
         assert torch.equal(*runs)
         gradients = [torch.autograd.grad(y.square().sum(), leaves) for y in runs]
@@ -254,11 +268,7 @@ def test_compiles_whole(device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [*SHAPES, (4, 12, 1000, 64, 3, True, False, False)], ids=str)
 def test_bfloat16(shape, device):
-    torch.manual_seed(0)
-    batch, heads, length, dim, taps, *kind = shape
-    rest = parameters(batch, heads, dim, taps, *kind, torch.bfloat16, device)
-    given = *inputs(batch, length, heads, dim, torch.bfloat16, device), *rest
-    check_all([leaf(x) for x in given], inputs(batch, length, heads, dim, torch.bfloat16, device))
+    check_shape(shape, torch.bfloat16, device)
 
 
 @pytest.mark.parametrize(
