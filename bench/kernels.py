@@ -4,10 +4,11 @@
     TRITON_INTERPRET=1 python -m bench.kernels --shapes 1,2,33,16      the same code on a CPU, slow
 
 A case is a computation, its providers are implementations. Before a provider is timed, its outputs
-and gradients on one head, or one row of a layer, are compared with the definition in fp64: at most
-twice the error of the definition in the inputs' own dtype, or there is no row. A provider that is
-not installed or does not fit is left out, with the reason. All providers of a case run in the same
-process on the same inputs; q, k and v are views of one packed projection.
+and gradients on one head, or one row of a layer, or all of it where heads share weights, are
+compared with the definition in fp64: at most twice the error of the definition in the inputs' own
+dtype, or there is no row. A provider that is not installed or does not fit is left out, with the
+reason. All providers of a case run in the same process on the same inputs; q, k and v are views of
+one packed projection.
 """
 
 import argparse
@@ -28,10 +29,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import posenc
 from bench.rows import Row, RowFile
+from posenc.convolution import depthwise_conv
 from posenc.encodings.carope import running_phase, turn_by_phase
 from posenc.encodings.polar import turn_by_content
 from posenc.kernels.carope import carope
 from posenc.kernels.carope_attention import carope_attention
+from posenc.kernels.conv import conv
 from posenc.kernels.flash import flash_attention
 from posenc.kernels.polar import polar
 from posenc.kernels.rope import rope
@@ -135,9 +138,44 @@ def direct_cmha(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, b: Tensor) -> Te
     return scores.softmax(-1).to(v.dtype) @ v
 
 
+def eager_conv(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """q, k and v convolved, each on its own."""
+    biases = (None,) * 3 if bias is None else bias.unbind(0)
+    return tuple(map(depthwise_conv, (q, k, v), weight.unbind(0), biases))
+
+
+def fla() -> Function:
+    """flash-linear-attention's convolution of q, k and v, each in one launch, by its kernels."""
+    from fla.modules.causal_conv1d import causal_conv1d
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        heads, dim = x.shape[1], x.shape[3]
+        weight = weight.expand(heads, dim, -1).flatten(0, 1)
+        bias = None if bias is None else bias.expand(heads, dim).flatten()
+        y, _ = causal_conv1d(x.transpose(1, 2).flatten(2), weight, bias)
+        return y.unflatten(-1, (heads, dim)).transpose(1, 2)
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        biases = (None,) * 3 if bias is None else bias.unbind(0)
+        return tuple(map(convolve, (q, k, v), weight.unbind(0), biases))
+
+    return run
+
+
 def one_head(x: Tensor) -> Tensor:
-    """The last head of q, k, v, rates (B, H, ..) or of a parameter (H, ..): heads do not meet."""
+    """The last head of q, k, v, rates (B, H, ..) or of a parameter (H, ..) or (3, H, ..): heads do
+    not meet.
+    """
     return x[:, -1:] if x.ndim >= 3 else x[-1:]
+
+
+def everything(x: Tensor) -> Tensor:
+    """All of a tensor: heads and rows meet in the gradient of a weight that they share."""
+    return x
 
 
 def one_row(x: Tensor) -> Tensor:
@@ -152,7 +190,7 @@ def layers(
     batch, heads, length, dim = shape
     if length > 4096:
         return
-    for name in ("rope", "carope", "cmha", "moh"):
+    for name in ("rope", "carope", "cmha", "mdha", "moh"):
         if heads < 4 and name == "moh":
             continue
         module = posenc.attention(name, heads * dim, heads, impl="reference").to(device)
@@ -264,6 +302,21 @@ def cases(
         yield Case(
             f"{name} + attention", (q, k, v, *extra), after(eager, attention), whole, one_head
         )
+
+    for name, channels, shift, part in (
+        ("conv", (3, dim), True, everything),
+        ("conv per head", (3, heads, dim), False, one_head),
+    ):
+        weight = torch.randn(*channels, 3, device=device).requires_grad_()
+        bias = (torch.randn(channels, device=device).requires_grad_(),) if shift else ()
+        mixes: dict[str, Callable[[], Function]] = {
+            OURS: lambda: conv,
+            EAGER: lambda: eager_conv,
+            **{key: lambda wrap=wrap: wrap(eager_conv) for key, wrap in compiled.items()},
+        }
+        if device.type == "cuda":
+            mixes["fla"] = fla
+        yield Case(name, (q, k, v, weight, *bias), eager_conv, mixes, part)
     yield from layers(shape, dtype, device)
 
 
@@ -502,6 +555,9 @@ TARGETS = [
         "CMHA over its direct form",
         ("polar + attention", "polar + attention"), ("direct", OURS), "fwd+bwd", ">= 50",
     ),
+    Target("conv over eager", ("conv", "conv"), (EAGER, OURS), "fwd+bwd", ">= 1.00"),
+    Target("conv over compiled", ("conv", "conv"), ("torch.compile", OURS), "fwd+bwd", ">= 1.00"),
+    Target("conv over fla", ("conv", "conv"), ("fla", OURS), "bwd", ">= 1.15"),
 ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The Triton kernels as attention's back end, `impl="fused"`: where they run, what they compute.
 
-This file and the encodings' `rotate_fused` and `attend_fused` are all that imports
+Only this file, the encodings' `rotate_fused` and `attend_fused` and `DepthwiseConv` import
 `posenc.kernels`, and only when such a path is chosen: posenc itself needs no Triton.
 """
 

@@ -20,7 +20,9 @@ def test_every_provider_has_a_row(tmp_path, monkeypatch, capsys):
     assert {row["kernel"] for row in timed} == {
         "flash",
         *(name + end for name in ("rope", "carope", "polar") for end in ("", " + attention")),
-        *(f"{name} layer" for name in ("rope", "carope", "cmha", "moh")),
+        "conv",
+        "conv per head",
+        *(f"{name} layer" for name in ("rope", "carope", "cmha", "mdha", "moh")),
     }
     for row in timed:
         assert (row["B"], row["H"], row["T"], row["D"]) == (1, 4, 9, 16)

@@ -22,6 +22,7 @@ VARIANTS = {
     "authors": ("cmha", {"init": "authors"}),
     "norms": ("moh", {"router": "query_norm"}),
     "cross": ("moh", {"encoding": "carope", "conv": True}),
+    "rcmha's convolution": ("mdha", {"per_head": False, "bias": True, "kernel_size": 4}),
 }
 
 
@@ -196,6 +197,29 @@ def test_encoding_alone_turns_by_its_kernel(device):
                 close(a, b, 1e-5)
 
 
+@pytest.mark.parametrize(("name", "options"), [("mdha", {}), VARIANTS["cross"]], ids=str)
+def test_convolution_is_its_kernel(name, options, device, monkeypatch):
+    module = layer(name, device, **options)
+    x, cache = tokens(module, 2, 5), module.make_cache(2, 5)
+    monkeypatch.setattr(posenc.convolution, "depthwise_conv", None)
+    module(x)
+    with torch.no_grad():
+        module(x, cache=cache)
+    module.impl = "sdpa"
+    with pytest.raises(TypeError):
+        module(x)
+
+
+def test_convolution_alone_is_its_kernel(device):
+    inputs = torch.randn(3, 2, 4, 9, 16, device=device).unbind(0)
+    for options in ({}, {"per_head": True, "bias": False, "kernel_size": 5}):
+        part = posenc.DepthwiseConv(4, 16, **options).to(device)
+        for a, b in zip(part.forward_fused(*inputs), part(*inputs), strict=True):
+            close(a, b, 1e-6)
+    with pytest.raises(ValueError, match=r"shape \(T,\) only"):
+        part.forward_fused(*inputs, real=torch.ones(2, 9, dtype=torch.bool, device=device))
+
+
 def test_padding_stops_the_phase(device):
     encoding = posenc.CARoPE(64, 4, init="paper").to(device)
     q, k = torch.randn(2, 2, 4, 9, 16, device=device).unbind(0)
@@ -212,6 +236,23 @@ def test_padding_stops_the_phase(device):
 def test_methods_without_a_kernel_are_refused_when_built(name):
     with pytest.raises(ValueError, match=r"no kernel for Relative.*impl='sdpa'"):
         posenc.attention(name, 64, 4, impl="fused")
+
+
+def test_long_convolutions_are_refused_when_built():
+    posenc.attention("mdha", 64, 4, impl="fused", kernel_size=8)
+    with pytest.raises(ValueError, match=r"no kernel for .*kernel_size=9.*impl='sdpa'"):
+        posenc.attention("mdha", 64, 4, impl="fused", kernel_size=9)
+
+
+def test_refused_padding_leaves_the_cache_usable(device):
+    module = layer("mdha", device)
+    x, cache = tokens(module, 2, 5), module.make_cache(2, 5)
+    positions = torch.arange(5, device=device).repeat(2, 1)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"shape \(T,\) only"):
+            module(x, positions=positions, cache=cache)
+        assert cache.length == 0
+        close(module(x, cache=cache), module(x), 1e-5)
 
 
 def test_cases_without_a_kernel_are_refused(device):
