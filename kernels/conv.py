@@ -7,10 +7,11 @@ RCMHA, arXiv 2308.03429).
     dw[j] = sum_t dy[t] x[t - (K-1) + j],  dbias = sum_t dy[t]
 
 Memory is all that costs time here: the floor is 6 tensors forward and 9 backward. A thread holds 16
-bytes of each of STRIP consecutive rows and of the K-1 rows beside them, and forms its STRIP results
-from these registers. The rows beside a strip belong to a neighbour's strip: all but those at the
-edge of a tile come from the L1 cache. Programs that run at the same time read all heads of q, k and
-v of the same tokens: where these are slices of one packed projection, whole rows of it.
+bytes (8 for more than 4 taps) of each of STRIP consecutive rows and of the K-1 rows beside them,
+and forms its STRIP results from these registers. The rows beside a strip belong to a neighbour's
+strip: all but those at the edge of a tile come from the L1 cache. Programs that run at the same
+time read all heads of q, k and v of the same tokens: where these are slices of one packed
+projection, whole rows of it.
 
 A program walks over several tiles of one head of q, k or v, also of several rows of the batch, with
 its taps in registers, and backward with their sums. These leave as one row of partial sums a
@@ -68,7 +69,7 @@ def _past_of(past, part, b, h):
 def _rows_at(
     matrix, past, rows, length, TAPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Where rows lie, those before the first in `past`, unless None; and whether they exist."""
+    """Where rows lie, those before x in `past` if there is one; and which elements exist."""
     begin = 0 if past is None else 1 - TAPS
     inside = ((rows >= begin) & (rows < length))[:, None]
     if BLOCK_D > D:
@@ -129,7 +130,8 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Program (head of q, k or v; `share` of the tiles of all batch rows)."""
-    part, h = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
+    lane = tl.program_id(0)
+    part, h = (lane // heads).to(tl.int64), (lane % heads).to(tl.int64)
     taps = _load_taps(weight, part, h, TAPS, D, BLOCK_D)
     shift = _load_bias(bias, part, h, D, BLOCK_D)
     x, y = _chosen(part, q, k, v), _chosen(part, q_out, k_out, v_out)
@@ -182,7 +184,7 @@ def backward_kernel(
     of the sums dweight (programs, 3, H, D, K) and dbias (programs, 3, H, D).
     """
     lane, program = tl.program_id(0), tl.program_id(1)
-    part, h = lane // heads, (lane % heads).to(tl.int64)
+    part, h = (lane // heads).to(tl.int64), (lane % heads).to(tl.int64)
     taps = _load_taps(weight, part, h, TAPS, D, BLOCK_D)
     sums = (tl.zeros((GROUPS, BLOCK_D), tl.float32),) * TAPS
     total = tl.zeros((GROUPS, BLOCK_D), tl.float32)
@@ -224,7 +226,7 @@ def backward_kernel(
 def blocks(dim: int, taps: int, dtype: torch.dtype, strip: int) -> dict[str, int]:
     """The compile-time sizes of the kernels."""
     block = triton.next_power_of_2(dim)
-    # 16 bytes a thread, where a row is a multiple of that and where the registers last.
+    # A row of another size has no aligned access of 16 bytes; more taps no registers for them.
     access = 16 if block == dim and taps <= 4 else 8
     held = 32 * NUM_WARPS * access // dtype.itemsize
     return {
@@ -308,7 +310,7 @@ def backward(
             **sizes, num_warps=NUM_WARPS, **OPTIONS,
         )  # fmt: skip
     dweight = sums.sum((0, 2) if weight.ndim == 3 else 0).to(weight.dtype)
-    if bias is None or shifts is None:
+    if bias is None:
         dbias = weight.new_empty(0)
     else:
         dbias = shifts.sum((0, 2) if bias.ndim == 2 else 0).to(bias.dtype)
