@@ -138,7 +138,8 @@ def forward_kernel(
     begin = tl.program_id(1) * share
     for item in range(begin, tl.minimum(begin + share, items)):
         b = (item // tiles).to(tl.int64)
-        source, target, before = head_of(x, b, h), head_of(y, b, h), _past_of(past, part, b, h)
+        source, target = head_of(x, b, h), head_of(y, b, h)
+        before = _past_of(past, part, b, h)
         first = (item % tiles * GROUPS + tl.arange(0, GROUPS)) * STRIP
         window = ()
         for i in tl.static_range(STRIP + TAPS - 1):
@@ -195,8 +196,9 @@ def backward_kernel(
     dy = _chosen(part, dq_out, dk_out, dv_out)
     for item in range(program * share, tl.minimum(program * share + share, items)):
         b = (item // tiles).to(tl.int64)
-        before, dbefore = _past_of(past, part, b, h), _past_of(dpast, part, b, h)
         source, upstream, target = head_of(x, b, h), head_of(dy, b, h), head_of(dx, b, h)
+        before = _past_of(past, part, b, h)
+        dbefore = _past_of(dpast, part, b, h)
         first = origin + (item % tiles * GROUPS + tl.arange(0, GROUPS)) * STRIP
         xs = ()
         dys = ()
