@@ -9,7 +9,7 @@
 #   train    train.jsonl: tokens per second and memory of GPT-2 124M, T=1024, bf16, compiled
 #
 # A step that fails is reported and the next one runs; then the exit code is 1. Needs the extras
-# train and test; liger-kernel is measured where it is installed.
+# train and test; liger-kernel and flash-linear-attention are measured where they are installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results/gpu}

@@ -228,8 +228,8 @@ def backward_kernel(
 def blocks(dim: int, taps: int, dtype: torch.dtype, strip: int) -> dict[str, int]:
     """The compile-time sizes of the kernels."""
     block = triton.next_power_of_2(dim)
-    # A row of another size has no aligned access of 16 bytes; more taps no registers for them.
-    access = 16 if block == dim and taps <= 4 else 8
+    # Triton takes rows for aligned where D is a multiple of 16; more taps leave too few registers.
+    access = 16 if dim % 16 == 0 and taps <= 4 else 8
     held = 32 * NUM_WARPS * access // dtype.itemsize
     return {
         "TAPS": taps,

@@ -119,7 +119,7 @@ def test_forward_and_backward(shape, dtype, device):
     "shape",
     [
         (2, 1, 63, 16, 3, False, True, False),
-        (3, 2, 25, 6, 4, True, False, True),
+        (3, 2, 13, 6, 4, True, False, True),
         (1, 1, 7, 64, 8, False, True, True),
     ],
     ids=str,
@@ -130,7 +130,7 @@ def test_many_tiles(shape, dtype, device):
 
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(
-    shape=st.tuples(*(st.integers(1, n) for n in (2, 2, 40, 20, 8))),
+    shape=st.tuples(*(st.integers(1, n) for n in (2, 2, 30, 20, 8))),
     kind=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     dtype=st.sampled_from(DTYPES),
 )
@@ -221,7 +221,7 @@ def test_same_bits_again_and_alone(device):
         assert torch.equal(results[0][index][1:2], results[2][index])
 
 
-def test_partial_sums_stay_few(device):
+def test_partial_sums_stay_few():
     for batch, heads, rows in ((1, 1, 10**6), (64, 12, 4096), (3, 700, 5000), (1, 12, 1)):
         for programs in (kernels.FORWARD_PROGRAMS, kernels.BACKWARD_PROGRAMS):
             grid, (tiles, items, share) = kernels.shares(batch, heads, rows, 48, programs)
