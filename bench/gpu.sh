@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# All that needs a GPU. Without arguments everything, in about twenty minutes; or the parts named:
+# All that needs a GPU. Without arguments everything, in under forty minutes; or the parts named:
 #
-#     OUT=bench/results/h100 bench/gpu.sh [tests] [kernels] [train]      each under ten minutes
+#     OUT=bench/results/h100 bench/gpu.sh [tests] [kernels] [layers] [train]      each under ten
 #
 #   tests    tests.log: the kernel tests on the device, bf16 included; sanitizer-*.log: accesses to
-#            memory, and races in shared memory, of the cores with rotations
-#   kernels  kernels.jsonl: every kernel and layer beside its peers; kernels.log: targets and ratios
+#            memory, and races in shared memory, of the cores with position inside
+#   kernels  kernels.jsonl: every kernel beside its peers; kernels.log: targets and ratios
+#   layers   layers.jsonl: time and memory of whole attention layers, eager and fused; layers.log
 #   train    train.jsonl: tokens per second and memory of GPT-2 124M, T=1024, bf16, compiled
 #
 # A step that fails is reported and the next one runs; then the exit code is 1. Needs the extras
-# train and test; liger-kernel is measured where it is installed.
+# train and test; liger-kernel and flash-linear-attention are measured where they are installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results/gpu}
@@ -63,7 +64,7 @@ export -f train
 export OUT
 
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(tests kernels train)
+[ ${#parts[@]} -gt 0 ] || parts=(tests kernels layers train)
 for part in "${parts[@]}"; do
   case $part in
     tests)
@@ -72,19 +73,23 @@ for part in "${parts[@]}"; do
       for tool in memcheck racecheck; do
         step "$tool" 120 bash -c "logged '$OUT/sanitizer-$tool.log' compute-sanitizer --tool $tool \
           --error-exitcode 1 python3 -m pytest -q -k 'outputs_and_gradients and shape2 and dtype1' \
-          tests/kernels/test_rope_attention.py tests/kernels/test_carope_attention.py"
+          tests/kernels/test_rope_attention.py tests/kernels/test_carope_attention.py \
+          tests/kernels/test_relative_kernel.py"
       done ;;
     kernels)
       step kernels 590 bash -c \
-        'logged "$OUT/kernels.log" python3 -m bench.kernels --out "$OUT/kernels.jsonl"' ;;
+        'logged "$OUT/kernels.log" python3 -m bench.kernels --part ops --out "$OUT/kernels.jsonl"' ;;
+    layers)
+      step layers 590 bash -c \
+        'logged "$OUT/layers.log" python3 -m bench.kernels --part layers --out "$OUT/layers.jsonl"' ;;
     train)
-      for name in rope carope cmha moh; do
+      for name in rope carope cmha moh rcmha; do
         for impl in sdpa fused; do
           step "train $name $impl" 120 bash -c "train $name $impl"
         done
       done ;;
     *)
-      echo "unknown part: $part; expected tests, kernels or train"
+      echo "unknown part: $part; expected tests, kernels, layers or train"
       worst=1 ;;
   esac
 done

@@ -1,13 +1,15 @@
 """Every kernel beside its peers, behind a gate of correctness: `python -m bench.kernels`.
 
     python -m bench.kernels --out bench/results/h100/kernels.jsonl     S1, S2, S3 in bfloat16, CUDA
+    python -m bench.kernels --part layers                              whole layers alone, or ops
     TRITON_INTERPRET=1 python -m bench.kernels --shapes 1,2,33,16      the same code on a CPU, slow
 
 A case is a computation, its providers are implementations. Before a provider is timed, its outputs
-and gradients on one head, or one row of a layer, are compared with the definition in fp64: at most
-twice the error of the definition in the inputs' own dtype, or there is no row. A provider that is
-not installed or does not fit is left out, with the reason. All providers of a case run in the same
-process on the same inputs; q, k and v are views of one packed projection.
+and gradients on one head, or one row of a layer, or all of it where heads share weights, are
+compared with the definition in fp64: at most twice the error of the definition in the inputs' own
+dtype, or there is no row. A provider that is not installed or does not fit is left out, with the
+reason. All providers of a case run in the same process on the same inputs; q, k and v are views of
+one packed projection.
 """
 
 import argparse
@@ -28,15 +30,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import posenc
 from bench.rows import Row, RowFile
+from posenc.convolution import depthwise_conv
+from posenc.core import attend
 from posenc.encodings.carope import running_phase, turn_by_phase
 from posenc.encodings.polar import turn_by_content
 from posenc.kernels.carope import carope
 from posenc.kernels.carope_attention import carope_attention
+from posenc.kernels.conv import conv
 from posenc.kernels.flash import flash_attention
 from posenc.kernels.polar import polar
+from posenc.kernels.relative import relative_attention
 from posenc.kernels.rope import rope
 from posenc.kernels.rope_attention import rope_attention
 from posenc.phase import inverse_frequencies, phase_dtype, position_phases
+from posenc.scores import RelativeTerm, Scores, add_per_head, relative_logits
 
 #: Batch, heads, length, head dim. GPT-2's layer at three lengths, 16,384 tokens each.
 SHAPES = {"S1": (16, 12, 1024, 64), "S2": (4, 12, 4096, 64), "S3": (1, 12, 16384, 64)}
@@ -135,9 +142,49 @@ def direct_cmha(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, b: Tensor) -> Te
     return scores.softmax(-1).to(v.dtype) @ v
 
 
+def eager_conv(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """q, k and v convolved, each on its own."""
+    biases = (None,) * 3 if bias is None else bias.unbind(0)
+    return tuple(map(depthwise_conv, (q, k, v), weight.unbind(0), biases))
+
+
+def fla() -> Function:
+    """flash-linear-attention's convolution of q, k and v, each in one launch, by its kernels."""
+    from fla.modules.causal_conv1d import causal_conv1d
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        heads, dim = x.shape[1], x.shape[3]
+        weight = weight.expand(heads, dim, -1).flatten(0, 1)
+        bias = None if bias is None else bias.expand(heads, dim).flatten()
+        y, _ = causal_conv1d(x.transpose(1, 2).flatten(2), weight, bias)
+        return y.unflatten(-1, (heads, dim)).transpose(1, 2)
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        biases = (None,) * 3 if bias is None else bias.unbind(0)
+        return tuple(map(convolve, (q, k, v), weight.unbind(0), biases))
+
+    return run
+
+
 def one_head(x: Tensor) -> Tensor:
-    """The last head of q, k, v, rates (B, H, ..) or of a parameter (H, ..): heads do not meet."""
+    """The last head of q, k, v, rates (B, H, ..) or of a parameter (H, ..) or (3, H, ..): heads do
+    not meet.
+    """
     return x[:, -1:] if x.ndim >= 3 else x[-1:]
+
+
+def last_head(x: Tensor) -> Tensor:
+    """As `one_head`, where parameters (H, P, D) may have as many dimensions as rates."""
+    return x[:, -1:] if x.ndim == 4 else x[-1:]
+
+
+def everything(x: Tensor) -> Tensor:
+    """All of a tensor: heads and rows meet in the gradient of a weight that they share."""
+    return x
 
 
 def one_row(x: Tensor) -> Tensor:
@@ -152,10 +199,11 @@ def layers(
     batch, heads, length, dim = shape
     if length > 4096:
         return
-    for name in ("rope", "carope", "cmha", "moh"):
+    for name in ("mha", "rope", "carope", "cmha", "rmha", "mdha", "rcmha", "moh"):
         if heads < 4 and name == "moh":
             continue
-        module = posenc.attention(name, heads * dim, heads, impl="reference").to(device)
+        options = {"max_distance": length} if name in ("rmha", "rcmha") else {}
+        module = posenc.attention(name, heads * dim, heads, impl="reference", **options).to(device)
         precise = copy.deepcopy(module).double()
         module = module.to(dtype)
 
@@ -169,6 +217,7 @@ def layers(
 
         providers: dict[str, Callable[[], Function]] = {
             OURS: partial(by, "fused"),
+            EAGER: partial(by, "reference"),
             "sdpa": partial(by, "sdpa"),
         }
         if device.type == "cuda":
@@ -178,10 +227,58 @@ def layers(
         yield Case(f"{name} layer", (x,), definition, providers, one_row)
 
 
+def relative(
+    shape: tuple[int, int, int, int],
+    qkv: tuple[Tensor, Tensor, Tensor],
+    peers: dict[str, Callable[[], Function]],
+) -> Case:
+    """RCMHA's attention: tables R and S with a row a distance, and u."""
+    _, heads, length, dim = shape
+    device = qkv[0].device
+    table = (0.5 * torch.randn(heads, length, dim, device=device)).requires_grad_()
+    offsets = torch.randn(heads, length, device=device).requires_grad_()
+    u = torch.randn(heads, dim, device=device).requires_grad_()
+
+    def by(impl: str) -> Function:
+        def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor, s: Tensor, u: Tensor) -> Tensor:
+            scores = Scores(content=u, relative=RelativeTerm(table, offset=s))
+            return attend(q, k, v, scores, impl=impl)
+
+        return run
+
+    def by_flex() -> Function:
+        core = peers["flex"]()
+
+        def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor, s: Tensor, u: Tensor) -> Tensor:
+            term = RelativeTerm(table, offset=s)
+            bias = relative_logits(q, term, length) * dim**-0.5
+
+            def add(score: Tensor, b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
+                return score + bias[b, h, m, n]
+
+            return core(add_per_head(q, u), k, v, score_mod=add)  # type: ignore[return-value]
+
+        return run
+
+    providers: dict[str, Callable[[], Function]] = {
+        OURS: lambda: by("fused"),
+        f"{OURS} deterministic": lambda: partial(relative_attention, deterministic=True),
+        EAGER: lambda: by("reference"),
+        "sdpa + bias": lambda: by("sdpa"),
+    }
+    if device.type == "cuda":
+        providers["torch.compile"] = lambda: torch.compile(by("reference"))
+        providers["torch.compile sdpa + bias"] = lambda: torch.compile(by("sdpa"))
+        providers["flex + bias"] = by_flex
+    return Case(
+        "relative + attention", (*qkv, table, offsets, u), by("reference"), providers, last_head
+    )
+
+
 def cases(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Case]:
-    """All cases of one shape, on fresh random inputs."""
+    """Ops and cores of one shape, on fresh random inputs."""
     batch, heads, length, dim = shape
     packed = torch.randn(batch, length, 3, heads, dim, device=device, dtype=dtype)
     q, k, v = (x.detach().requires_grad_() for x in packed.permute(2, 0, 3, 1, 4).unbind(0))
@@ -264,7 +361,25 @@ def cases(
         yield Case(
             f"{name} + attention", (q, k, v, *extra), after(eager, attention), whole, one_head
         )
-    yield from layers(shape, dtype, device)
+
+    for name, channels, shift, part in (
+        ("conv", (3, dim), True, everything),
+        ("conv per head", (3, heads, dim), False, one_head),
+    ):
+        weight = torch.randn(*channels, 3, device=device).requires_grad_()
+        bias = (torch.randn(channels, device=device).requires_grad_(),) if shift else ()
+        mixes: dict[str, Callable[[], Function]] = {
+            OURS: lambda: conv,
+            EAGER: lambda: eager_conv,
+            **{key: lambda wrap=wrap: wrap(eager_conv) for key, wrap in compiled.items()},
+        }
+        if device.type == "cuda":
+            mixes["fla"] = fla
+        yield Case(name, (q, k, v, weight, *bias), eager_conv, mixes, part)
+    yield relative(shape, (q, k, v), peers)
+
+
+PARTS = {"ops": cases, "layers": layers}
 
 
 def outputs_and_gradients(
@@ -502,6 +617,21 @@ TARGETS = [
         "CMHA over its direct form",
         ("polar + attention", "polar + attention"), ("direct", OURS), "fwd+bwd", ">= 50",
     ),
+    Target("relative to plain", ("relative + attention", "flash"), (OURS, OURS), "fwd", "<= 1.90"),
+    Target(
+        "relative to plain", ("relative + attention", "flash"), (OURS, OURS), "fwd+bwd", "<= 2.40"
+    ),
+    *(
+        Target(f"relative over {peer}", ("relative + attention",) * 2, (peer, OURS), mode, bound)
+        for mode in ("fwd", "fwd+bwd")
+        for peer, bound in (
+            (EAGER, ">= 6.00"), ("torch.compile", ">= 3.00"),
+            ("sdpa + bias", ">= 2.00"), ("flex + bias", ">= 2.00"),
+        )
+    ),
+    Target("conv over eager", ("conv", "conv"), (EAGER, OURS), "fwd+bwd", ">= 1.00"),
+    Target("conv over compiled", ("conv", "conv"), ("torch.compile", OURS), "fwd+bwd", ">= 1.00"),
+    Target("conv over fla", ("conv", "conv"), ("fla", OURS), "bwd", ">= 1.15"),
 ]  # fmt: skip
 
 
@@ -538,6 +668,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", type=parse_shape, nargs="+", metavar="S1|S2|S3|B,H,T,D",
                         default=[*SHAPES.values(), DIRECT])  # fmt: skip
+    parser.add_argument("--part", choices=list(PARTS), help="ops, or layers; both if not given")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--out", type=Path, help="append the rows to this file")
     args = parser.parse_args()
@@ -556,7 +687,8 @@ def main() -> None:
         print(f"{row.kernel} {row.provider}: {row.p50:.2f} {row.unit}", flush=True)
     for shape in args.shapes:
         rows = []
-        for case in cases(shape, dtype, device):
+        makers = [PARTS[args.part]] if args.part else PARTS.values()
+        for case in (case for make in makers for case in make(shape, dtype, device)):
             for row in measure(case, shape, device):
                 if isinstance(row, str):
                     failed = failed or f"of {OURS}" in row

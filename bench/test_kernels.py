@@ -6,9 +6,13 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("the kernels are timed on a CUDA device", allow_module_level=True)
 
-from bench.kernels import SHAPES, Gate, cases, modes
+from bench.kernels import PARTS, SHAPES, Gate, modes
 
-CASES = {case.name: case for case in cases(SHAPES["S1"], torch.bfloat16, torch.device("cuda"))}
+CASES = {
+    case.name: case
+    for make in PARTS.values()
+    for case in make(SHAPES["S1"], torch.bfloat16, torch.device("cuda"))
+}
 
 
 @pytest.mark.parametrize("mode", ["fwd", "fwd+bwd"])

@@ -46,7 +46,8 @@ class Config(NamedTuple):
 
     block_m: int
     block_n: int
-    #: Keys (of a row tile) or queries (of a key tile) whose bias a program holds at a time.
+    #: Keys (of a row tile) or queries (of a key tile) whose bias a program holds at a time; whole
+    #: tiles.
     segment: int
     num_warps: int
     num_stages: int
@@ -128,7 +129,7 @@ CONFIGS = {
     ("forward", 2, 128): Config(64, 64, 512, 8, 2, 1),
     ("dq", 2, 32): Config(64, 64, 256, 4, 2, 2),
     ("dq", 2, 64): Config(64, 64, 256, 4, 2, 2),
-    ("dq", 2, 128): Config(32, 64, 512, 8, 2, 1),
+    ("dq", 2, 128): Config(64, 32, 512, 8, 2, 1),
     ("dkv", 2, 32): Config(64, 64, 512, 4, 3, 2),
     ("dkv", 2, 64): Config(64, 128, 512, 8, 2, 1),
     ("dkv", 2, 128): Config(64, 32, 512, 8, 2, 1),

@@ -1,4 +1,4 @@
-"""Backward pass of attention with a relative term; `posenc.kernels.relative` holds the forward pass.
+"""Backward pass of attention with a relative term; `posenc.kernels.relative` holds the forward.
 
 With dS = P * (dP - delta) as in `posenc.kernels.flash_backward` and dB[m,d] = dS[m, m-d]:
 

@@ -26,11 +26,7 @@ def load_rows_at(table, distance, P, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The table's rows for a block of distances: (BLOCK, BLOCK_D)."""
     columns = tl.arange(0, BLOCK_D)
     at = table + (_index(distance, P)[:, None] * D + columns[None, :])
-    if BLOCK_D > D:
-        rows = tl.load(at, mask=(columns < D)[None, :], other=0.0)
-    else:
-        rows = tl.load(at)
-    return rows
+    return tl.load(at, mask=(columns < D)[None, :], other=0.0)
 
 
 @triton.jit

@@ -88,6 +88,11 @@ class Attention(nn.Module):
                     )
         if self.impl == "fused":
             fused.check_case(None, self.dropout)
+            if self.conv is not None and not self.conv.has_kernel:
+                raise ValueError(
+                    f"impl='fused' has no kernel for a convolution of kernel_size="
+                    f"{self.conv.kernel_size}. {fused.REMEDY}"
+                )
         if self.encoding.at_input:
             raise ValueError(
                 f"{type(self.encoding).__name__} acts where tokens enter the model, not in "
@@ -206,6 +211,9 @@ class Attention(nn.Module):
         else:
             where = place(check_positions(positions, batch, length, x.device), given=given)
         here = None if where.real is None else where.real[:, -length:]  # (B, T)
+        dropout_p = self.dropout if self.training else 0.0
+        if self.impl == "fused":
+            fused.check_case(where.real, dropout_p)
 
         # Split before the heads are: the three gradients then meet again in one copy, not in two.
         q, k, v = (
@@ -213,12 +221,14 @@ class Attention(nn.Module):
             for z in self.c_attn(x).split(self.embed_dim, dim=-1)
         )
         if self.conv is not None:
-            q, k, v = self.conv(q, k, v, real=here, state=cache)
+            convolve = self.conv.forward_fused if self.impl == "fused" else self.conv
+            q, k, v = convolve(q, k, v, real=here, state=cache)
         gates, aux = None, q.new_zeros((), dtype=torch.float32)
         # Before the rotation, which keeps the norms that a router may read.
         if self.router is not None:
             gates, aux = self.router(x, q, real=here)  # (B, H, T)
-        y = self._attend(q, k, v, where, x if phase is None else phase, cache)  # (B, H, T, D)
+        phase = x if phase is None else phase
+        y = self._attend(q, k, v, where, phase, cache, dropout_p)  # (B, H, T, D)
         if gates is not None:
             y = y * gates.unsqueeze(-1).to(y.dtype)
         y = self.c_proj(rearrange(y, "b h t d -> b t (h d)"))
@@ -227,13 +237,18 @@ class Attention(nn.Module):
         return (y, aux) if return_aux else y
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, where: Placement, x: Tensor, cache: Cache | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        where: Placement,
+        x: Tensor,
+        cache: Cache | None,
+        dropout_p: float,
     ) -> Tensor:
         """Position in q, k and the logits, and attention over the cached keys too: (B, H, T, D)."""
-        dropout_p = self.dropout if self.training else 0.0
         rotate, find_scores = self.encoding.rotate, self.encoding.scores
         if self.impl == "fused":
-            fused.check_case(where.real, dropout_p)
             if cache is None:
                 whole = self.encoding.attend_fused(q, k, v, where.positions, x)
                 if whole is not None:

@@ -1,7 +1,7 @@
 """The Triton kernels as attention's back end, `impl="fused"`: where they run, what they compute.
 
-This file and the encodings' `.._fused` methods are all that imports
-`posenc.kernels`, and only when such a path is chosen: posenc itself needs no Triton.
+Only this file and the `.._fused` methods of encodings and convolution import `posenc.kernels`,
+and only when such a path is chosen: posenc itself needs no Triton.
 """
 
 import importlib.util

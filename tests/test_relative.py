@@ -13,7 +13,7 @@ import posenc
 from helpers import HEAD_DIM, HEADS, WIDTH, build, close, differs, left_padded, perturb, randn
 from posenc import Attention, Relative
 from posenc.core import attend
-from posenc.encodings.relative import sinusoid, sinusoidal_bias
+from posenc.encodings.relative import factors, sinusoid
 
 B, S = 2, 13
 KINDS = pytest.mark.parametrize("kind", ["learned", "sinusoidal"])
@@ -139,7 +139,8 @@ def test_sinusoid_has_sines_first_and_no_limit() -> None:
 def test_split_of_the_sinusoid_is_the_table() -> None:
     query, weight = randn(B, HEADS, 4, HEAD_DIM), randn(WIDTH, 10)
     positions, keys = torch.randint(900, (B, 4)), torch.randint(900, (B, S))
-    bias = sinusoidal_bias(query, weight, positions, keys)
+    turned, key = factors(query, weight, positions, keys)
+    bias = turned @ key.mT
     for b in range(B):
         for i in range(4):
             for n in range(S):

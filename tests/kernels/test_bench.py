@@ -7,6 +7,8 @@ import torch
 
 from bench import kernels
 
+LAYERS = ("mha", "rope", "carope", "cmha", "rmha", "mdha", "rcmha", "moh")
+
 
 def test_every_provider_has_a_row(tmp_path, monkeypatch, capsys):
     path = tmp_path / "rows" / "kernels.jsonl"
@@ -20,7 +22,10 @@ def test_every_provider_has_a_row(tmp_path, monkeypatch, capsys):
     assert {row["kernel"] for row in timed} == {
         "flash",
         *(name + end for name in ("rope", "carope", "polar") for end in ("", " + attention")),
-        *(f"{name} layer" for name in ("rope", "carope", "cmha", "moh")),
+        "conv",
+        "conv per head",
+        "relative + attention",
+        *(f"{name} layer" for name in LAYERS),
     }
     for row in timed:
         assert (row["B"], row["H"], row["T"], row["D"]) == (1, 4, 9, 16)

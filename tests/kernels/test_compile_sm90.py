@@ -3,7 +3,7 @@
 import pytest
 import triton
 
-from posenc.kernels import flash, inspect_sm90
+from posenc.kernels import flash, inspect_sm90, relative
 
 #: In fp32 a tile of 256 columns is split into two TF32 operands, more than the registers hold.
 MAY_SPILL = dict.fromkeys(
@@ -12,7 +12,8 @@ MAY_SPILL = dict.fromkeys(
 #: At D=64 two programs of 256 threads should fit in the 65536 registers of a multiprocessor. Counts
 #: move with the compiler, so this holds for the versions it was tuned on.
 TWO_PROGRAMS = {"forward_kernel", "dq_kernel"}
-HALF = ("flash bfloat16", "rope_attention bfloat16", "carope_attention bfloat16")
+ONE_CORE = ("flash bfloat16", "rope_attention bfloat16", "carope_attention bfloat16")
+HALF = (*ONE_CORE, "relative bfloat16")
 TUNED_ON = ("3.6.", "3.7.")
 LAUNCHES = [
     pytest.param(f"{family} {name}", launch, id=f"{family} {name} {launch.kernel.__name__}")
@@ -28,7 +29,7 @@ def test_compiled(example, launch):
     assert report.shared <= inspect_sm90.SHARED_LIMIT
     assert ".f64" not in report.ptx
     half = example.startswith(HALF)
-    if half and "D=64" in example and report.kernel in TWO_PROGRAMS:
+    if example.startswith(ONE_CORE) and "D=64" in example and report.kernel in TWO_PROGRAMS:
         assert report.registers <= 128 or not triton.__version__.startswith(TUNED_ON)
     assert report.products == (report.tensor_cores != "-")
     if half and ("D=64" in example or "D=128" in example) and report.products:
@@ -36,7 +37,8 @@ def test_compiled(example, launch):
         assert "cp.async" in report.ptx
 
 
-def test_examples_cover_the_table_of_flash(monkeypatch):
+@pytest.mark.parametrize("family", [flash, relative], ids=lambda module: module.__name__)
+def test_examples_cover_the_table(family, monkeypatch):
     used = set()
 
     class Recorder(dict):
@@ -44,9 +46,9 @@ def test_examples_cover_the_table_of_flash(monkeypatch):
             used.add(key)
             return super().__getitem__(key)
 
-    monkeypatch.setattr(flash, "CONFIGS", Recorder(flash.CONFIGS))
-    inspect_sm90.launches("flash")
-    assert used == set(flash.CONFIGS)
+    monkeypatch.setattr(family, "CONFIGS", Recorder(family.CONFIGS))
+    inspect_sm90.launches(family.__name__.rpartition(".")[2])
+    assert used == set(family.CONFIGS)
 
 
 def test_command_prints_a_row_a_kernel(monkeypatch, capsys):

@@ -9,7 +9,6 @@ import posenc
 from helpers import HEADS, NAMES, build, close, counted, error, oracle_layer, raw_weights
 from posenc.kernels.common import INTERPRETED
 
-FUSED = [name for name in NAMES if posenc.attention(name, 16, 4).encoding.has_kernel]
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
 #: RoPE turns inside the core where the head dim is a power of two, else in a kernel of its own.
 HEAD_DIMS = (6, 16)
@@ -22,6 +21,10 @@ VARIANTS = {
     "authors": ("cmha", {"init": "authors"}),
     "norms": ("moh", {"router": "query_norm"}),
     "cross": ("moh", {"encoding": "carope", "conv": True}),
+    "short table": ("rcmha", {"max_distance": 3}),
+    "sinusoidal": ("rcmha", {"relative": "sinusoidal"}),
+    "crosses": ("moh", {"encoding": "relative", "conv": True}),
+    "rcmha's convolution": ("mdha", {"per_head": False, "bias": True, "kernel_size": 4}),
 }
 
 
@@ -63,7 +66,7 @@ def check_against_oracle(module, x, positions=None, tolerance=3e-5):
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", NAMES)
 def test_layer_is_its_oracle(name, head_dim, device):
     module = layer(name, device, head_dim=head_dim, bias=True)
     check_against_oracle(module, tokens(module, 2, 11))
@@ -76,11 +79,25 @@ def test_variant_is_its_oracle(variant, device):
     check_against_oracle(module, tokens(module, 1, 7))
 
 
-@pytest.mark.parametrize("name", FUSED)
-def test_positions_with_gaps_follow_the_oracle(name, device):
+@pytest.mark.parametrize("name", NAMES)
+def test_positions_with_gaps_follow_the_oracle_or_are_refused(name, device):
     module = layer(name, device)
     positions = torch.tensor([3, 4, 5, 9, 10, 20, 21], dtype=torch.int32, device=device)
-    check_against_oracle(module, tokens(module, 2, 7), positions)
+    x = tokens(module, 2, 7)
+    if isinstance(module.encoding, posenc.Relative):
+        with pytest.raises(ValueError, match=r"not consecutive.*impl='sdpa'"):
+            module(x, positions=positions)
+    else:
+        check_against_oracle(module, x, positions)
+
+
+def test_narrow_sinusoid_joins_the_features(device, monkeypatch):
+    module = layer("rmha", device)
+    module.encoding = posenc.Relative(HEADS, 16, kind="sinusoidal", embed_dim=6).to(device)
+    monkeypatch.setattr("posenc.kernels.relative.forward", None)
+    check_against_oracle(module, tokens(module, 2, 11))
+    positions = torch.tensor([3, 4, 5, 9, 10, 20, 21], device=device)
+    check_against_oracle(module, tokens(module, 1, 7), positions)
 
 
 def test_scaling_is_that_of_the_reference(device):
@@ -92,7 +109,7 @@ def test_scaling_is_that_of_the_reference(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", NAMES)
 def test_half_precision_is_as_exact_as_the_reference(name, dtype, device):
     module = layer(name, device, dtype)
     x = tokens(module, 2, 33, dtype)
@@ -105,7 +122,7 @@ def test_half_precision_is_as_exact_as_the_reference(name, dtype, device):
     assert error(y.cpu(), exact) <= allowed
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", NAMES)
 def test_later_tokens_change_nothing_before_them(name, device):
     module = layer(name, device)
     for length, cut in ((5, 1), (63, 40)):
@@ -114,7 +131,7 @@ def test_later_tokens_change_nothing_before_them(name, device):
         assert torch.equal(module(x)[:, :cut], module(changed)[:, :cut])
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", NAMES)
 def test_rows_of_a_batch_do_not_meet(name, device):
     module = layer(name, device)
     x = tokens(module, 3, 17)
@@ -125,7 +142,7 @@ def test_rows_of_a_batch_do_not_meet(name, device):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 12])
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", NAMES)
 def test_decoding_is_the_full_forward(name, chunk, device):
     module = layer(name, device)
     x = tokens(module, 2, 12)
@@ -139,7 +156,7 @@ def test_decoding_is_the_full_forward(name, chunk, device):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", ["rope", "carope", "cmha", "mdha"])
+@pytest.mark.parametrize("name", ["rope", "carope", "cmha", "rmha", "rcmha"])
 def test_compiles_whole_with_two_graphs_over_lengths(name, device):
     module = layer(name, device)
     with counted("aot_eager") as (compiled, counter):
@@ -196,6 +213,29 @@ def test_encoding_alone_turns_by_its_kernel(device):
                 close(a, b, 1e-5)
 
 
+@pytest.mark.parametrize(("name", "options"), [("mdha", {}), VARIANTS["cross"]], ids=str)
+def test_convolution_is_its_kernel(name, options, device, monkeypatch):
+    module = layer(name, device, **options)
+    x, cache = tokens(module, 2, 5), module.make_cache(2, 5)
+    monkeypatch.setattr(posenc.convolution, "depthwise_conv", None)
+    module(x)
+    with torch.no_grad():
+        module(x, cache=cache)
+    module.impl = "sdpa"
+    with pytest.raises(TypeError):
+        module(x)
+
+
+def test_convolution_alone_is_its_kernel(device):
+    inputs = torch.randn(3, 2, 4, 9, 16, device=device).unbind(0)
+    for options in ({}, {"per_head": True, "bias": False, "kernel_size": 5}):
+        part = posenc.DepthwiseConv(4, 16, **options).to(device)
+        for a, b in zip(part.forward_fused(*inputs), part(*inputs), strict=True):
+            close(a, b, 1e-6)
+    with pytest.raises(ValueError, match=r"shape \(T,\) only"):
+        part.forward_fused(*inputs, real=torch.ones(2, 9, dtype=torch.bool, device=device))
+
+
 def test_padding_stops_the_phase(device):
     encoding = posenc.CARoPE(64, 4, init="paper").to(device)
     q, k = torch.randn(2, 2, 4, 9, 16, device=device).unbind(0)
@@ -208,10 +248,21 @@ def test_padding_stops_the_phase(device):
         close(a, b, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["rmha", "rcmha"])
-def test_methods_without_a_kernel_are_refused_when_built(name):
-    with pytest.raises(ValueError, match=r"no kernel for Relative.*impl='sdpa'"):
-        posenc.attention(name, 64, 4, impl="fused")
+def test_long_convolutions_are_refused_when_built():
+    posenc.attention("mdha", 64, 4, impl="fused", kernel_size=8)
+    with pytest.raises(ValueError, match=r"no kernel for .*kernel_size=9.*impl='sdpa'"):
+        posenc.attention("mdha", 64, 4, impl="fused", kernel_size=9)
+
+
+def test_refused_padding_leaves_the_cache_usable(device):
+    module = layer("mdha", device)
+    x, cache = tokens(module, 2, 5), module.make_cache(2, 5)
+    positions = torch.arange(5, device=device).repeat(2, 1)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"shape \(T,\) only"):
+            module(x, positions=positions, cache=cache)
+        assert cache.length == 0
+        close(module(x, cache=cache), module(x), 1e-5)
 
 
 def test_cases_without_a_kernel_are_refused(device):
