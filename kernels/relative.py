@@ -55,7 +55,7 @@ class Config(NamedTuple):
     resident: int
 
 
-@triton.jit(do_not_specialize=["work", "B", "H", "T", "S", "P"])
+@triton.jit(do_not_specialize=["work", "H", "T", "S", "P"])
 def forward_kernel(
     content,
     relative,
@@ -179,9 +179,13 @@ def bias_size(config: Config) -> int:
     return config.block_m * (config.segment + 2 * config.block_m)
 
 
-def scratch_like(x: Tensor, elements: int) -> Tensor:
-    """Uninitialised scratch for biases of inputs like x."""
-    dtype = torch.float32 if x.dtype == torch.float32 else torch.float16
+def bias_scratch(x: Tensor, elements: int) -> Tensor:
+    """Uninitialised, for biases of inputs like x."""
+    return scratch(torch.float32 if x.dtype == torch.float32 else torch.float16, x, elements)
+
+
+def scratch(dtype: torch.dtype, x: Tensor, elements: int) -> Tensor:
+    """Uninitialised numbers on x's device."""
     return torch.empty(elements, dtype=dtype, device=x.device)
 
 
@@ -225,12 +229,12 @@ def forward(q: Term, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor
     config, options = launch("forward", k)
     work = triton.cdiv(length, config.block_m) * batch * heads
     grid = (min(work, programs(config, k.device)),)
-    scratch = scratch_like(k, grid[0] * bias_size(config))
+    biases = bias_scratch(k, grid[0] * bias_size(config))
     counter = torch.zeros(1, dtype=torch.int32, device=k.device)
     with device_of(k):
         forward_kernel[grid](
             strided(q.content), strided(q.relative), strided(k), strided(v), *q.arguments(),
-            strided(o), lse, counter, scratch, work,
+            strided(o), lse, counter, biases, work,
             heads, length, k.shape[2], q.table.shape[1], scale * math.log2(math.e),
             HAS_OFFSETS=q.offsets is not None, **options,
         )  # fmt: skip
@@ -273,24 +277,25 @@ def backward(
     sums = {"dtype": torch.float32, "device": device}
     d_table = torch.zeros((slices, heads, key_length, dim), **sums)
     d_offsets = torch.zeros((slices, heads, key_length), **sums)
-    scratch = scratch_like(k, shares * heads * 2 * bias_size(config))
+    size = shares * heads * bias_size(config)
+    biases, by_distance = bias_scratch(k, size), scratch(k.dtype, k, size)
     with device_of(k):
         dq_kernel[shares, heads](
             strided(q.content), strided(q.relative), strided(k), strided(v), *q.arguments(),
             strided(do), lse, delta, strided(dq), d_table, d_offsets,
-            heads if deterministic else 0, scratch, batch, *numbers,
+            heads if deterministic else 0, biases, by_distance, batch, *numbers,
             HAS_OFFSETS=q.offsets is not None, ATOMIC=not deterministic, **options,
         )  # fmt: skip
 
     config, options = launch("dkv", k)
     work = triton.cdiv(key_length, config.block_n) * batch * heads
     grid = (min(work, programs(config, device)),)
-    scratch = scratch_like(k, grid[0] * config.segment * (config.block_n + 2 * config.block_m))
+    biases = bias_scratch(k, grid[0] * config.segment * (config.block_n + 2 * config.block_m))
     counter = torch.zeros(1, dtype=torch.int32, device=device)
     with device_of(k):
         dkv_kernel[grid](
             strided(q.content), strided(q.relative), strided(k), strided(v), *q.arguments(),
-            strided(do), lse, delta, strided(dk), strided(dv), counter, scratch, work, *numbers,
+            strided(do), lse, delta, strided(dk), strided(dv), counter, biases, work, *numbers,
             HAS_OFFSETS=q.offsets is not None, **options,
         )  # fmt: skip
     return Gradients(dq, dk, dv, d_table.sum(0) * scale, d_offsets.sum(0) * scale)

@@ -40,6 +40,7 @@ def dq_kernel(
     d_offsets,
     share,
     scratch,
+    by_distance,
     B,
     H,
     T,
@@ -61,16 +62,18 @@ def dq_kernel(
 
     Program (share, head) takes the head's tiles of every sequence, share .. by the number of
     shares. d_table and d_offsets, fp32 (H, S, D) and (H, S): added to with atomics if ATOMIC, else
-    those of the program's share alone, of (shares, H, S, ..).
+    those of the program's share alone, of (shares, H, S, ..). scratch and by_distance: (BLOCK_M,
+    SEGMENT + 2 BLOCK_M) a program; dB is in q's dtype, whose range gradients need.
     """
     tiles = tl.cdiv(T, BLOCK_M)
     shift = S - T
     h = tl.program_id(1).to(tl.int64)
     shares = tl.num_programs(0)
-    # One width for both halves of the scratch: their stores then share addresses.
+    # One width for biases and gradients: the addresses of their stores are then the same.
     WIDTH: tl.constexpr = SEGMENT + 2 * BLOCK_M
-    bias = scratch + (tl.program_id(0).to(tl.int64) * H + h) * (2 * BLOCK_M * WIDTH)
-    by_distance = bias + BLOCK_M * WIDTH
+    slot = (tl.program_id(0).to(tl.int64) * H + h) * (BLOCK_M * WIDTH)
+    scratch += slot
+    by_distance += slot
     rows_of_table = table + h * P * D
     offsets_of_head = offsets + h * P
     own = h + tl.program_id(0).to(tl.int64) * share
@@ -99,7 +102,7 @@ def dq_kernel(
         for begin in tl.range(0, stop, SEGMENT, disable_licm=True):
             count = tl.cdiv(min(stop - begin, SEGMENT), BLOCK_N) * BLOCK_N
             store_bias(
-                bias, r, first + shift, begin, count, rows_of_table, offsets_of_head, P,
+                scratch, r, first + shift, begin, count, rows_of_table, offsets_of_head, P,
                 HAS_OFFSETS, WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION,
             )  # fmt: skip
             clear_ends(by_distance, count, WIDTH, BLOCK_M)
@@ -108,7 +111,7 @@ def dq_kernel(
                 k_tile = load_tile(keys, begin + at, S, BLOCK_N, D, BLOCK_D)
                 v_tile = load_tile(values, begin + at, S, BLOCK_N, D, BLOCK_D)
                 s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
-                s += load_bias(bias, at, WIDTH, BLOCK_M, BLOCK_N)
+                s += load_bias(scratch, at, WIDTH, BLOCK_M, BLOCK_N)
                 p = tl.exp2(s * c - row_lse[:, None])
                 dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
                 ds = (p * (dp - row_delta[:, None])).to(k_tile.dtype)
@@ -120,7 +123,6 @@ def dq_kernel(
                 distance = lowest + at + within
                 table_rows = load_rows_at(rows_of_table, distance, P, D, BLOCK_D)
                 db = load_by_distance(by_distance, at, WIDTH, BLOCK_M, BLOCK)
-                db = db.to(q.dtype)
                 grad = tl.dot(db, table_rows, grad, input_precision=PRECISION)
                 d_row = tl.dot(tl.trans(db), r, input_precision=PRECISION)
                 d_offset = tl.sum(db.to(tl.float32), 0)

@@ -257,18 +257,18 @@ def test_fewer_shares_where_their_sums_grow(device, monkeypatch):
 @pytest.mark.parametrize("dim", [32, 64, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_programs_keep_to_their_scratch(dtype, dim, device, monkeypatch):
-    allocate, guarded = relative.scratch_like, []
+    guarded = []
 
-    def allocate_guarded(x, elements):
-        whole = allocate(x, elements + 2 * 4096).fill_(-7.0)
+    def allocate_guarded(dtype, x, elements):
+        whole = torch.full((elements + 2 * 4096,), -7.0, dtype=dtype, device=x.device)
         guarded.append(whole)
         return whole[4096:-4096]
 
-    monkeypatch.setattr(relative, "scratch_like", allocate_guarded)
+    monkeypatch.setattr(relative, "scratch", allocate_guarded)
     monkeypatch.setattr(relative, "programs", lambda config, device: 1)
     inputs, do = random_inputs((1, 1, 70, 70, dim, 70), dtype, device)
     outputs_and_gradients(relative_attention, inputs, do)
-    assert len(guarded) == 3
+    assert len(guarded) == 4
     for whole in guarded:
         assert (whole[:4096] == -7.0).all()
         assert (whole[-4096:] == -7.0).all()
@@ -333,6 +333,16 @@ def test_bad_arguments_are_refused(device):
 )
 def test_on_the_gpu(shape, dtype, deterministic, device):
     check(*random_inputs(shape, dtype, device), deterministic)
+
+
+@pytest.mark.gpu
+def test_small_gradients_keep_their_digits_in_bfloat16(device):
+    """fp16, which holds the biases, would flush them."""
+    inputs, do = random_inputs((1, 2, 200, 200, 64, 200), torch.bfloat16, device)
+    large = outputs_and_gradients(relative_attention, inputs, do)
+    small = outputs_and_gradients(relative_attention, inputs, do * 2.0**-30)
+    for a, b in zip(large[1:], small[1:], strict=True):
+        torch.testing.assert_close(a.float(), b.float() * 2.0**30, rtol=2**-6, atol=2**-6)
 
 
 @pytest.mark.gpu
