@@ -1,58 +1,65 @@
 """Peak memory of one attention layer's training step against the length: `python -m bench.memory`.
 
-Every figure is the peak resident memory of a fresh process that runs forward + backward once, less
-that of a process that only builds the layer and its input. CPU only; `bench.kernels` measures the
-same on CUDA.
+Every figure is the peak resident memory of a fresh process during forward + backward, less what it
+held with the layer and its input. On CPU, by Linux' /proc; `bench.kernels` measures it on CUDA.
 
     python -m bench.memory --names mha mdha rmha rcmha --impls reference auto --out rows.jsonl
 """
 
 import argparse
 import multiprocessing
-import resource
+import re
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import posenc
 from bench.rows import Row, RowFile
 
 
-def peak_bytes(
-    name: str, impl: str, length: int, embed_dim: int, heads: int, train: bool, out: Connection
+def resident(field: str) -> int:
+    """Bytes of this process by /proc: VmRSS now, VmHWM at most since the last reset."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def added_bytes(
+    name: str, impl: str, length: int, embed_dim: int, heads: int, out: Connection
 ) -> None:
-    """Send this process's peak resident bytes after the step (or, without it, before)."""
+    """Send the peak of one training step, less what was resident before it."""
     torch.manual_seed(0)
     options = {"max_distance": length} if name in ("rmha", "rcmha") else {}
     layer = posenc.attention(name, embed_dim, heads, impl=impl, **options)
-    # The smallest step first: what libraries allocate once is then in both figures.
-    layer(torch.randn(1, 2, embed_dim)).sum().backward()
+    # What libraries load and allocate at first use is not counted.
+    short = torch.randn(1, 2, embed_dim)
+    checkpoint(layer, short, use_reentrant=False).sum().backward()
     x = torch.randn(1, length, embed_dim, requires_grad=True)
-    if train:
-        layer(x).square().mean().backward()
-    out.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = resident("VmRSS")
+    layer(x).square().mean().backward()
+    out.send(resident("VmHWM") - before)
 
 
 def measure(name: str, impl: str, length: int, embed_dim: int, heads: int) -> int:
     """Bytes that a training step of one sequence adds."""
     context = multiprocessing.get_context("spawn")
-    peaks = []
-    for train in (False, True):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(
-            target=peak_bytes, args=(name, impl, length, embed_dim, heads, train, sender)
-        )
-        process.start()
-        sender.close()  # or a child that dies would leave the reader waiting
-        try:
-            peaks.append(receiver.recv())
-        except EOFError:
-            process.join()
-            sys.exit(f"measuring {name} at T={length} failed, exit code {process.exitcode}")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(
+        target=added_bytes, args=(name, impl, length, embed_dim, heads, sender)
+    )
+    process.start()
+    sender.close()  # or a child that dies would leave the reader waiting
+    try:
+        return receiver.recv()
+    except EOFError:
         process.join()
-    return peaks[1] - peaks[0]
+        sys.exit(f"measuring {name} at T={length} failed, exit code {process.exitcode}")
+    finally:
+        process.join()
 
 
 def main() -> None:
