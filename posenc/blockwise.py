@@ -66,7 +66,9 @@ def attend_blockwise(
 
     recompute = torch.is_grad_enabled() and length >= RECOMPUTE_FROM
     outputs = []
-    for start in range(0, length, ROWS):
+    # The widest block first: where it lay the others fit. Growing blocks left a hole each, at
+    # T=8192 1.1 GB of them instead of 0.27.
+    for start in reversed(range(0, length, ROWS)):
         stop = min(start + ROWS, length)
         if recompute:
             random = dropout_p > 0
@@ -74,4 +76,4 @@ def attend_blockwise(
         else:
             y = block(start, stop)
         outputs.append(y)
-    return torch.cat(outputs, dim=1).unflatten(0, (heads, batch)).transpose(0, 1)
+    return torch.cat(outputs[::-1], dim=1).unflatten(0, (heads, batch)).transpose(0, 1)
