@@ -174,7 +174,10 @@ def test_compiles_whole_with_two_graphs_over_lengths(name, device):
         assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize(("name", "options"), [("rope", {}), ("carope", {"source": "token"})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("rope", {}), ("carope", {"source": "token"}), ("rcmha", {"max_distance": 8})],
+)
 def test_model_trains_and_generates(name, options, device):
     config = posenc.GPTConfig(
         vocab_size=29,
