@@ -204,6 +204,9 @@ def layers(
             continue
         options = {"max_distance": length} if name in ("rmha", "rcmha") else {}
         module = posenc.attention(name, heads * dim, heads, impl="reference", **options).to(device)
+        with torch.no_grad():  # tables that begin at zero would hide what is wrong with them
+            for parameter in module.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
         precise = copy.deepcopy(module).double()
         module = module.to(dtype)
 

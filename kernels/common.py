@@ -7,6 +7,7 @@ before a million tokens do.
 """
 
 import contextlib
+from typing import Any
 
 import torch
 import triton
@@ -63,6 +64,25 @@ def rows_by_head(x: Tensor) -> Tensor:
 def strided(x: Tensor) -> tuple:
     """A (B, H, T, D) tensor as a kernel argument: the pointer, then the four strides."""
     return (x, *x.stride())
+
+
+def tile_options(x: Tensor, config: Any) -> dict[str, Any]:
+    """Launch arguments of a kernel whose tiles are `config`'s, for heads like those of x."""
+    return {
+        "D": x.shape[-1],
+        "BLOCK_D": block_of(x),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "PRECISION": "tf32x3" if x.dtype == torch.float32 else "ieee",
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        **OPTIONS,
+    }
+
+
+def block_of(x: Tensor) -> int:
+    """The columns that hold a head: a power of two, at least the 16 of a product."""
+    return max(16, triton.next_power_of_2(x.shape[-1]))
 
 
 @triton.jit

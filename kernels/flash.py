@@ -28,6 +28,7 @@ from torch import Tensor
 
 from posenc.kernels.common import (
     OPTIONS,
+    block_of,
     device_of,
     head_of,
     load_tile,
@@ -35,6 +36,7 @@ from posenc.kernels.common import (
     rows_by_head,
     store_tile,
     strided,
+    tile_options,
 )
 from posenc.kernels.flash_backward import delta_kernel, dkv_kernel, dq_kernel
 from posenc.kernels.hooks import LOAD, STORE, Hook
@@ -192,20 +194,8 @@ def forward_kernel(
 
 def launch(kernel: str, x: Tensor) -> tuple[Config, dict]:
     """The configuration of a kernel for tensors like x, and the launch's keyword arguments."""
-    dim = x.shape[-1]
-    block_d = max(16, triton.next_power_of_2(dim))
-    config = CONFIGS[kernel, x.element_size(), max(32, block_d)]
-    return config, {
-        "D": dim,
-        "BLOCK_D": block_d,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "PRECISION": "tf32x3" if x.dtype == torch.float32 else "ieee",
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "maxnreg": config.registers,
-        **OPTIONS,
-    }
+    config = CONFIGS[kernel, x.element_size(), max(32, block_of(x))]
+    return config, {**tile_options(x, config), "maxnreg": config.registers}
 
 
 def forward(
@@ -267,7 +257,7 @@ def delta_of(o: Tensor, do: Tensor) -> Tensor:
     with device_of(o):
         delta_kernel[(triton.cdiv(length, DELTA_ROWS) * batch * heads,)](
             strided(o), strided(do), delta, heads, length,
-            D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=DELTA_ROWS, **OPTIONS,
+            D=dim, BLOCK_D=block_of(o), BLOCK_M=DELTA_ROWS, **OPTIONS,
         )  # fmt: skip
     return delta
 

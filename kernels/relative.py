@@ -26,13 +26,14 @@ from torch import Tensor
 
 from posenc.kernels import flash
 from posenc.kernels.common import (
-    OPTIONS,
+    block_of,
     device_of,
     head_of,
     load_tile,
     rows_by_head,
     store_tile,
     strided,
+    tile_options,
 )
 from posenc.kernels.flash import add_keys
 from posenc.kernels.relative_backward import dkv_kernel, dq_kernel
@@ -150,21 +151,9 @@ SHARES_LIMIT = 256 * 2**20
 
 def launch(kernel: str, x: Tensor) -> tuple[Config, dict]:
     """The configuration of a kernel for tensors like x, and the launch's keyword arguments."""
-    dim = x.shape[-1]
-    block_d = max(16, triton.next_power_of_2(dim))
-    config = CONFIGS[kernel, x.element_size(), max(32, block_d)]
-    return config, {
-        "D": dim,
-        "BLOCK_D": block_d,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK": min(config.block_m, config.block_n),
-        "SEGMENT": config.segment,
-        "PRECISION": "tf32x3" if x.dtype == torch.float32 else "ieee",
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        **OPTIONS,
-    }
+    config = CONFIGS[kernel, x.element_size(), max(32, block_of(x))]
+    block = min(config.block_m, config.block_n)
+    return config, {**tile_options(x, config), "BLOCK": block, "SEGMENT": config.segment}
 
 
 def programs(config: Config, device: torch.device) -> int:
@@ -174,9 +163,9 @@ def programs(config: Config, device: torch.device) -> int:
     return PROCESSORS * config.resident
 
 
-def bias_size(config: Config) -> int:
-    """Elements of the bias of a row tile and a segment of keys, its margins included."""
-    return config.block_m * (config.segment + 2 * config.block_m)
+def bias_size(config: Config, rows: int, keys: int) -> int:
+    """Elements that the biases of so many rows and keys take, margins included."""
+    return rows * (keys + 2 * config.block_m)
 
 
 def bias_scratch(x: Tensor, elements: int) -> Tensor:
@@ -187,6 +176,13 @@ def bias_scratch(x: Tensor, elements: int) -> Tensor:
 def scratch(dtype: torch.dtype, x: Tensor, elements: int) -> Tensor:
     """Uninitialised numbers on x's device."""
     return torch.empty(elements, dtype=dtype, device=x.device)
+
+
+def drawn(config: Config, work: int, x: Tensor, size: int) -> tuple[int, Tensor, Tensor]:
+    """For programs that draw `work` tiles: how many, the counter, biases of `size` for each."""
+    count = min(work, programs(config, x.device))
+    counter = torch.zeros(1, dtype=torch.int32, device=x.device)
+    return count, counter, bias_scratch(x, count * size)
 
 
 class Term(NamedTuple):
@@ -228,11 +224,10 @@ def forward(q: Term, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=k.device)
     config, options = launch("forward", k)
     work = triton.cdiv(length, config.block_m) * batch * heads
-    grid = (min(work, programs(config, k.device)),)
-    biases = bias_scratch(k, grid[0] * bias_size(config))
-    counter = torch.zeros(1, dtype=torch.int32, device=k.device)
+    size = bias_size(config, config.block_m, config.segment)
+    count, counter, biases = drawn(config, work, k, size)
     with device_of(k):
-        forward_kernel[grid](
+        forward_kernel[(count,)](
             strided(q.content), strided(q.relative), strided(k), strided(v), *q.arguments(),
             strided(o), lse, counter, biases, work,
             heads, length, k.shape[2], q.table.shape[1], scale * math.log2(math.e),
@@ -270,14 +265,16 @@ def backward(
 
     config, options = launch("dq", k)
     tiles = triton.cdiv(length, config.block_m) * batch
-    shares = min(tiles, triton.cdiv(programs(config, device), heads))
+    # No more than run at a time: the work is dealt out beforehand.
+    shares = min(tiles, max(1, programs(config, device) // heads))
     if deterministic:
-        shares = max(1, min(shares, SHARES_LIMIT // (4 * heads * key_length * dim)))
+        size = 4 * heads * max(1, key_length) * dim
+        shares = min(shares, max(1, SHARES_LIMIT // size))
     slices = shares if deterministic else 1
     sums = {"dtype": torch.float32, "device": device}
     d_table = torch.zeros((slices, heads, key_length, dim), **sums)
     d_offsets = torch.zeros((slices, heads, key_length), **sums)
-    size = shares * heads * bias_size(config)
+    size = shares * heads * bias_size(config, config.block_m, config.segment)
     biases, by_distance = bias_scratch(k, size), scratch(k.dtype, k, size)
     with device_of(k):
         dq_kernel[shares, heads](
@@ -289,11 +286,10 @@ def backward(
 
     config, options = launch("dkv", k)
     work = triton.cdiv(key_length, config.block_n) * batch * heads
-    grid = (min(work, programs(config, device)),)
-    biases = bias_scratch(k, grid[0] * config.segment * (config.block_n + 2 * config.block_m))
-    counter = torch.zeros(1, dtype=torch.int32, device=device)
+    size = bias_size(config, config.segment, config.block_n)
+    count, counter, biases = drawn(config, work, k, size)
     with device_of(k):
-        dkv_kernel[grid](
+        dkv_kernel[(count,)](
             strided(q.content), strided(q.relative), strided(k), strided(v), *q.arguments(),
             strided(do), lse, delta, strided(dk), strided(dv), counter, biases, work, *numbers,
             HAS_OFFSETS=q.offsets is not None, **options,
@@ -346,7 +342,8 @@ def _backward_op(
     found = backward(do, query, k, v, o, lse, scale, bool(deterministic))
     d_table, d_offsets = (fold(x, table.shape[1]) for x in (found.d_table, found.d_offsets))
     # Of q + v_h only the sum over all rows is wanted: that of dB R, hence of dB's own sums.
-    d_relative = torch.einsum("hp,hpd->hd", d_offsets, query.table.float())
+    # As a sum of products, which autocast leaves alone.
+    d_relative = (d_offsets.unsqueeze(-1) * query.table.float()).sum(1)
     d_content = found.dq.sum((0, 2), dtype=torch.float32) - d_relative
     return found.dq, found.dk, found.dv, d_table, d_offsets, d_content, d_relative
 
@@ -411,7 +408,8 @@ def relative_attention(
         relative_bias: v (H, D), added to q where it meets the table.
         scale: of the logits, positive; None is 1/sqrt(D).
         deterministic: True: the same gradient bits in every run, at the price of fp32 sums of the
-            table's gradient for up to 264 programs (at most 256 MiB). False, None: atomics, except
+            table's gradient for up to 264 programs (256 MiB, or one of (H, S, D) where that is
+            more). False, None: atomics, except
             that None is True under `torch.use_deterministic_algorithms`.
 
     Returns:

@@ -17,7 +17,7 @@ from posenc.kernels.common import head_of, load_tile, store_tile
 from posenc.kernels.skew import (
     clear_ends,
     load_bias,
-    load_by_distance,
+    load_columns,
     load_rows_at,
     store_bias,
     store_by_distance,
@@ -122,7 +122,7 @@ def dq_kernel(
             for at in range(0, count + BLOCK_M, BLOCK):
                 distance = lowest + at + within
                 table_rows = load_rows_at(rows_of_table, distance, P, D, BLOCK_D)
-                db = load_by_distance(by_distance, at, WIDTH, BLOCK_M, BLOCK)
+                db = load_columns(by_distance, at, WIDTH, BLOCK_M, BLOCK)
                 grad = tl.dot(db, table_rows, grad, input_precision=PRECISION)
                 d_row = tl.dot(tl.trans(db), r, input_precision=PRECISION)
                 d_offset = tl.sum(db.to(tl.float32), 0)

@@ -30,6 +30,17 @@ def load_rows_at(table, distance, P, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _sheared(ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Places row (WIDTH + 1) - column of a (ROWS, BLOCK) tile: a row further, a column further on.
+
+    Less ROWS (WIDTH + 1), to be added to the pointer: where the compiler knows an offset to be
+    positive it does not see through its extension to 64 bits, and keeps a register for each.
+    """
+    rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
+    return rows * (WIDTH + 1) - columns - ROWS * (WIDTH + 1)
+
+
+@triton.jit
 def store_bias(
     scratch,
     q,
@@ -53,9 +64,8 @@ def store_bias(
     and right of the keys is overwritten too, ROWS columns each: WIDTH is at least keys + 2 ROWS.
     q: (ROWS, BLOCK_D). table: contiguous (P, D). offsets: contiguous (P,), read if HAS_OFFSETS.
     """
-    # The tile's own addresses are the same in every turn; only the scalar in front moves.
-    rows, within = tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    at = rows[:, None] * (WIDTH + 1) - within[None, :] - ROWS * (WIDTH + 1)
+    # The tile's own places are the same in every turn; only the scalar in front moves.
+    at, within = _sheared(ROWS, WIDTH, BLOCK), tl.arange(0, BLOCK)
     lowest = first_row - first_key - keys
     for begin in range(0, keys + ROWS, BLOCK):
         distance = lowest + begin + within
@@ -64,18 +74,23 @@ def store_bias(
         if HAS_OFFSETS:
             b += tl.load(offsets + _index(distance, P)).to(tl.float32)[None, :]
         if scratch.dtype.element_ty == tl.float16:
-            b = tl.minimum(tl.maximum(b, -65504.0), 65504.0)
+            b = tl.clamp(b, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         b = tl.where(distance[None, :] >= 0, b, -float("inf"))
-        tl.store(
-            (scratch + (ROWS * (WIDTH + 2) + keys - begin)) + at, b.to(scratch.dtype.element_ty)
-        )
+        start = scratch + (ROWS * (WIDTH + 2) + keys - begin)
+        tl.store(start + at, b.to(scratch.dtype.element_ty))
+
+
+@triton.jit
+def load_columns(scratch, begin, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns begin .. begin + BLOCK - 1 of a scratch (ROWS, WIDTH)."""
+    at = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, BLOCK)[None, :]
+    return tl.load((scratch + begin) + at)
 
 
 @triton.jit
 def load_bias(scratch, key, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Keys key .. key + BLOCK - 1, counted from the first, of what `store_bias` left, in fp32."""
-    at = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, BLOCK)[None, :]
-    return tl.load((scratch + (ROWS + key)) + at).to(tl.float32)
+    return load_columns(scratch, ROWS + key, WIDTH, ROWS, BLOCK).to(tl.float32)
 
 
 @triton.jit
@@ -96,16 +111,5 @@ def store_by_distance(
     Column 0 of scratch (ROWS, WIDTH) is the lowest distance of `store_bias`; WIDTH is at least
     keys + ROWS.
     """
-    at = (
-        tl.arange(0, ROWS)[:, None] * (WIDTH + 1)
-        - tl.arange(0, BLOCK)[None, :]
-        - ROWS * (WIDTH + 1)
-    )
-    tl.store((scratch + (ROWS * (WIDTH + 1) + keys - key)) + at, tile.to(scratch.dtype.element_ty))
-
-
-@triton.jit
-def load_by_distance(scratch, begin, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns begin .. begin + BLOCK - 1 of what `store_by_distance` left."""
-    at = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, BLOCK)[None, :]
-    return tl.load((scratch + begin) + at)
+    start = scratch + (ROWS * (WIDTH + 1) + keys - key)
+    tl.store(start + _sheared(ROWS, WIDTH, BLOCK), tile.to(scratch.dtype.element_ty))

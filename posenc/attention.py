@@ -247,17 +247,18 @@ class Attention(nn.Module):
         dropout_p: float,
     ) -> Tensor:
         """Position in q, k and the logits, and attention over the cached keys too: (B, H, T, D)."""
-        rotate, find_scores = self.encoding.rotate, self.encoding.scores
+        rotate, state = self.encoding.rotate, cache
         if self.impl == "fused":
             if cache is None:
                 whole = self.encoding.attend_fused(q, k, v, where.positions, x)
                 if whole is not None:
                     return whole
-            rotate, find_scores = self.encoding.rotate_fused, self.encoding.scores_fused
+            # Without state, for which a relative term would become a bias while decoding.
+            rotate, state = self.encoding.rotate_fused, None
         q, k = rotate(q, k, where.positions, x, cache)
         if cache is not None:
             k, v = cache.append("k", k), cache.append("v", v)
-        scores = find_scores(q, k, where.positions, where.keys, x, cache)
+        scores = self.encoding.scores(q, k, where.positions, where.keys, x, state)
         return attend(q, k, v, scores, real=where.real, dropout_p=dropout_p, impl=self.impl)
 
     def extra_repr(self) -> str:

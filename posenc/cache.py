@@ -112,6 +112,7 @@ class Cache:
     def place(self, positions: Tensor | None, tokens: int) -> "Placement":
         """Positions of the next `tokens` tokens and of all keys; None continues what is stored."""
         rows = self._rows["positions"]  # (B, max_length, 1)
+        self._next = (self._given, self._ragged)  # whatever a call that failed had left
         if positions is None and not self._given:
             return place(torch.arange(self.length, self.length + tokens, device=rows.device))
         if not self._given:

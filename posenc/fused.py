@@ -1,7 +1,7 @@
 """The Triton kernels as attention's back end, `impl="fused"`: where they run, what they compute.
 
-Only this file and the `.._fused` methods of encodings and convolution import `posenc.kernels`,
-and only when such a path is chosen: posenc itself needs no Triton.
+Only this file and the `.._fused` and `has_kernel` members of encodings and convolution import
+`posenc.kernels`, and only when such a path is chosen: posenc itself needs no Triton.
 """
 
 import importlib.util
@@ -51,8 +51,8 @@ def attend(
     term, scale = scores.relative, scores.factor(q.shape[-1])
     if scores.bias is not None or (term is not None and term.distances is not None):
         raise ValueError(
-            "impl='fused' has no kernel for a dense bias, nor for a relative term at positions "
-            f"that are not consecutive. {REMEDY}"
+            "impl='fused' has no kernel for a dense bias, nor for a relative term at given "
+            f"positions. Leave positions out where they are consecutive. {REMEDY}"
         )
     if term is None:
         return flash_attention(add_per_head(q, scores.content), k, v, scale=scale)

@@ -129,6 +129,22 @@ def test_positions_continue_and_are_remembered() -> None:
     assert torch.equal(cache.place(None, 1).positions, torch.tensor([11]))
 
 
+@pytest.mark.parametrize("shape", [(2,), (2, 2)])
+def test_a_call_that_fails_leaves_no_positions_behind(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x = build("rope"), randn(2, 6, WIDTH)
+    cache = module.make_cache(2, 6)
+    with torch.no_grad():
+        parts = [module(x[:, :2], cache=cache)]
+        with monkeypatch.context() as broken:
+            broken.setattr(module.c_proj, "forward", None)
+            with pytest.raises(TypeError):
+                module(x[:, 2:4], positions=torch.arange(50, 52).expand(shape), cache=cache)
+        parts += [module(part, cache=cache) for part in x[:, 2:].split(2, dim=1)]
+        close(torch.cat(parts, dim=1), module(x))
+
+
 def test_ragged_positions_continue_row_by_row() -> None:
     cache = cache_of()
     cache.place(torch.tensor([[-1, -1, 0], [0, 1, 2]]), 3)

@@ -77,18 +77,6 @@ class Encoding(nn.Module):
         """
         return Scores()
 
-    def scores_fused(
-        self,
-        q: Tensor,
-        k: Tensor,
-        positions: Tensor,
-        key_positions: Tensor | None = None,
-        x: Tensor | None = None,
-        state: "Cache | None" = None,
-    ) -> Scores:
-        """`scores` in the form that the Triton kernels take (`impl="fused"`)."""
-        return self.scores(q, k, positions, key_positions, x, state)
-
     def streams(self) -> "dict[str, Stream]":
         """The per-token tensors that decoding must remember beside k and v, by name."""
         return {}

@@ -144,19 +144,6 @@ class Relative(Encoding):
         turned, key = self._factors(q, positions, key_positions)
         return Scores(content=self.u, bias=turned @ key.mT / math.sqrt(self.head_dim))
 
-    def scores_fused(
-        self,
-        q: Tensor,
-        k: Tensor,
-        positions: Tensor,
-        key_positions: Tensor | None = None,
-        x: Tensor | None = None,
-        state: Any = None,
-    ) -> Scores:
-        if self.kind == "learned" or key_positions is not None:
-            return self.scores(q, k, positions, key_positions, x, state)
-        return self._by_distance(k.shape[-2])
-
     def attend_fused(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, x: Tensor
     ) -> Tensor | None:

@@ -192,6 +192,29 @@ def test_large_logits_saturate(device):
         assert relative_attention(q, k, v, table, offsets).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("small_tiles")
+def test_nothing_hides_a_nan(dtype, device):
+    (q, k, v, table, offsets, *_), _ = random_inputs((1, 1, 20, 20, 16, 20), dtype, device)
+    offsets[0, 3] = math.nan
+    y = relative_attention(q, k, v, table, offsets)
+    assert y[:, :, 3:].isnan().all()
+    assert y[:, :, :3].isfinite().all()
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_autocast_changes_nothing(device):
+    inputs, do = random_inputs((1, 2, 20, 20, 16, 12), torch.float32, device)
+    wanted = outputs_and_gradients(
+        lambda *x: relative_attention(*x, deterministic=True), inputs, do
+    )
+    with torch.autocast(device.type, torch.bfloat16):
+        found = outputs_and_gradients(
+            lambda *x: relative_attention(*x, deterministic=True), inputs, do
+        )
+    assert all(map(torch.equal, found, wanted))
+
+
 @pytest.mark.usefixtures("small_tiles")
 def test_tables_keep_their_own_dtype(device):
     (q, k, v, *rest), _ = random_inputs((1, 2, 20, 20, 16, 12), torch.float16, device)
@@ -298,6 +321,17 @@ def test_compiles_without_breaks(device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("shape", [(0, 2, 3, 3, 16, 4), (1, 2, 0, 3, 16, 4), (1, 2, 0, 0, 16, 4)])
+def test_empty(shape, device):
+    inputs, do = random_inputs(shape, torch.float32, device)
+    for deterministic in (True, False):
+        o, *grads = outputs_and_gradients(
+            lambda *x, d=deterministic: relative_attention(*x, deterministic=d), inputs, do
+        )
+        assert o.shape == inputs[0].shape
+        assert not any(grad.any() for grad in grads)
+
+
 def test_bad_arguments_are_refused(device):
     (q, k, v, table, offsets, u, _), _ = random_inputs((1, 2, 5, 5, 16, 4), torch.float32, device)
     wide = torch.zeros(1, 2, 5, 160, device=device)
@@ -346,9 +380,11 @@ def test_small_gradients_keep_their_digits_in_bfloat16(device):
 
 
 @pytest.mark.gpu
-def test_every_run_gives_the_same_bits(device):
+@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_run_gives_the_same_bits(dtype, dim, device):
     """Also a race between a program's stores to its scratch and its loads would show here."""
-    inputs, do = random_inputs((4, 12, 1024, 1024, 64, 1024), torch.bfloat16, device)
+    inputs, do = random_inputs((4, 12, 1024, 1024, dim, 1024), dtype, device)
 
     def attention(*tensors):
         return relative_attention(*tensors, deterministic=True)
