@@ -137,7 +137,7 @@ def families() -> list[str]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("family", nargs="*", help=f"one of {', '.join(families())}; default: all")
+    parser.add_argument("family", nargs="*", choices=families(), help="all if none is named")
     row = "{:<28} {:<16} {:>9} {:>7} {:>9} {:>5} {:>6}  {}"
     heads = ("example", "kernel", "registers", "spilled", "shared", "warps", "stages", "cores")
     print(row.format(*heads))

@@ -38,6 +38,7 @@ from posenc.kernels.common import (
 from posenc.kernels.flash import add_keys
 from posenc.kernels.relative_backward import dkv_kernel, dq_kernel
 from posenc.kernels.skew import load_bias, store_bias
+from posenc.scores import add_per_head
 
 PROCESSORS = 132  # of an H100, where no device can be asked
 
@@ -74,7 +75,6 @@ def forward_kernel(
     S,
     P,
     c,
-    HAS_OFFSETS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -99,7 +99,9 @@ def forward_kernel(
         r = load_tile(head_of(relative, b, h), first, T, BLOCK_M, D, BLOCK_D)
         keys, values = head_of(k, b, h), head_of(v, b, h)
         rows_of_table = table + h * P * D
-        offsets_of_head = offsets + h * P
+        offsets_of_head = offsets
+        if offsets is not None:
+            offsets_of_head = offsets + h * P
         sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -108,7 +110,7 @@ def forward_kernel(
             count = tl.cdiv(min(stop - begin, SEGMENT), BLOCK_N) * BLOCK_N
             store_bias(
                 scratch, r, first + shift, begin, count, rows_of_table, offsets_of_head, P,
-                HAS_OFFSETS, WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION,
+                WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()
             for at in range(0, count, BLOCK_N):
@@ -193,10 +195,6 @@ class Term(NamedTuple):
     table: Tensor  # contiguous (H, P, D)
     offsets: Tensor | None  # contiguous (H, P)
 
-    def arguments(self) -> tuple[Tensor, Tensor]:
-        """Table and offsets; without offsets something that is not read."""
-        return self.table, self.table if self.offsets is None else self.offsets
-
 
 def term(
     q: Tensor,
@@ -207,14 +205,10 @@ def term(
 ) -> Term:
     """Add the biases of the heads to q, round the table to its dtype, and lay out both tables."""
 
-    def plus(bias: Tensor | None) -> Tensor:
-        if bias is None:
-            return q
-        return torch.add(q, bias.to(q.dtype).unsqueeze(-2), out=rows_by_head(q))
-
     if offsets is not None:
         offsets = offsets.float().contiguous()
-    return Term(plus(content_bias), plus(relative_bias), table.to(q.dtype).contiguous(), offsets)
+    content, relative = add_per_head(q, content_bias), add_per_head(q, relative_bias)
+    return Term(content, relative, table.to(q.dtype).contiguous(), offsets)
 
 
 def forward(q: Term, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -228,10 +222,10 @@ def forward(q: Term, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor
     count, counter, biases = drawn(config, work, k, size)
     with device_of(k):
         forward_kernel[(count,)](
-            strided(q.content), strided(q.relative), strided(k), strided(v), *q.arguments(),
+            strided(q.content), strided(q.relative), strided(k), strided(v), q.table, q.offsets,
             strided(o), lse, counter, biases, work,
             heads, length, k.shape[2], q.table.shape[1], scale * math.log2(math.e),
-            HAS_OFFSETS=q.offsets is not None, **options,
+            **options,
         )  # fmt: skip
     return o, lse
 
@@ -278,10 +272,10 @@ def backward(
     biases, by_distance = bias_scratch(k, size), scratch(k.dtype, k, size)
     with device_of(k):
         dq_kernel[shares, heads](
-            strided(q.content), strided(q.relative), strided(k), strided(v), *q.arguments(),
+            strided(q.content), strided(q.relative), strided(k), strided(v), q.table, q.offsets,
             strided(do), lse, delta, strided(dq), d_table, d_offsets,
             heads if deterministic else 0, biases, by_distance, batch, *numbers,
-            HAS_OFFSETS=q.offsets is not None, ATOMIC=not deterministic, **options,
+            ATOMIC=not deterministic, **options,
         )  # fmt: skip
 
     config, options = launch("dkv", k)
@@ -290,9 +284,9 @@ def backward(
     count, counter, biases = drawn(config, work, k, size)
     with device_of(k):
         dkv_kernel[(count,)](
-            strided(q.content), strided(q.relative), strided(k), strided(v), *q.arguments(),
+            strided(q.content), strided(q.relative), strided(k), strided(v), q.table, q.offsets,
             strided(do), lse, delta, strided(dk), strided(dv), counter, biases, work, *numbers,
-            HAS_OFFSETS=q.offsets is not None, **options,
+            **options,
         )  # fmt: skip
     return Gradients(dq, dk, dv, d_table.sum(0) * scale, d_offsets.sum(0) * scale)
 

@@ -48,7 +48,6 @@ def dq_kernel(
     P,
     scale,
     c,
-    HAS_OFFSETS: tl.constexpr,
     ATOMIC: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -75,7 +74,9 @@ def dq_kernel(
     scratch += slot
     by_distance += slot
     rows_of_table = table + h * P * D
-    offsets_of_head = offsets + h * P
+    offsets_of_head = offsets
+    if offsets is not None:
+        offsets_of_head = offsets + h * P
     own = h + tl.program_id(0).to(tl.int64) * share
     d_table += own * S * D
     d_offsets += own * S
@@ -103,7 +104,7 @@ def dq_kernel(
             count = tl.cdiv(min(stop - begin, SEGMENT), BLOCK_N) * BLOCK_N
             store_bias(
                 scratch, r, first + shift, begin, count, rows_of_table, offsets_of_head, P,
-                HAS_OFFSETS, WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION,
+                WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION,
             )  # fmt: skip
             clear_ends(by_distance, count, WIDTH, BLOCK_M)
             tl.debug_barrier()
@@ -162,7 +163,6 @@ def dkv_kernel(
     P,
     scale,
     c,
-    HAS_OFFSETS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -187,7 +187,9 @@ def dkv_kernel(
         on_keys, on_table = head_of(content, b, h), head_of(relative, b, h)
         outer = head_of(do, b, h)
         rows_of_table = table + h * P * D
-        offsets_of_head = offsets + h * P
+        offsets_of_head = offsets
+        if offsets is not None:
+            offsets_of_head = offsets + h * P
         k_grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         v_grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         # Rows before see no key of the tile.
@@ -199,7 +201,7 @@ def dkv_kernel(
                 store_bias(
                     scratch + (row - begin) * WIDTH, r, row + shift, first, BLOCK_N,
                     rows_of_table, offsets_of_head, P,
-                    HAS_OFFSETS, WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION,
+                    WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION,
                 )  # fmt: skip
             tl.debug_barrier()
             for row in range(begin, stop, BLOCK_M):

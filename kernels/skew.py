@@ -50,7 +50,6 @@ def store_bias(
     table,
     offsets,
     P,
-    HAS_OFFSETS: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -62,7 +61,7 @@ def store_bias(
 
     scratch: (ROWS, WIDTH) of fp16 or fp32; key n goes to column ROWS + n - first_key. What is left
     and right of the keys is overwritten too, ROWS columns each: WIDTH is at least keys + 2 ROWS.
-    q: (ROWS, BLOCK_D). table: contiguous (P, D). offsets: contiguous (P,), read if HAS_OFFSETS.
+    q: (ROWS, BLOCK_D). table: contiguous (P, D). offsets: contiguous (P,), or None.
     """
     # The tile's own places are the same in every turn; only the scalar in front moves.
     at, within = _sheared(ROWS, WIDTH, BLOCK), tl.arange(0, BLOCK)
@@ -71,7 +70,7 @@ def store_bias(
         distance = lowest + begin + within
         r = load_rows_at(table, distance, P, D, BLOCK_D)
         b = tl.dot(q, tl.trans(r), input_precision=PRECISION)
-        if HAS_OFFSETS:
+        if offsets is not None:
             b += tl.load(offsets + _index(distance, P)).to(tl.float32)[None, :]
         if scratch.dtype.element_ty == tl.float16:
             b = tl.clamp(b, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)

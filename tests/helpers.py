@@ -162,6 +162,22 @@ def outputs_and_gradients(
     return [y.detach(), *torch.autograd.grad(y, leaves, gradient.to(y.dtype))]
 
 
+def replayed(
+    step: Callable[[], Sequence[Tensor]],
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """What a step leaves when it is replayed from a CUDA graph, and what it gave before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        wanted = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    return captured, wanted
+
+
 @contextmanager
 def counted(
     backend: str = "aot_eager",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import oracles
-from helpers import outputs_and_gradients
+from helpers import outputs_and_gradients, replayed
 from posenc.kernels import common, flash
 
 DTYPES = (torch.float32, torch.float16)
@@ -399,14 +399,6 @@ def test_no_host_sync_and_cuda_graph(device):
         o = flash.flash_attention(*leaves, deterministic=True)
         return o, *torch.autograd.grad(o, leaves, do)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        wanted = step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
+    captured, wanted = replayed(step)
     for a, b in zip(captured, wanted, strict=True):
         assert torch.equal(a, b)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
-from helpers import outputs_and_gradients
+from helpers import outputs_and_gradients, replayed
 from posenc.core import attend
 from posenc.kernels import relative
 from posenc.kernels.relative import relative_attention
@@ -403,14 +403,6 @@ def test_no_host_sync_and_cuda_graph(device):
         o = relative_attention(*leaves, deterministic=True)
         return o, *torch.autograd.grad(o, leaves, do)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        wanted = step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
+    captured, wanted = replayed(step)
     for a, b in zip(captured, wanted, strict=True):
         assert torch.equal(a, b)
