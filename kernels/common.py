@@ -130,6 +130,29 @@ def load_tile(
 
 
 @triton.jit
+def _pointers_of(matrix, rows, BLOCK_D: tl.constexpr):
+    columns = tl.arange(0, BLOCK_D).to(tl.int64)
+    return matrix[0] + rows.to(tl.int64)[:, None] * matrix[1] + columns[None, :] * matrix[2]
+
+
+@triton.jit
+def load_rows(matrix, rows, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The rows with these numbers of a `head_of`; zeros where `inside` is False."""
+    columns = tl.arange(0, BLOCK_D)
+    at = _pointers_of(matrix, rows, BLOCK_D)
+    return tl.load(at, mask=inside[:, None] & (columns < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(matrix, tile, rows, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write the rows with these numbers where `inside`, in the matrix' dtype."""
+    columns = tl.arange(0, BLOCK_D)
+    value = tile.to(matrix[0].dtype.element_ty)
+    at = _pointers_of(matrix, rows, BLOCK_D)
+    tl.store(at, value, mask=inside[:, None] & (columns < D)[None, :])
+
+
+@triton.jit
 def store_tile(
     matrix, tile, first, length, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):

@@ -113,7 +113,7 @@ def add_keys(sums, total, peak, s, v, c, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _attend(
+def attend_keys(
     sums,
     total,
     peak,
@@ -180,11 +180,11 @@ def forward_kernel(
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     # The keys that the first row of the tile sees, in whole tiles: every row sees them.
     whole = (first + shift + 1) // BLOCK_N * BLOCK_N
-    sums, total, peak = _attend(
+    sums, total, peak = attend_keys(
         sums, total, peak, q_tile, keys, values, m,
         0, whole, S, shift, c, False, D, BLOCK_D, BLOCK_N, PRECISION,
     )  # fmt: skip
-    sums, total, peak = _attend(
+    sums, total, peak = attend_keys(
         sums, total, peak, q_tile, keys, values, m,
         whole, min(S, first + BLOCK_M + shift), S, shift, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
     )  # fmt: skip
@@ -247,7 +247,7 @@ def backward_split(
             store_q.extra, heads, length, k.shape[2], scale, c,
             HOOK=store_q.function, OPTIONS=store_q.options, GROUP=heads // k.shape[1], **options,
         )  # fmt: skip
-    return dq, *_dkv("dkv", do, saved, delta, delta, scale, store_k)
+    return dq, *launch_dkv("dkv", do, saved, delta, delta, scale, store_k)
 
 
 def delta_of(o: Tensor, do: Tensor) -> Tensor:
@@ -268,10 +268,10 @@ def backward_atomic(
     """dq / scale in fp32, contiguous; dk, dv: by one kernel with atomics, and one for delta."""
     dq_sum = torch.zeros(saved.q.shape, dtype=torch.float32, device=saved.q.device)
     delta = delta_of(saved.o, do)
-    return dq_sum, *_dkv("dqkv", do, saved, delta, dq_sum, scale, store_k)
+    return dq_sum, *launch_dkv("dqkv", do, saved, delta, dq_sum, scale, store_k)
 
 
-def _dkv(
+def launch_dkv(
     kernel: str,
     do: Tensor,
     saved: Saved,
@@ -279,6 +279,8 @@ def _dkv(
     dq_sum: Tensor,
     scale: float,
     store_k: Hook,
+    order: Tensor | None = None,
+    ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dk and dv; "dqkv" adds dq to dq_sum, which "dkv" does not touch."""
     q, k, v, _, lse = saved
@@ -290,7 +292,8 @@ def _dkv(
     with device_of(q):
         dkv_kernel[grid](
             strided(q), strided(k), strided(v), strided(do), lse, delta, strided(dk), strided(dv),
-            dq_sum, store_k.extra, heads, length, key_length, scale, scale * math.log2(math.e),
+            dq_sum, order, ranks, store_k.extra, heads, length, key_length, scale,
+            scale * math.log2(math.e),
             HOOK=store_k.function, OPTIONS=store_k.options, ADD_DQ=kernel == "dqkv",
             GROUP=heads // kv_heads, **options,
         )  # fmt: skip

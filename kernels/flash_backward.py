@@ -17,11 +17,11 @@ Q and K are what met in the forward pass; HOOK stores dQ, or dK (see `posenc.ker
 import triton
 import triton.language as tl
 
-from posenc.kernels.common import head_of, load_tile, store_tile
+from posenc.kernels.common import head_of, load_rows, load_tile, store_tile
 
 
 @triton.jit
-def _dq_over_keys(
+def dq_over_keys(
     dq,
     q,
     do,
@@ -103,11 +103,11 @@ def dq_kernel(
     grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # The keys that the first row of the tile sees, in whole tiles: every row sees them.
     whole = (first + shift + 1) // BLOCK_N * BLOCK_N
-    grad = _dq_over_keys(
+    grad = dq_over_keys(
         grad, q_tile, do_tile, row_lse, row_delta, keys, values, m,
         0, whole, S, shift, c, False, D, BLOCK_D, BLOCK_N, PRECISION,
     )  # fmt: skip
-    grad = _dq_over_keys(
+    grad = dq_over_keys(
         grad, q_tile, do_tile, row_lse, row_delta, keys, values, m,
         whole, min(S, first + BLOCK_M + shift), S, shift, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
     )  # fmt: skip
@@ -115,7 +115,7 @@ def dq_kernel(
 
 
 @triton.jit
-def _dkv_over_queries(
+def dkv_over_queries(
     dk,
     dv,
     k,
@@ -125,6 +125,7 @@ def _dkv_over_queries(
     lse,
     delta,
     dq_sum,
+    order,
     b,
     h,
     H,
@@ -142,6 +143,10 @@ def _dkv_over_queries(
     BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Take queries start .. stop - 1 of GROUP heads into the sums of one tile of keys.
+
+    `order`, int32 (B, H, T) or None: which row of q comes when.
+    """
     # One loop over the tiles of all GROUP heads: a loop in a loop takes up to 60 registers more,
     # which grouped heads do not have.
     tiles = tl.cdiv(max(stop - start, 0), BLOCK_M)
@@ -150,12 +155,18 @@ def _dkv_over_queries(
             head, first = h, start + turn * BLOCK_M
         else:
             head, first = h + turn // tiles, start + turn % tiles * BLOCK_M
-        q_tile = load_tile(head_of(q, b, head), first, T, BLOCK_M, D, BLOCK_D)
-        do_tile = load_tile(head_of(do, b, head), first, T, BLOCK_M, D, BLOCK_D)
-        m = first + tl.arange(0, BLOCK_M)
         row = (b * H + head) * T
-        row_lse = tl.load(lse + row + m, mask=m < T, other=0.0)
-        row_delta = tl.load(delta + row + m, mask=m < T, other=0.0)
+        m = first + tl.arange(0, BLOCK_M)
+        inside = m < stop
+        if order is None:
+            q_tile = load_tile(head_of(q, b, head), first, stop, BLOCK_M, D, BLOCK_D)
+            do_tile = load_tile(head_of(do, b, head), first, stop, BLOCK_M, D, BLOCK_D)
+        else:
+            m = tl.load(order + row + m, mask=inside, other=0)
+            q_tile = load_rows(head_of(q, b, head), m, inside, D, BLOCK_D)
+            do_tile = load_rows(head_of(do, b, head), m, inside, D, BLOCK_D)
+        row_lse = tl.load(lse + row + m, mask=inside, other=0.0)
+        row_delta = tl.load(delta + row + m, mask=inside, other=0.0)
         # Keys x queries: P^T and dS^T are then the left operands of dV and dK, and stay in
         # registers.
         s = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION) * c
@@ -170,8 +181,9 @@ def _dkv_over_queries(
             share = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
             columns = tl.arange(0, BLOCK_D)
             at = dq_sum + row * D + (m[:, None] * D + columns[None, :])
-            inside = (m < T)[:, None] & (columns < D)[None, :]
-            tl.atomic_add(at, share, mask=inside, sem="relaxed")
+            tl.atomic_add(
+                at, share, mask=inside[:, None] & (columns < D)[None, :], sem="relaxed"
+            )
     return dk, dv
 
 
@@ -186,6 +198,8 @@ def dkv_kernel(
     dk,
     dv,
     dq_sum,
+    order,
+    ranks,
     extra,
     H,
     T,
@@ -205,6 +219,7 @@ def dkv_kernel(
     """Rows of dK and dV, summed in order over the GROUP query heads that share them.
 
     ADD_DQ adds dQ / scale to dq_sum, contiguous fp32 (B, H, T, D); else dq_sum is not touched.
+    order, ranks: None, or which rows of q count (see `posenc.kernels.routed`; GROUP is 1).
     """
     tiles = tl.cdiv(S, BLOCK_N)
     # Early keys are seen by the most rows: they start first.
@@ -221,16 +236,22 @@ def dkv_kernel(
     v_grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     # Rows before `start` see no key of the tile; rows from `whole` on see all of them, which no
     # row does where the tile reaches past S.
-    start = max(first - shift, 0) // BLOCK_M * BLOCK_M
-    whole = tl.cdiv(max(first + BLOCK_N - 1 - shift, 0), BLOCK_M) * BLOCK_M
-    k_grad, v_grad = _dkv_over_queries(
-        k_grad, v_grad, k_tile, v_tile, q, do, lse, delta, dq_sum, b, kv_head * GROUP, H, n,
-        start, min(whole, T), T, shift, c,
+    start, whole, stop = max(first - shift, 0), max(first + BLOCK_N - 1 - shift, 0), T
+    if ranks is not None:
+        ranks_of_head = ranks + bh * (T + 1)
+        start = tl.load(ranks_of_head + start)
+        whole = tl.load(ranks_of_head + min(whole, T))
+        stop = tl.load(ranks_of_head + T)
+    start = start // BLOCK_M * BLOCK_M
+    whole = tl.cdiv(whole, BLOCK_M) * BLOCK_M
+    k_grad, v_grad = dkv_over_queries(
+        k_grad, v_grad, k_tile, v_tile, q, do, lse, delta, dq_sum, order,
+        b, kv_head * GROUP, H, n, start, min(whole, stop), T, shift, c,
         True, ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, PRECISION,
     )  # fmt: skip
-    k_grad, v_grad = _dkv_over_queries(
-        k_grad, v_grad, k_tile, v_tile, q, do, lse, delta, dq_sum, b, kv_head * GROUP, H, n,
-        whole, T, T, shift, c,
+    k_grad, v_grad = dkv_over_queries(
+        k_grad, v_grad, k_tile, v_tile, q, do, lse, delta, dq_sum, order,
+        b, kv_head * GROUP, H, n, whole, stop, T, shift, c,
         False, ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, PRECISION,
     )  # fmt: skip
     # dV first: its registers are then free for the hook.

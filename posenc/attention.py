@@ -15,6 +15,7 @@ from typing import Literal, overload
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from posenc import fused
 from posenc.cache import Cache, Placement, Stream, cache_dtype, check_cache, place
@@ -22,7 +23,8 @@ from posenc.checks import check_heads, check_positions
 from posenc.convolution import DepthwiseConv
 from posenc.core import attend, check_impl
 from posenc.encodings.base import Encoding
-from posenc.routing import MoH
+from posenc.routing import Gates, MoH
+from posenc.skipping import merge_kept, project_kept, projections_pay
 
 
 class Attention(nn.Module):
@@ -215,42 +217,68 @@ class Attention(nn.Module):
         if self.impl == "fused":
             fused.check_case(where.real, dropout_p)
 
-        # Split before the heads are: the three gradients then meet again in one copy, not in two.
-        q, k, v = (
-            rearrange(z, "b t (h d) -> b h t d", h=self.num_heads)
-            for z in self.c_attn(x).split(self.embed_dim, dim=-1)
-        )
+        router, gates, aux = self.router, None, x.new_zeros((), dtype=torch.float32)
+        if router is not None and not router.reads_queries:
+            gates, aux = _route(router, x, None, here)
+        skips = gates is not None and self._skips_projections(x, gates)
+        kept = gates if skips else None
+        q, k, v = self._project(x, kept)
         if self.conv is not None:
             convolve = self.conv.forward_fused if self.impl == "fused" else self.conv
             q, k, v = convolve(q, k, v, real=here, state=cache)
-        gates, aux = None, q.new_zeros((), dtype=torch.float32)
-        # Before the rotation, which keeps the norms that a router may read.
-        if self.router is not None:
-            gates, aux = self.router(x, q, real=here)  # (B, H, T)
+        # Before the rotation: it keeps the norms.
+        if router is not None and router.reads_queries:
+            gates, aux = _route(router, x, q, here)
         phase = x if phase is None else phase
-        y = self._attend(q, k, v, where, phase, cache, dropout_p)  # (B, H, T, D)
-        if gates is not None:
-            y = y * gates.unsqueeze(-1).to(y.dtype)
-        y = self.c_proj(rearrange(y, "b h t d -> b t (h d)"))
+        y = self._attend(q, k, v, gates, where, phase, cache, dropout_p)  # (B, H, T, D)
+        if kept is None:
+            y = self.c_proj(rearrange(y, "b h t d -> b t (h d)"))
+        else:
+            y = merge_kept(y, self.c_proj.weight, self.c_proj.bias, kept)
         if cache is not None:
             cache.advance(length)
         return (y, aux) if return_aux else y
+
+    def _skips_projections(self, x: Tensor, gates: Gates) -> bool:
+        """Whether q and y are projected for the kept heads alone, with the bare weights."""
+        if self.impl != "auto" or self.conv is not None or not projections_pay(x, gates):
+            return False
+        return all(
+            type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+            for layer in (self.c_attn, self.c_proj)
+        )
+
+    def _project(self, x: Tensor, kept: Gates | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v (B, H, T, D); with `kept`, the rows of q that it drops are 0."""
+        # Split before the heads are: the three gradients then meet again in one copy, not in two.
+        if kept is None:
+            parts = self.c_attn(x).split(self.embed_dim, dim=-1)
+            return tuple(rearrange(z, "b t (h d) -> b h t d", h=self.num_heads) for z in parts)
+        sizes, bias = (self.embed_dim, 2 * self.embed_dim), self.c_attn.bias
+        for_q, for_kv = self.c_attn.weight.split(sizes)
+        bias_q, bias_kv = (None, None) if bias is None else bias.split(sizes)
+        pair = F.linear(x, for_kv, bias_kv)
+        k, v = rearrange(pair, "b t (n h d) -> n b h t d", n=2, h=self.num_heads)
+        return project_kept(x, for_q, bias_q, kept), k, v
 
     def _attend(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        gates: Gates | None,
         where: Placement,
         x: Tensor,
         cache: Cache | None,
         dropout_p: float,
     ) -> Tensor:
-        """Position in q, k and the logits, and attention over the cached keys too: (B, H, T, D)."""
+        """Position in q, k and the logits, attention over the cached keys too, and the gates:
+        (B, H, T, D).
+        """
         rotate, state = self.encoding.rotate, cache
         if self.impl == "fused":
             if cache is None:
-                whole = self.encoding.attend_fused(q, k, v, where.positions, x)
+                whole = self.encoding.attend_fused(q, k, v, where.positions, x, gates)
                 if whole is not None:
                     return whole
             # Without state, for which a relative term would become a bias while decoding.
@@ -259,8 +287,23 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append("k", k), cache.append("v", v)
         scores = self.encoding.scores(q, k, where.positions, where.keys, x, state)
-        return attend(q, k, v, scores, real=where.real, dropout_p=dropout_p, impl=self.impl)
+        return attend(
+            q,
+            k,
+            v,
+            scores,
+            gates=gates,
+            real=where.real,
+            dropout_p=dropout_p,
+            impl=self.impl,
+        )
 
     def extra_repr(self) -> str:
         sizes = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"
         return f"{sizes}, dropout={self.dropout}, impl={self.impl!r}"
+
+
+def _route(router: MoH, x: Tensor, q: Tensor | None, real: Tensor | None) -> tuple[Gates, Tensor]:
+    """The gates and the balance loss."""
+    values, aux = router(x, q, real=real)
+    return router.as_gates(values), aux

@@ -9,6 +9,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from posenc.routing import Gates, weigh
 from posenc.scores import Scores, add_per_head
 
 REMEDY = "Use impl='sdpa' (torch's fused attention), 'reference' or 'auto'."
@@ -41,10 +42,18 @@ def check_case(real: Tensor | None, dropout_p: float) -> None:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, scores: Scores, real: Tensor | None, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: Scores,
+    gates: Gates | None,
+    real: Tensor | None,
+    dropout_p: float,
 ) -> Tensor:
-    """`core.attend` by the flash kernel; arguments and errors as there."""
-    from posenc.kernels.flash import flash_attention
+    """`core.attend` by the kernels; arguments and errors as there.
+
+    What gates drop is skipped unless there is a relative term.
+    """
     from posenc.kernels.relative import relative_attention
 
     check_case(real, dropout_p)
@@ -55,6 +64,19 @@ def attend(
             f"positions. Leave positions out where they are consecutive. {REMEDY}"
         )
     if term is None:
-        return flash_attention(add_per_head(q, scores.content), k, v, scale=scale)
+        query = add_per_head(q, scores.content)
+        return attend_plain(query, k, v, gates, scale)
     biases = (term.offset, scores.content, term.query)
-    return relative_attention(q, k, v, term.table, *biases, scale=scale)
+    y = relative_attention(q, k, v, term.table, *biases, scale=scale)
+    return y if gates is None else weigh(y, gates.values)
+
+
+def attend_plain(q: Tensor, k: Tensor, v: Tensor, gates: Gates | None, scale: float) -> Tensor:
+    """Attention without terms in the logits, dense or of what the gates keep."""
+    from posenc.kernels.flash import flash_attention
+    from posenc.kernels.routed import routed_attention
+
+    if gates is None:
+        return flash_attention(q, k, v, scale=scale)
+    every = gates.need_every_output
+    return routed_attention(q, k, v, gates.values, scale=scale, straight_through=every)

@@ -21,13 +21,38 @@ token may select any. The balance loss is returned to the caller: kept in a clas
 released, it breaks under recomputation.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from posenc.autocast import no_autocast
 from posenc.errors import unknown
+
+
+class Gates(NamedTuple):
+    """What a router makes of the heads: a weight for each token and head."""
+
+    values: Tensor  # (B, H, T); 0 drops the pair
+    always: int  # so many heads, the first ones, no token drops
+    active: int = 0  # so many heads each token keeps
+    straight_through: bool = False  # a gate of 0 has the gradient <dy, o> too
+
+    @property
+    def kept(self) -> float:
+        """The share of kept tokens in the heads that may be dropped."""
+        routed = self.values.shape[1] - self.always
+        return (self.active - self.always) / routed if routed else 1.0
+
+    @property
+    def need_every_output(self) -> bool:
+        """Whether the gradient of a gate reads the output of a head that it drops."""
+        return self.straight_through and self.values.requires_grad and torch.is_grad_enabled()
+
+
+def weigh(y: Tensor, gates: Tensor) -> Tensor:
+    """y (B, H, T, D) times gates (B, H, T), in y's dtype."""
+    return y * gates.unsqueeze(-1).to(y.dtype)
 
 
 def select(scores: Tensor, top_k: int) -> Tensor:
@@ -112,21 +137,34 @@ class MoH(nn.Module):
         self.W_h = nn.Linear(embed_dim, 2, bias=False) if linear and shared and routed else None
         self.reset_parameters()
 
+    @property
+    def reads_queries(self) -> bool:
+        """Whether the gates depend on q, else on x alone."""
+        return self.router == "query_norm"
+
+    def as_gates(self, values: Tensor) -> Gates:
+        """What `forward` returned, with what is known of it beforehand."""
+        straight_through = self.reads_queries and self.routed > 0
+        return Gates(values, self.shared, self.shared + self.top_k, straight_through)
+
     def reset_parameters(self) -> None:
         # Never zero: tied scores would send every token to the same heads.
         for layer in (self.W_s, self.W_r, self.W_h):
             if layer is not None:
                 nn.init.normal_(layer.weight, std=0.02)
 
-    def forward(self, x: Tensor, q: Tensor, *, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, q: Tensor | None, *, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The gates (B, H, T), and the balance loss.
 
         Args:
-            x: (B, T, C), the attention's input. q: (B, H, T, D), its queries.
+            x: (B, T, C), the attention's input.
+            q: (B, H, T, D), its queries; None where `reads_queries` is False.
             real: (B, T) bool, the tokens that the balance loss counts.
         """
         with no_autocast(x.device):
-            gates, p, selected = self._linear(x) if self.router == "linear" else self._query_norm(q)
+            gates, p, selected = self._query_norm(q) if self.reads_queries else self._linear(x)
             if not self.routed:
                 return gates.transpose(1, 2), gates.new_zeros(())
             aux = balance_loss(p, selected, real)
@@ -155,7 +193,9 @@ class MoH(nn.Module):
             groups.append(routed if a is None else routed * a[..., 1:])
         return torch.cat(groups, dim=-1), p, selected
 
-    def _query_norm(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _query_norm(self, q: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if q is None:
+            raise ValueError("router='query_norm' scores heads by their queries; got q=None.")
         q = _precise(q)
         ones = torch.ones_like(q[:, : self.shared, :, 0]).transpose(1, 2)  # (B, T, hs)
         if not self.routed:

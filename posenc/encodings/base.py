@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
+from posenc.routing import Gates
 from posenc.scores import Scores
 
 if TYPE_CHECKING:
@@ -56,9 +57,19 @@ class Encoding(nn.Module):
         return self.rotate(q, k, positions, x, state)
 
     def attend_fused(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, x: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        x: Tensor,
+        gates: Gates | None = None,
     ) -> Tensor | None:
-        """Position and attention in one kernel where the scheme has one, else None."""
+        """Position and attention in one kernel where the scheme has one, else None.
+
+        With `gates`, outputs come weighed, and None where `rotate_fused` and the kernel that skips
+        what they drop are better.
+        """
         return None
 
     def scores(

@@ -31,6 +31,7 @@ from posenc.checks import check_base, check_head_dim, check_heads, check_pair, c
 from posenc.encodings.base import Encoding
 from posenc.errors import unknown
 from posenc.phase import Float32Parameters, phase_dtype, turn, wrap
+from posenc.routing import Gates
 
 
 def log_rates(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -176,7 +177,17 @@ class CARoPE(Float32Parameters, Encoding):
         state.append("phase", radians_from_turns(phases))
         return q, k
 
-    def attend_fused(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, x: Tensor) -> Tensor:
+    def attend_fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        x: Tensor,
+        gates: Gates | None = None,
+    ) -> Tensor | None:
+        if gates is not None:
+            return None
         from posenc.kernels.carope_attention import carope_attention
 
         log_f = log_rates(self._checked(q, k, x), self.weight, self.bias)

@@ -25,6 +25,7 @@ from posenc.checks import check_even, check_sizes
 from posenc.encodings.base import Encoding
 from posenc.errors import unknown
 from posenc.phase import inverse_frequencies, pairs, position_phases
+from posenc.routing import Gates
 from posenc.scores import RelativeTerm, Scores, add_per_head
 
 
@@ -145,19 +146,26 @@ class Relative(Encoding):
         return Scores(content=self.u, bias=turned @ key.mT / math.sqrt(self.head_dim))
 
     def attend_fused(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, x: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        x: Tensor,
+        gates: Gates | None = None,
     ) -> Tensor | None:
         """A sinusoid no wider than a head joins q and k as further features of plain attention."""
         width = self.sinusoid_dim
         if self.kind == "learned" or width > self.head_dim:
             return None
-        from posenc.kernels.flash import flash_attention
+        from posenc.fused import attend_plain
 
         turned, key = self._factors(q, positions, positions)
         content = add_per_head(q, self.u)
         queries = torch.cat((content, turned), dim=-1)
         keys = torch.cat((k, key.expand(*k.shape[:-1], width)), dim=-1)
-        y = flash_attention(queries, keys, F.pad(v, (0, width)), scale=self.head_dim**-0.5)
+        values, scale = F.pad(v, (0, width)), self.head_dim**-0.5
+        y = attend_plain(queries, keys, values, gates, scale)
         return y[..., : self.head_dim]
 
     def _by_distance(self, length: int) -> Scores:

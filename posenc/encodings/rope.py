@@ -19,6 +19,7 @@ from posenc.encodings.base import Encoding
 from posenc.encodings.scaling import scaled_frequencies
 from posenc.errors import unknown
 from posenc.phase import PAIRINGS, Pairing, phase_dtype, position_phases, turn
+from posenc.routing import Gates
 
 
 class RoPE(Encoding):
@@ -94,7 +95,17 @@ class RoPE(Encoding):
         frequencies, factor = scaled_frequencies(self.rotary_dim, self.base, self.scaling, q.device)
         return rope(q, k, frequencies, positions, factor=factor, pairing=self.pairing)
 
-    def attend_fused(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, x: Tensor) -> Tensor:
+    def attend_fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        x: Tensor,
+        gates: Gates | None = None,
+    ) -> Tensor | None:
+        if gates is not None:
+            return None
         from posenc.kernels.rope_attention import rope_attention
 
         frequencies, factor = scaled_frequencies(self.rotary_dim, self.base, self.scaling, q.device)

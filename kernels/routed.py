@@ -1,0 +1,528 @@
+"""Causal attention of which only some (token, head) pairs are computed: MoH (arXiv 2410.11842),
+forward and backward.
+
+    y[h,m] = g[h,m] sum_n softmax_n(scale q[h,m].k[h,n]) v[h,n]        where g is not 0; else 0
+
+Every key counts, as a later token may select the head; what a gate of 0 drops is the query's row:
+its product with the keys, its output, its share of dk and dv. The rows of each head are sorted into
+`order`, the kept ones first, by one small kernel; tiles gather their queries by it and read keys as
+they lie. A grid is as large as if every row were kept, and programs past the last one only write
+zeros: nothing waits for a count to reach the host, and CUDA graphs can hold the whole.
+
+With L'[m] = L[m] - log2 g[m] in place of L the weights that the backward pass rebuilds are g P, and
+with delta = <dy, y> / g, which is the gradient of the gate, the rest of it is flash attention's:
+
+    dS = g P * (dP - delta)        dV = (g P)^T dY        dP = dY V^T        dg = delta
+
+Straight-through gates (`straight_through=True`) have a gradient where they are 0 too, which takes
+every output: then the forward pass is dense, and only the backward pass skips.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from posenc.kernels import flash
+from posenc.kernels.common import (
+    OPTIONS,
+    block_of,
+    device_of,
+    head_of,
+    load_rows,
+    load_tile,
+    rows_by_head,
+    store_rows,
+    store_tile,
+    strided,
+    tile_options,
+)
+from posenc.kernels.flash import Config, attend_keys
+from posenc.kernels.flash_backward import dq_over_keys
+from posenc.kernels.hooks import STORE
+
+#: Gates below the smallest normal fp32 number count as 0: their reciprocal may not exist.
+SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
+#: Rows that a program of `sort_kernel` places.
+SORT_ROWS = 1024
+DELTA_ROWS = 64
+
+#: By kernel, bytes of an element, and the head dim rounded up to a power of two (at least 32). Half
+#: as many rows as a dense tile: kept rows lie apart, and a tile's diagonal is as wide as they do.
+CONFIGS = {
+    ("forward", 2, 32): Config(64, 64, 4, 3),
+    ("forward", 2, 64): Config(64, 64, 4, 3),
+    ("forward", 2, 128): Config(64, 64, 4, 3),
+    ("forward", 2, 256): Config(64, 64, 8, 2),
+    ("forward", 4, 32): Config(64, 32, 4, 2),
+    ("forward", 4, 64): Config(64, 32, 4, 2),
+    ("forward", 4, 128): Config(16, 32, 4, 2),
+    ("forward", 4, 256): Config(16, 16, 8, 1),
+    ("dq", 2, 32): Config(64, 64, 4, 2),
+    ("dq", 2, 64): Config(64, 64, 4, 2),
+    ("dq", 2, 128): Config(64, 64, 8, 2),
+    ("dq", 2, 256): Config(64, 32, 8, 2),
+    ("dq", 4, 32): Config(64, 32, 4, 2),
+    ("dq", 4, 64): Config(64, 32, 4, 2),
+    ("dq", 4, 128): Config(16, 64, 8, 1),
+    ("dq", 4, 256): Config(16, 16, 8, 1),
+}
+
+
+@triton.jit
+def _dropped(gate):
+    return gate < SMALLEST  # False for NaN, which must come through
+
+
+@triton.jit(do_not_specialize=["T"])
+def sort_kernel(gates, order, ranks, T, BLOCK: tl.constexpr):
+    """Rows of one head, the kept ones in front, both kinds in order; and ranks.
+
+    gates: contiguous fp32 (B, H, T). order: int32 (B, H, T). ranks: int32 (B, H, T + 1), the number
+    of kept rows before each.
+    """
+    blocks = tl.cdiv(T, BLOCK)
+    first = tl.program_id(0) % blocks * BLOCK
+    bh = (tl.program_id(0) // blocks).to(tl.int64)
+    gates += bh * T
+    order += bh * T
+    ranks += bh * (T + 1)
+    # Every program counts the rows before its own and those after: no waiting for one another.
+    before = tl.zeros([BLOCK], tl.int32)
+    total = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, T, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        kept = (~_dropped(tl.load(gates + t, mask=t < T, other=0.0))).to(tl.int32)
+        total += kept
+        before += kept * (start < first)
+    count = tl.sum(total, 0)
+    t = first + tl.arange(0, BLOCK)
+    inside = t < T
+    kept = (~_dropped(tl.load(gates + t, mask=inside, other=0.0))).to(tl.int32)
+    rank = tl.sum(before, 0) + tl.cumsum(kept, 0) - kept
+    tl.store(ranks + t, rank, mask=inside)
+    tl.store(ranks + T, count, mask=first == 0)
+    tl.store(order + tl.where(kept != 0, rank, count + t - rank), t, mask=inside)
+
+
+@triton.jit(do_not_specialize=["H", "T", "S"])
+def forward_kernel(
+    q,
+    k,
+    v,
+    gates,
+    order,
+    ranks,
+    y,
+    lse,
+    H,
+    T,
+    S,
+    c,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Every row of y, and L' of the kept ones. gates, lse: contiguous fp32 (B, H, T)."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    # Late rows see the most keys: they start first.
+    first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
+    bh = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = bh // H, bh % H
+    shift = S - T
+    m, kept, whole, stop = rows_of_tile(order, ranks, bh, first, T, shift, BLOCK_M, BLOCK_N)
+
+    q_tile = load_rows(head_of(q, b, h), m, kept, D, BLOCK_D)
+    keys, values = head_of(k, b, h), head_of(v, b, h)
+    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    sums, total, peak = attend_keys(
+        sums, total, peak, q_tile, keys, values, m,
+        0, whole, S, shift, c, False, D, BLOCK_D, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    sums, total, peak = attend_keys(
+        sums, total, peak, q_tile, keys, values, m,
+        whole, stop, S, shift, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    gate = tl.load(gates + bh * T + m, mask=kept, other=1.0)
+    total = tl.where(kept, total, 1.0)
+    rows = tl.where(kept[:, None], sums * (gate / total)[:, None], 0.0)
+    inside = first + tl.arange(0, BLOCK_M) < T
+    store_rows(head_of(y, b, h), rows, m, inside, D, BLOCK_D)
+    tl.store(lse + bh * T + m, peak + tl.log2(total) - tl.log2(gate), mask=kept)
+
+
+@triton.jit
+def rows_of_tile(
+    order, ranks, bh, first, T, shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Rows of places first .. of a head's order, which of them are kept, and their keys.
+
+    All kept rows see the keys before the third value returned, and none those from the fourth on.
+    """
+    place = first + tl.arange(0, BLOCK_M)
+    count = tl.load(ranks + bh * (T + 1) + T)
+    order += bh * T
+    m = tl.load(order + place, mask=place < T, other=0)
+    # Kept rows are sorted: the first sees the fewest keys, the last the most.
+    lowest = tl.load(order + first, mask=first < count, other=-shift - 1)
+    last = min(first + BLOCK_M, count) - 1
+    highest = tl.load(order + last, mask=first < count, other=-shift - 1)
+    whole = (lowest + shift + 1) // BLOCK_N * BLOCK_N
+    return m, place < count, whole, highest + shift + 1
+
+
+@triton.jit(do_not_specialize=["H", "T", "S"])
+def dq_kernel(
+    q,
+    k,
+    v,
+    y,
+    dy,
+    gates,
+    order,
+    ranks,
+    lse,
+    delta,
+    dq,
+    H,
+    T,
+    S,
+    scale,
+    c,
+    HAS_DELTA: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Every row of dQ and, unless it is there already, of delta, which dK and dV need after it."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
+    bh = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = bh // H, bh % H
+    shift = S - T
+    m, kept, whole, stop = rows_of_tile(order, ranks, bh, first, T, shift, BLOCK_M, BLOCK_N)
+    inside = first + tl.arange(0, BLOCK_M) < T
+
+    q_tile = load_rows(head_of(q, b, h), m, kept, D, BLOCK_D)
+    dy_tile = load_rows(head_of(dy, b, h), m, kept, D, BLOCK_D)
+    if HAS_DELTA:
+        row_delta = tl.load(delta + bh * T + m, mask=kept, other=0.0)
+    else:
+        y_tile = load_rows(head_of(y, b, h), m, kept, D, BLOCK_D)
+        gate = tl.load(gates + bh * T + m, mask=kept, other=1.0)
+        row_delta = tl.sum(y_tile.to(tl.float32) * dy_tile.to(tl.float32), 1) / gate
+        tl.store(delta + bh * T + m, row_delta, mask=inside)
+    row_lse = tl.load(lse + bh * T + m, mask=kept, other=0.0)
+
+    keys, values = head_of(k, b, h), head_of(v, b, h)
+    grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    grad = dq_over_keys(
+        grad, q_tile, dy_tile, row_lse, row_delta, keys, values, m,
+        0, whole, S, shift, c, False, D, BLOCK_D, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    grad = dq_over_keys(
+        grad, q_tile, dy_tile, row_lse, row_delta, keys, values, m,
+        whole, stop, S, shift, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    grad = tl.where(kept[:, None], grad * scale, 0.0)
+    store_rows(head_of(dq, b, h), grad, m, inside, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["H", "T"])
+def delta_kernel(
+    y,
+    dy,
+    gates,
+    delta,
+    H,
+    T,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """delta alone, for the one-kernel backward; reads kept rows only."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    first = tl.program_id(0) % tiles * BLOCK_M
+    bh = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = bh // H, bh % H
+    m = first + tl.arange(0, BLOCK_M)
+    gate = tl.load(gates + bh * T + m, mask=m < T, other=0.0)
+    kept = ~_dropped(gate)
+    y_tile = load_rows(head_of(y, b, h), m, kept, D, BLOCK_D)
+    dy_tile = load_rows(head_of(dy, b, h), m, kept, D, BLOCK_D)
+    total = tl.sum(y_tile.to(tl.float32) * dy_tile.to(tl.float32), 1)
+    tl.store(delta + bh * T + m, total / tl.where(kept, gate, 1.0), mask=m < T)
+
+
+class Routing(NamedTuple):
+    """Which rows of q count: the gates, and what `sort_kernel` made of them."""
+
+    gates: Tensor  # contiguous fp32 (B, H, T)
+    order: Tensor
+    ranks: Tensor
+
+
+def sort_rows(gates: Tensor) -> Routing:
+    """Sort the rows of every head by their gates (B, H, T)."""
+    gates = gates.float().contiguous()
+    batch, heads, length = gates.shape
+    order = torch.empty(gates.shape, dtype=torch.int32, device=gates.device)
+    ranks = torch.empty((batch, heads, length + 1), dtype=torch.int32, device=gates.device)
+    block = min(SORT_ROWS, triton.next_power_of_2(length))
+    with device_of(gates):
+        sort_kernel[(triton.cdiv(length, block) * batch * heads,)](
+            gates, order, ranks, length, BLOCK=block, **OPTIONS
+        )
+    return Routing(gates, order, ranks)
+
+
+def launch(kernel: str, x: Tensor) -> tuple[Config, dict]:
+    """The configuration of a kernel for tensors like x, and the launch's keyword arguments."""
+    config = CONFIGS[kernel, x.element_size(), max(32, block_of(x))]
+    return config, tile_options(x, config)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, routing: Routing, scale: float
+) -> tuple[Tensor, Tensor]:
+    """y (B, H, T, D) in q's dtype and L', fp32 (B, H, T), of checked arguments."""
+    batch, heads, length, _ = q.shape
+    y = rows_by_head(q)
+    lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
+    config, options = launch("forward", q)
+    grid = (triton.cdiv(length, config.block_m) * batch * heads,)
+    with device_of(q):
+        forward_kernel[grid](
+            strided(q), strided(k), strided(v), *routing, strided(y), lse,
+            heads, length, k.shape[2], scale * math.log2(math.e), **options,
+        )  # fmt: skip
+    return y, lse
+
+
+def backward(
+    dy: Tensor,
+    saved: flash.Saved,
+    routing: Routing,
+    scale: float,
+    deterministic: bool | None,
+    delta: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dgates of `forward`, or where `delta` is given, which is then dgates."""
+    q, k, v, y, lse = saved
+    batch, heads, length, _ = q.shape
+    has_delta = delta is not None
+    if delta is None:
+        delta = torch.empty_like(lse)
+    rows = (routing.order, routing.ranks)
+    numbers = (heads, length, k.shape[2], scale, scale * math.log2(math.e))
+    if flash.is_split(deterministic, length):
+        dq = rows_by_head(q)
+        config, options = launch("dq", q)
+        grid = (triton.cdiv(length, config.block_m) * batch * heads,)
+        with device_of(q):
+            dq_kernel[grid](
+                strided(q), strided(k), strided(v), strided(y), strided(dy), *routing, lse, delta,
+                strided(dq), *numbers, HAS_DELTA=has_delta, **options,
+            )  # fmt: skip
+        return dq, *flash.launch_dkv("dkv", dy, saved, delta, delta, scale, STORE, *rows), delta
+    if not has_delta:
+        with device_of(q):
+            delta_kernel[(triton.cdiv(length, DELTA_ROWS) * batch * heads,)](
+                strided(y), strided(dy), routing.gates, delta, heads, length,
+                D=q.shape[-1], BLOCK_D=block_of(q), BLOCK_M=DELTA_ROWS, **OPTIONS,
+            )  # fmt: skip
+    dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    dk, dv = flash.launch_dkv("dqkv", dy, saved, delta, dq_sum, scale, STORE, *rows)
+    dq = rows_by_head(q)
+    torch.mul(dq_sum, scale, out=dq)
+    return dq, dk, dv, delta
+
+
+@torch.library.custom_op("posenc::routed_forward", mutates_args=())
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float, deterministic: bool | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # `deterministic` is only passed on to the backward pass.
+    routing = sort_rows(gates)
+    return *forward(q, k, v, routing, scale), *routing[1:]
+
+
+@torch.library.custom_op("posenc::routed_backward", mutates_args=())
+def _backward_op(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    order: Tensor,
+    ranks: Tensor,
+    scale: float,
+    deterministic: bool | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    routing = Routing(gates.float().contiguous(), order, ranks)
+    return backward(dy, flash.Saved(q, k, v, y, lse), routing, scale, deterministic)
+
+
+@_forward_op.register_fake
+def _(q, k, v, gates, scale, deterministic):
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    order = torch.empty(q.shape[:-1], dtype=torch.int32, device=q.device)
+    ranks = order.new_empty((*q.shape[:2], q.shape[2] + 1))
+    return rows_by_head(q), lse, order, ranks
+
+
+@_backward_op.register_fake
+def _(dy, q, k, v, gates, y, lse, order, ranks, scale, deterministic):
+    return *(rows_by_head(x) for x in (q, k, v)), torch.empty_like(lse)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, gates, ctx.scale, ctx.deterministic = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(q, k, v, gates, *output)
+
+
+def _differentiate(ctx, dy, *_):
+    *tensors, d_gates = _backward_op(dy, *ctx.saved_tensors, ctx.scale, ctx.deterministic)
+    return *tensors, d_gates.to(ctx.saved_tensors[3].dtype), None, None
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("posenc::straight_through_forward", mutates_args=())
+def _dense_forward_op(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float, deterministic: bool | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    o, lse = flash.forward(q, k, v, scale)
+    y = rows_by_head(q)
+    torch.mul(o, gates.unsqueeze(-1), out=y)
+    return y, o, lse
+
+
+@torch.library.custom_op("posenc::straight_through_backward", mutates_args=())
+def _dense_backward_op(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    deterministic: bool | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    routing, delta = sort_rows(gates), flash.delta_of(o, dy)
+    saved = flash.Saved(q, k, v, o, lse - routing.gates.log2())
+    return backward(dy, saved, routing, scale, deterministic, delta)
+
+
+@_dense_forward_op.register_fake
+def _(q, k, v, gates, scale, deterministic):
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    return rows_by_head(q), rows_by_head(q), lse
+
+
+@_dense_backward_op.register_fake
+def _(dy, q, k, v, gates, o, lse, scale, deterministic):
+    return *(rows_by_head(x) for x in (q, k, v)), torch.empty_like(lse)
+
+
+def _save_dense(ctx, inputs, output) -> None:
+    q, k, v, gates, ctx.scale, ctx.deterministic = inputs
+    _, o, lse = output
+    ctx.mark_non_differentiable(o, lse)
+    ctx.save_for_backward(q, k, v, gates, o, lse)
+
+
+def _differentiate_dense(ctx, dy, *_):
+    *tensors, d_gates = _dense_backward_op(dy, *ctx.saved_tensors, ctx.scale, ctx.deterministic)
+    return *tensors, d_gates.to(ctx.saved_tensors[3].dtype), None, None
+
+
+_dense_forward_op.register_autograd(_differentiate_dense, setup_context=_save_dense)
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    *,
+    scale: float | None = None,
+    straight_through: bool = False,
+    deterministic: bool | None = None,
+) -> Tensor:
+    """Causal softmax attention weighed by gates, without computing what they drop.
+
+    Args:
+        q: (B, H, T, D), D at most 256, in bfloat16, float16 or float32, any strides.
+        k, v: (B, H, S, D), S >= T: query row i sits at key index S - T + i.
+        gates: (B, H, T), not negative; 0 drops the pair. fp32 inside.
+        scale: of the logits, positive; None is 1/sqrt(D).
+        straight_through: give gates of 0 their gradient <dy, o> too, where otherwise it is 0. The
+            forward pass then computes every pair, and only the backward pass skips.
+        deterministic: see `posenc.kernels.flash.flash_attention`.
+
+    Returns:
+        (B, H, T, D) in q's dtype, 0 where the gate is.
+
+    Raises:
+        ValueError: for other shapes, dtypes or devices.
+    """
+    check(q, k, v, gates, scale)
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    if torch.are_deterministic_algorithms_enabled():
+        deterministic = True
+    op = _dense_forward_op if straight_through else _forward_op
+    return op(q, k, v, gates, scale, deterministic)[0]
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float | None) -> None:
+    """ValueError unless these arguments of `routed_attention` fit together."""
+    flash.check(q, k, v, scale)
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(
+            f"routed attention needs as many key heads as query heads; got {k.shape[1]} and "
+            f"{q.shape[1]}. Repeat the key heads."
+        )
+    if gates.shape != q.shape[:-1] or not gates.is_floating_point() or gates.device != q.device:
+        raise ValueError(
+            f"gates must be floating point {tuple(q.shape[:-1])} on {q.device}; got "
+            f"{gates.dtype} {tuple(gates.shape)} on {gates.device}."
+        )
+
+
+def examples() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Named launches that between them use every configuration, for `inspect_sm90`."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for dim in (32, 64, 80, 128, 256):
+            packed = torch.empty(16, 1024, 3, 12, dim, dtype=dtype, device="meta")
+            q, k, v = packed.permute(2, 0, 3, 1, 4)
+            y, gates = rows_by_head(q), torch.empty(16, 12, 1024, device="meta")
+            order = torch.empty(16, 12, 1024, dtype=torch.int32, device="meta")
+            ranks = torch.empty(16, 12, 1025, dtype=torch.int32, device="meta")
+            routing, saved = Routing(gates, order, ranks), flash.Saved(q, k, v, y, gates)
+            name = f"{str(dtype).removeprefix('torch.')} D={dim}"
+            if dim == 64:
+                yield "sort", functools.partial(sort_rows, gates)
+            yield name, functools.partial(forward, q, k, v, routing, 0.125)
+            back = functools.partial(backward, y, saved, routing, 0.125)
+            yield name, functools.partial(back, True)
+            yield f"{name} atomic", functools.partial(back, False)
+            if dim == 64:
+                yield f"{name} straight through", functools.partial(back, True, gates)

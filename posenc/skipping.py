@@ -1,0 +1,228 @@
+"""Attention weighed by gates that computes only what they keep: the path of MoH on CPU.
+
+    y[h,m] = g[h,m] sum_n softmax_n(scale q[h,m].k[h,n]) v[h,n]        where g is not 0; else 0
+
+Shared heads take dense attention. Of the others the kept rows are gathered, and go in blocks
+through the keys up to their last row; the backward pass makes the weights of a block anew, so
+memory is linear in the length. Logits and softmax are fp32 whatever the inputs are.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from posenc.autocast import no_autocast
+from posenc.routing import Gates, weigh
+
+#: Kept rows of a block; of 64, 96 and 128 the fastest on CPU.
+ROWS = 96
+#: The fewest rows of a product: with less than 12 MKL adds up in another order, and rounding would
+#: tell a row how many come after it.
+FEWEST = 16
+#: Keys are taken in such multiples, for the same reason.
+KEYS = 64
+
+
+def attend_kept(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    scale: float,
+    dense: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Causal attention over consecutive keys, weighed.
+
+    Args:
+        q: (B, H, T, D). k, v: (B, H, S, D), T <= S.
+        gates: where one is 0 nothing is computed, and its own gradient is 0.
+        dense: attention of some heads without gates.
+
+    Returns:
+        (B, H, T, D) in q's dtype.
+    """
+    if q.shape[2] == 1 and not torch.is_grad_enabled():
+        return weigh(_attend_token(q, k, v, gates.values[:, :, 0] != 0, dense), gates.values)
+    n = gates.always
+    routed = _Kept.apply(q[:, n:], k[:, n:], v[:, n:], gates.values[:, n:], scale)
+    if not n:
+        return routed
+    shared = weigh(dense(q[:, :n], k[:, :n], v[:, :n]), gates.values[:, :n])
+    return torch.cat((shared, routed), dim=1)
+
+
+def _attend_token(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Tensor,
+    dense: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """One query a sequence: its kept heads (B, H) as few views of the keys, without copies."""
+    y = torch.zeros_like(q)
+    for b, row in enumerate(kept.tolist()):
+        one = slice(b, b + 1)
+        for heads in progressions([h for h, keep in enumerate(row) if keep]):
+            y[one, heads] = dense(q[one, heads], k[one, heads], v[one, heads])
+    return y
+
+
+def progressions(numbers: list[int]) -> Iterator[slice]:
+    """Rising numbers as slices, each as long as the steps stay equal."""
+    start = 0
+    while start < len(numbers):
+        stop, step = start + 1, 1
+        if stop < len(numbers):
+            step = numbers[stop] - numbers[start]
+            while stop < len(numbers) and numbers[stop] - numbers[stop - 1] == step:
+                stop += 1
+        yield slice(numbers[start], numbers[stop - 1] + 1, step)
+        start = stop
+
+
+def projections_pay(x: Tensor, gates: Gates) -> bool:
+    """Whether `project_kept` and `merge_kept` are faster than the whole products.
+
+    In fp32 from C=512 on, 1024 tokens, a third kept: 1.4 times as fast, at C=2048 1.5 to 1.7 times;
+    at C=256 0.6 times. In bf16 they lose below C=2048, and sums over heads would be rounded.
+    """
+    tokens, width = x.shape[0] * x.shape[1], x.shape[2]
+    exact = x.dtype.itemsize >= 4 and not torch.is_autocast_enabled(x.device.type)
+    plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    big = tokens >= 512 and width >= 512 and gates.kept <= 0.5
+    return x.device.type == "cpu" and exact and plain and big
+
+
+def project_kept(x: Tensor, weight: Tensor, bias: Tensor | None, gates: Gates) -> Tensor:
+    """x (B, T, C) through a projection (H D, C) as heads (B, H, T, D); zeros where a gate is 0."""
+    (batch, length, _), heads = x.shape, gates.values.shape[1]
+    tokens, n = x.flatten(0, 1), gates.always * (weight.shape[0] // heads)
+    shared = F.linear(tokens, weight[:n], None if bias is None else bias[:n])
+    y = shared.new_zeros(batch * length, heads, weight.shape[0] // heads)
+    y[:, : gates.always] = shared.unflatten(-1, (gates.always, -1))
+    for h, rows in _rows_by_head(gates):
+        part = slice(h * y.shape[-1], (h + 1) * y.shape[-1])
+        b = None if bias is None else bias[part]
+        y[:, h].index_copy_(0, rows, _linear(tokens, rows, weight[part], b))
+    return y.unflatten(0, (batch, length)).transpose(1, 2)
+
+
+def merge_kept(y: Tensor, weight: Tensor, bias: Tensor | None, gates: Gates) -> Tensor:
+    """Weighed heads (B, H, T, D) through a projection (C, H D) as (B, T, C)."""
+    batch, _, length, dim = y.shape
+    heads = y.transpose(1, 2).flatten(0, 1)  # (B T, H, D)
+    n = gates.always * dim
+    out = F.linear(heads[:, : gates.always].flatten(1), weight[:, :n], bias)
+    for h, rows in _rows_by_head(gates):
+        part = slice(h * dim, (h + 1) * dim)
+        out.index_add_(0, rows, _linear(heads[:, h], rows, weight[:, part], None))
+    return out.unflatten(0, (batch, length))
+
+
+def _rows_by_head(gates: Gates) -> Iterator[tuple[int, Tensor]]:
+    """Of every head that may be dropped and is kept by some: the tokens (B T) that keep it."""
+    for h in range(gates.always, gates.values.shape[1]):
+        rows = gates.values[:, h].flatten().nonzero().flatten()
+        if len(rows):
+            yield h, rows
+
+
+def _linear(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """These rows of x through a projection, never fewer than `FEWEST` at a time."""
+    taken = F.pad(x.index_select(0, rows), (0, 0, 0, max(0, FEWEST - len(rows))))
+    return F.linear(taken, weight, bias)[: len(rows)]
+
+
+class _Head:
+    """The kept rows of one head of one sequence, and what they meet."""
+
+    def __init__(self, rows: Tensor, q: Tensor, k: Tensor, gates: Tensor, scale: float) -> None:
+        self.rows = rows
+        self.padding = max(0, FEWEST - len(rows) % ROWS) if len(rows) % ROWS else 0
+        self.query = self.take(q) * scale
+        self.keys = _precise(k)
+        self.gates = self.take(gates.unsqueeze(-1))
+        at = (rows + (k.shape[0] - q.shape[0])).int()  # among the keys
+        at = torch.cat((at, at[-1:].expand(self.padding)))
+        self.columns = torch.arange(k.shape[0], dtype=torch.int32)
+        self.at, self.ends = at.unsqueeze(-1), (at + 1).tolist()
+
+    def take(self, x: Tensor) -> Tensor:
+        """The kept rows of x (T, ..), precise, and rows of zeros, which leave no trace."""
+        kept = _precise(x.index_select(0, self.rows))
+        return F.pad(kept, (0, 0, 0, self.padding)) if self.padding else kept
+
+    def put(self, x: Tensor, blocks: list[Tensor]) -> None:
+        """Write what `blocks` made of the kept rows to x (T, ..)."""
+        made = torch.cat(blocks)[: len(self.rows)]
+        x.index_copy_(0, self.rows, made.to(x.dtype))
+
+    def blocks(self) -> Iterator[tuple[slice, int, Tensor]]:
+        """Rows, the keys that they see between them, and their weights."""
+        for start in range(0, len(self.ends), ROWS):
+            block = slice(start, min(start + ROWS, len(self.ends)))
+            first, last = self.ends[start], self.ends[block.stop - 1]
+            seen = min(-(-last // KEYS) * KEYS, len(self.keys))
+            logits = self.query[block] @ self.keys[:seen].T
+            hidden = self.columns[first:seen] > self.at[block]
+            logits[:, first:].masked_fill_(hidden, -math.inf)
+            yield block, seen, torch.softmax(logits, dim=-1)
+
+
+class _Kept(torch.autograd.Function):
+    """Attention of heads of which some rows are dropped. Differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, gates)
+        ctx.scale = scale
+        y = torch.zeros_like(q)
+        with no_autocast(q.device):
+            for i, head in _heads(q, k, gates, scale):
+                values = _precise(v[i])
+                blocks = head.blocks()
+                head.put(y[i], [w @ values[:seen] * head.gates[at] for at, seen, w in blocks])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        q, k, v, gates = ctx.saved_tensors
+        dq, dk, dv, d_gates = (torch.zeros_like(x) for x in (q, k, v, gates))
+        with no_autocast(q.device):
+            for i, head in _heads(q, k, gates, ctx.scale):
+                values, grads = _precise(v[i]), head.take(dy[i])
+                to_keys, to_values = torch.zeros_like(head.keys), torch.zeros_like(values)
+                to_queries, to_gates = [], []
+                for block, seen, weights in head.blocks():
+                    products = grads[block] @ values[:seen].T
+                    delta = (weights * products).sum(-1, keepdim=True)  # of the gates: <dy, o>
+                    weights = weights * head.gates[block]
+                    to_values[:seen].addmm_(weights.T, grads[block])
+                    logits = products.sub_(delta).mul_(weights)
+                    to_keys[:seen].addmm_(logits.T, head.query[block])
+                    to_queries.append(logits @ head.keys[:seen] * ctx.scale)
+                    to_gates.append(delta.squeeze(-1))
+                dk[i], dv[i] = to_keys, to_values
+                head.put(dq[i], to_queries)
+                head.put(d_gates[i], to_gates)
+        return dq, dk, dv, d_gates, None
+
+
+def _heads(
+    q: Tensor, k: Tensor, gates: Tensor, scale: float
+) -> Iterator[tuple[tuple[int, int], _Head]]:
+    """The heads (b, h) that keep a row."""
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            rows = gates[b, h].nonzero().flatten()
+            if len(rows):
+                yield (b, h), _Head(rows, q[b, h], k[b, h], gates[b, h], scale)
+
+
+def _precise(x: Tensor) -> Tensor:
+    """x in fp32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
