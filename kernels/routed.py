@@ -130,7 +130,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Every row of y, and L' of the kept ones. gates, lse: contiguous fp32 (B, H, T)."""
+    """Every row of y and L', 0 where dropped. gates, lse: contiguous fp32 (B, H, T)."""
     tiles = tl.cdiv(T, BLOCK_M)
     # Late rows see the most keys: they start first.
     first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
@@ -157,7 +157,8 @@ def forward_kernel(
     rows = tl.where(kept[:, None], sums * (gate / total)[:, None], 0.0)
     inside = first + tl.arange(0, BLOCK_M) < T
     store_rows(head_of(y, b, h), rows, m, inside, D, BLOCK_D)
-    tl.store(lse + bh * T + m, peak + tl.log2(total) - tl.log2(gate), mask=kept)
+    row_lse = tl.where(kept, peak + tl.log2(total) - tl.log2(gate), 0.0)
+    tl.store(lse + bh * T + m, row_lse, mask=inside)
 
 
 @triton.jit

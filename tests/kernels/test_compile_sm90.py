@@ -3,17 +3,19 @@
 import pytest
 import triton
 
-from posenc.kernels import flash, inspect_sm90, relative
+from posenc.kernels import flash, inspect_sm90, relative, routed
 
 #: In fp32 a tile of 256 columns is split into two TF32 operands, more than the registers hold.
-MAY_SPILL = dict.fromkeys(
-    ("flash float32 D=256", "flash float32 D=256 atomic", "carope_attention float32 D=256"), 256
-)
+MAY_SPILL = {
+    f"{family} float32 D=256{backward}": 256
+    for family in ("flash", "carope_attention", "routed")
+    for backward in ("", " atomic")
+}
 #: At D=64 two programs of 256 threads should fit in the 65536 registers of a multiprocessor. Counts
 #: move with the compiler, so this holds for the versions it was tuned on.
 TWO_PROGRAMS = {"forward_kernel", "dq_kernel"}
 ONE_CORE = ("flash bfloat16", "rope_attention bfloat16", "carope_attention bfloat16")
-HALF = (*ONE_CORE, "relative bfloat16")
+HALF = (*ONE_CORE, "relative bfloat16", "routed bfloat16")
 TUNED_ON = ("3.6.", "3.7.")
 LAUNCHES = [
     pytest.param(f"{family} {name}", launch, id=f"{family} {name} {launch.kernel.__name__}")
@@ -37,7 +39,7 @@ def test_compiled(example, launch):
         assert "cp.async" in report.ptx
 
 
-@pytest.mark.parametrize("family", [flash, relative], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("family", [flash, relative, routed], ids=lambda module: module.__name__)
 def test_examples_cover_the_table(family, monkeypatch):
     used = set()
 

@@ -20,6 +20,8 @@ VARIANTS = {
     "paper": ("carope", {"init": "paper", "first_power": 1}),
     "authors": ("cmha", {"init": "authors"}),
     "norms": ("moh", {"router": "query_norm"}),
+    "no shared heads": ("moh", {"shared": 0, "top_k": 1, "scaling": "paper"}),
+    "all heads": ("moh", {"shared": 4, "top_k": 0}),
     "cross": ("moh", {"encoding": "carope", "conv": True}),
     "short table": ("rcmha", {"max_distance": 3}),
     "sinusoidal": ("rcmha", {"relative": "sinusoidal"}),
@@ -98,6 +100,24 @@ def test_narrow_sinusoid_joins_the_features(device, monkeypatch):
     check_against_oracle(module, tokens(module, 2, 11))
     positions = torch.tensor([3, 4, 5, 9, 10, 20, 21], device=device)
     check_against_oracle(module, tokens(module, 1, 7), positions)
+
+
+@pytest.mark.parametrize(
+    ("router", "learns", "skips"),
+    [("linear", True, True), ("query_norm", True, False), ("query_norm", False, True)],
+)
+def test_dropped_heads_are_skipped_unless_their_gates_learn(
+    router, learns, skips, device, monkeypatch
+):
+    from posenc.kernels import routed
+
+    module, called = layer("moh", device, router=router), []
+    for name in ("_forward_op", "_dense_forward_op"):
+        op = getattr(routed, name)
+        monkeypatch.setattr(routed, name, lambda *x, n=name, op=op: (called.append(n), op(*x))[1])
+    with torch.set_grad_enabled(learns):
+        module(tokens(module, 1, 9))
+    assert called == ["_forward_op" if skips else "_dense_forward_op"]
 
 
 def test_scaling_is_that_of_the_reference(device):
