@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# All that needs a GPU. Without arguments everything, in under forty minutes; or the parts named:
+# All that needs a GPU. Without arguments everything, in under fifty minutes; or the parts named:
 #
-#     OUT=bench/results/h100 bench/gpu.sh [tests] [kernels] [layers] [train]      each under ten
+#     OUT=bench/results/h100 bench/gpu.sh [tests] [kernels] [layers] [routing] [train]     each under ten
 #
 #   tests    tests.log: the kernel tests on the device, bf16 included; sanitizer-*.log: accesses to
 #            memory, and races in shared memory, of the cores with position inside
 #   kernels  kernels.jsonl: every kernel beside its peers; kernels.log: targets and ratios
 #   layers   layers.jsonl: time and memory of whole attention layers, eager and fused; layers.log
+#   routing  routing.jsonl, .png: MoH that skips dropped heads against the share of active ones
 #   train    train.jsonl: tokens per second and memory of GPT-2 124M, T=1024, bf16, compiled
 #
 # A step that fails is reported and the next one runs; then the exit code is 1. Needs the extras
@@ -64,7 +65,7 @@ export -f train
 export OUT
 
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(tests kernels layers train)
+[ ${#parts[@]} -gt 0 ] || parts=(tests kernels layers routing train)
 for part in "${parts[@]}"; do
   case $part in
     tests)
@@ -74,7 +75,7 @@ for part in "${parts[@]}"; do
         step "$tool" 120 bash -c "logged '$OUT/sanitizer-$tool.log' compute-sanitizer --tool $tool \
           --error-exitcode 1 python3 -m pytest -q -k 'outputs_and_gradients and shape2 and dtype1' \
           tests/kernels/test_rope_attention.py tests/kernels/test_carope_attention.py \
-          tests/kernels/test_relative_kernel.py"
+          tests/kernels/test_relative_kernel.py tests/kernels/test_routed_kernel.py"
       done ;;
     kernels)
       step kernels 590 bash -c \
@@ -82,6 +83,9 @@ for part in "${parts[@]}"; do
     layers)
       step layers 590 bash -c \
         'logged "$OUT/layers.log" python3 -m bench.kernels --part layers --out "$OUT/layers.jsonl"' ;;
+    routing)
+      step routing 590 bash -c \
+        'logged "$OUT/routing.log" python3 -m bench.routing --out "$OUT/routing.jsonl"' ;;
     train)
       for name in rope carope cmha moh rcmha; do
         for impl in sdpa fused; do
@@ -89,7 +93,7 @@ for part in "${parts[@]}"; do
         done
       done ;;
     *)
-      echo "unknown part: $part; expected tests, kernels, layers or train"
+      echo "unknown part: $part; expected tests, kernels, layers, routing or train"
       worst=1 ;;
   esac
 done

@@ -8,6 +8,7 @@ import platform
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +31,8 @@ class Row:
     D: int
     dtype: str
     error_vs_fp64: float | None  # of the output, relative to its root mean square
+    S: int | None = None  # keys, where they are not T
+    options: str = ""  # of what is computed, as KEY=VALUE
 
 
 def _git(*command: str) -> str:
@@ -71,8 +74,10 @@ class RowFile:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
-    def add(self, row: Row) -> None:
-        """Write one row."""
+    def add(self, row: Row) -> dict[str, Any]:
+        """Write one row; returns it as it lies in the file."""
+        values = {**asdict(row), **self.shared}
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**asdict(row), **self.shared}) + "\n")
+                file.write(json.dumps(values) + "\n")
+        return values

@@ -154,7 +154,7 @@ class MoH(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02)
 
     def forward(
-        self, x: Tensor, q: Tensor | None, *, real: Tensor | None = None
+        self, x: Tensor, q: Tensor | None = None, *, real: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The gates (B, H, T), and the balance loss.
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench import kernels
+from bench import kernels, measure
 
 LAYERS = ("mha", "rope", "carope", "cmha", "rmha", "mdha", "rcmha", "moh")
 
@@ -36,7 +36,7 @@ def test_every_provider_has_a_row(tmp_path, monkeypatch, capsys):
 
 def test_gate_refuses_what_is_wrong(device):
     case = next(kernels.cases((1, 2, 9, 16), torch.float32, device))
-    gate = kernels.Gate(case)
+    gate = measure.Gate(case)
     gate.check(case.definition)
     for wrong in (
         lambda q, k, v: case.definition(q, k, v) * 1.001,  # the output

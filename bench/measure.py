@@ -1,0 +1,183 @@
+"""Cases, the gate of correctness before them, and how one is timed.
+
+A case is a computation, its providers are implementations. Before a provider is timed, its outputs
+and gradients on one head, or one row of a layer, or all of it where heads share weights, are
+compared with the definition in fp64: at most twice the error of the definition in the inputs' own
+dtype, or there is no row. A provider that is not installed or does not fit is left out, with the
+reason.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.rows import Row
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+class Case(NamedTuple):
+    """A computation: leaves in, tensors out; by its definition, and by its providers."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    definition: Function
+    providers: dict[str, Callable[[], Function]]  # built when their turn comes
+    part: Callable[[Tensor], Tensor]  # of inputs and results: what the gate compares
+
+
+def one_head(x: Tensor) -> Tensor:
+    """The last head of q, k, v, rates (B, H, ..) or of a parameter (H, ..) or (3, H, ..): heads do
+    not meet.
+    """
+    return x[:, -1:] if x.ndim >= 3 else x[-1:]
+
+
+def outputs_and_gradients(
+    function: Function,
+    inputs: tuple[Tensor, ...],
+    dtype: torch.dtype,
+    part: Callable[[Tensor], Tensor],
+) -> list[Tensor]:
+    """Outputs, then the gradients of a random projection of them, the same for every provider.
+
+    The projection is drawn in `dtype` for one part, a head or a row, and serves all of them.
+    """
+    found = function(*inputs)
+    outputs = (found,) if isinstance(found, Tensor) else found
+    probes = []
+    for number, output in enumerate(outputs):
+        generator = torch.Generator(output.device).manual_seed(number)
+        shape = part(output).shape
+        probe = torch.randn(shape, generator=generator, device=output.device, dtype=dtype)
+        probes.append(probe.to(output.dtype).expand_as(output))
+    return [*outputs, *torch.autograd.grad(outputs, inputs, probes)]
+
+
+def errors(actual: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Root mean square of each difference, relative to that of the exact tensor."""
+    return [
+        ((a.double() - e).square().mean() / e.square().mean().clamp(min=1e-30)).sqrt().item()
+        for a, e in zip(actual, exact, strict=True)
+    ]
+
+
+class Gate:
+    """What a provider must compute: one part in fp64, and the error that its dtype excuses."""
+
+    def __init__(self, case: Case) -> None:
+        self.inputs, self.dtype, self.part = case.inputs, case.inputs[0].dtype, case.part
+        own = tuple(case.part(x.detach()).clone().requires_grad_() for x in case.inputs)
+        precise = tuple(x.detach().double().requires_grad_() for x in own)
+        self.exact = outputs_and_gradients(case.definition, precise, self.dtype, self.part)
+        plain = outputs_and_gradients(case.definition, own, self.dtype, self.part)
+        rounding = max(torch.finfo(self.dtype).eps, 1e-6)  # fp32 sums in another order
+        self.allowed = [2 * error + rounding for error in errors(plain, self.exact)]
+
+    def check(self, function: Function) -> float:
+        """The error of the first output; ValueError where anything is worse than allowed."""
+        results = outputs_and_gradients(function, self.inputs, self.dtype, self.part)
+        found = errors([self.part(x) for x in results], self.exact)
+        for number, (error, allowed) in enumerate(zip(found, self.allowed, strict=True)):
+            if not error <= allowed:
+                raise ValueError(f"result {number} is off by {error:.1e}; allowed {allowed:.1e}")
+        return found[0]
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float, float]:
+    """p20, p50 and p80 in milliseconds."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        low, middle, high = do_bench(run, warmup=25, rep=150, quantiles=[0.2, 0.5, 0.8])
+        return low, middle, high
+    taken = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        taken.append((time.perf_counter() - start) * 1e3)
+    low, middle, high = sorted(taken)
+    return low, middle, high
+
+
+def modes(function: Function, inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], Any]]:
+    """What is timed: forward alone, backward alone, both."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            function(*inputs)
+
+    # A layer's backward pass is that of training: its weights have gradients too.
+    weights = tuple(function.parameters()) if isinstance(function, torch.nn.Module) else ()
+    wanted = (*inputs, *weights)
+    found = function(*inputs)
+    outputs = (found,) if isinstance(found, Tensor) else found
+    gradients = [torch.randn_like(output) for output in outputs]
+
+    def both() -> None:
+        torch.autograd.grad(function(*inputs), wanted, gradients)
+
+    return {
+        "fwd": forward,
+        "bwd": lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True),
+        "fwd+bwd": both,
+    }
+
+
+def peak_mib(run: Callable[[], Any], device: torch.device) -> float:
+    """The most memory that a call adds, on CUDA."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def graphed(run: Callable[[], Any]) -> tuple[float, float, float]:
+    """As `timed`, replayed from a CUDA graph: without what the host adds to each launch."""
+    from triton.testing import do_bench_cudagraph
+
+    low, middle, high = do_bench_cudagraph(run, rep=100, quantiles=[0.2, 0.5, 0.8])
+    return low, middle, high
+
+
+def measure(
+    case: Case, shape: tuple[int, int, int, int], device: torch.device
+) -> Iterator[Row | str]:
+    """Rows of all providers of a case; a line of text for those that are left out."""
+    batch, heads, length, dim = shape
+    dtype = str(case.inputs[0].dtype).removeprefix("torch.")
+    sizes: dict[str, Any] = {"B": batch, "H": heads, "T": length, "D": dim, "dtype": dtype}
+    gate: Gate | None = None
+    for provider, build in case.providers.items():
+        try:
+            gate = gate or Gate(case)
+            function = build()
+            error = gate.check(function)
+            runs = modes(function, case.inputs)
+        except Exception as failure:  # whatever a peer raises, the others are still measured
+            yield f"{case.name}: no row of {provider}: {_reason(failure)}"
+            continue
+        row = partial(Row, case.name, provider, error_vs_fp64=error, **sizes)
+        for mode, run in runs.items():
+            try:
+                yield row(mode, "time", "ms", *timed(run, device))
+            except Exception as failure:
+                yield f"{case.name}: no {mode} of {provider}: {_reason(failure)}"
+        try:
+            if device.type == "cuda":
+                for mode in ("fwd", "fwd+bwd"):
+                    yield row(mode, "graph time", "ms", *graphed(runs[mode]))
+                peak = peak_mib(runs["fwd+bwd"], device)
+                yield row("fwd+bwd", "memory", "MiB", peak, peak, peak)
+        except Exception as failure:
+            yield f"{case.name}: no graph of {provider}: {_reason(failure)}"
+
+
+def _reason(failure: Exception) -> str:
+    return str(failure).strip().partition("\n")[0] or type(failure).__name__

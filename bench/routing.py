@@ -1,0 +1,361 @@
+"""What skipping dropped heads saves, against the share of active heads: `python -m bench.routing`.
+
+    python -m bench.routing --out bench/results/cpu/routing.jsonl       on CPU
+    python -m bench.routing --out bench/results/h100/routing.jsonl      on CUDA, where there is one
+
+For every length and share of heads that a MoH router keeps active, the attention core with its
+gates given and a whole layer with its router, in inference, in training (forward + backward) and
+while decoding one token after so many:
+
+    dense     attention without a router
+    masked    every head computed, then weighed by gates of which many are 0: the released code
+    skipping  only what the gates keep, whether or not impl="auto" would choose it
+
+Every provider passes the gate of `bench.measure` first, at no more than 2048 tokens. On CPU they
+take turns within a round. A plot of the ratios to dense is drawn beside the rows.
+"""
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import posenc
+from bench import layer as layer_bench
+from bench.measure import Case, Gate, graphed, modes, one_head, peak_mib, timed
+from bench.rows import Row, RowFile
+from posenc import core
+from posenc.routing import Gates, weigh
+from posenc.skipping import attend_kept
+
+#: Shared and selected heads of eight; the share of active heads.
+SPLITS = {(2, 6): 1.0, (2, 5): 0.875, (2, 4): 0.75, (2, 3): 0.625, (2, 2): 0.5, (0, 3): 0.375,
+          (0, 2): 0.25}  # fmt: skip
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+GATE_UP_TO = 2048  # the definition needs memory for every pair of tokens, in fp64
+LEVELS, MODES = ("core", "layer"), ("fwd", "fwd+bwd", "decode")
+DENSE, MASKED, SKIPPING = "dense", "masked", "skipping"
+#: How far above its share of active heads skipping was designed to stay on a GPU, from T=2048 on.
+OVERHEAD = 0.12
+
+Inputs = tuple[Tensor, ...]
+
+
+@contextmanager
+def always_skipping() -> Iterator[None]:
+    """Inside, impl="auto" skips on CPU wherever it can."""
+    names = ("SKIP_FROM", "SKIP_TOKEN_FROM", "SKIP_UP_TO")
+    before = [getattr(core, name) for name in names]
+    core.SKIP_FROM, core.SKIP_TOKEN_FROM, core.SKIP_UP_TO = 0, 0, 1.0
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(core, name, value)
+
+
+def kept_only(gates: Tensor) -> Tensor:
+    """The gates, of which those that are 0 have no gradient."""
+    return torch.where(gates != 0, gates, gates.detach())
+
+
+def definition(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None) -> Tensor:
+    """Causal attention as written, weighed."""
+    visible = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    hidden = ~visible.tril(k.shape[-2] - q.shape[-2])
+    o = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+    return o if gates is None else weigh(o, kept_only(gates))
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+    """torch's attention, then the gates."""
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] == k.shape[2])
+    return weigh(o, kept_only(gates))
+
+
+def skipping(always: int, active: int, on_cuda: bool) -> Callable[..., Tensor]:
+    """What computes the kept pairs alone, for gates with so many heads always on and active."""
+    if on_cuda:
+        from posenc.kernels.routed import routed_attention
+
+        return routed_attention
+
+    def run(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+        dense = partial(core.attend, impl="auto")
+        return attend_kept(q, k, v, Gates(gates, always, active), q.shape[-1] ** -0.5, dense)
+
+    return run
+
+
+def core_case(
+    split: tuple[int, int] | None,
+    batch: int,
+    dim: int,
+    length: int,
+    queries: int | None = None,
+    **like: Any,
+) -> Case:
+    """The attention core of eight heads; without a split it is dense."""
+    queries = length if queries is None else queries
+    q = torch.randn(batch, queries, 8, dim, **like).transpose(1, 2)
+    packed = torch.randn(batch, length, 2, 8, dim, **like)
+    k, v = packed.permute(2, 0, 3, 1, 4)
+    inputs: Inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
+    on_cuda = q.is_cuda
+    if split is None:
+        dense = partial(core.attend, impl="fused" if on_cuda else "auto")
+        return Case("moh core", inputs, definition, {DENSE: lambda: dense}, one_head)
+    router = posenc.MoH(8 * dim, 8, shared=split[0], top_k=split[1]).to(q.device)
+    x = torch.randn(batch, queries, 8 * dim, device=q.device)
+    gates = router(x)[0].detach().requires_grad_()
+    providers = {
+        MASKED: lambda: masked,
+        SKIPPING: lambda: skipping(split[0], sum(split), on_cuda),
+    }
+    return Case("moh core", (*inputs, gates), definition, providers, one_head)
+
+
+def module(split: tuple[int, int] | None, width: int, impl: str, **like: Any) -> nn.Module:
+    """A layer with RoPE, of eight heads; the same weights for the same width."""
+    torch.manual_seed(0)
+    if split is None:
+        return posenc.attention("rope", width, 8, impl=impl).to(**like)
+    options = {"shared": split[0], "top_k": split[1]}
+    return posenc.attention("moh", width, 8, impl=impl, **options).to(**like)
+
+
+def layer_case(
+    split: tuple[int, int] | None, batch: int, dim: int, length: int, **like: Any
+) -> Case:
+    """A whole layer, from which weights and router do not differ between providers."""
+    x = torch.randn(batch, length, 8 * dim, **like).requires_grad_()
+    best = "fused" if x.is_cuda else "auto"
+    reference = module(split, 8 * dim, "reference", **like)
+    precise = copy.deepcopy(reference).double()
+
+    def defined(x: Tensor) -> Tensor:
+        return (precise if x.dtype == torch.float64 else reference)(x)
+
+    build = partial(module, split, 8 * dim, **like)
+    providers = (
+        {DENSE: lambda: build(best)}
+        if split is None
+        else {MASKED: lambda: build("sdpa"), SKIPPING: lambda: build(best)}
+    )
+    return Case("moh layer", (x,), defined, providers, lambda x: x[-1:])
+
+
+def decode_steps(
+    level: str, split: tuple[int, int] | None, dim: int, length: int, **like: Any
+) -> dict[str, Callable[[], Any]]:
+    """By provider, one more token after `length` of them."""
+    if level == "core":
+        case = core_case(split, 1, dim, length, 1, **like)
+        checked(case)
+        return {name: modes(build(), case.inputs)["fwd"] for name, build in case.providers.items()}
+    best = "fused" if torch.device(like["device"]).type == "cuda" else "auto"
+    impls = {DENSE: best} if split is None else {MASKED: "sdpa", SKIPPING: best}
+    return {name: one_token(module(split, 8 * dim, impl, **like), length)
+            for name, impl in impls.items()}  # fmt: skip
+
+
+def one_token(layer: Any, length: int) -> Callable[[], None]:
+    """A step of a layer whose cache holds so many tokens."""
+    weight = layer.c_attn.weight
+    cache = layer.eval().make_cache(1, length + 1)
+    with torch.no_grad():
+        layer(torch.randn(1, length, layer.embed_dim).to(weight), cache=cache)
+    token = torch.randn(1, 1, layer.embed_dim).to(weight)
+
+    def step() -> None:
+        with torch.no_grad():
+            layer(token, cache=cache)
+        cache.truncate(length)
+
+    return step
+
+
+CASES = {"core": core_case, "layer": layer_case}
+
+
+def checked(case: Case) -> dict[str, float]:
+    """The error of every provider; ValueError where one is beyond what its dtype excuses."""
+    gate = Gate(case)
+    return {name: gate.check(build()) for name, build in case.providers.items()}
+
+
+def measure(
+    level: str, mode: str, split: tuple[int, int] | None, length: int, args: argparse.Namespace
+) -> Iterator[Row]:
+    """The rows of one level, mode, split and length."""
+    like = {"device": args.device, "dtype": getattr(torch, args.dtype)}
+    device, dim = torch.device(args.device), args.dim
+    batch = 1 if mode == "decode" else max(1, args.tokens // length)
+    torch.manual_seed(0)
+    if mode == "decode":
+        errors, runs = {}, decode_steps(level, split, dim, length, **like)
+    else:
+        make = CASES[level]
+        errors = checked(make(split, 1, dim, min(length, GATE_UP_TO), **like))
+        case = make(split, batch, dim, length, **like)
+        runs = {name: modes(build(), case.inputs)[mode] for name, build in case.providers.items()}
+    sizes = {"B": batch, "H": 8, "T": 1 if mode == "decode" else length, "D": dim}
+    row = partial(Row, f"moh {level}", dtype=args.dtype, S=length, **sizes)
+    options = "" if split is None else f"shared={split[0]} top_k={split[1]}"
+    if device.type == "cuda":
+        times = {name: timed(run, device) for name, run in runs.items()}
+    else:
+        rounds = layer_bench.measure(runs, args.rounds)
+        times = {
+            name: tuple(1e3 * seconds[int(len(seconds) * p)] for p in (0.2, 0.5, 0.8))
+            for name, seconds in rounds.items()
+        }
+    for name, run in runs.items():
+        made = partial(row, name, mode, options=options, error_vs_fp64=errors.get(name))
+        yield made("time", "ms", *times[name])
+        if device.type == "cuda":
+            if mode != "decode":
+                yield made("graph time", "ms", *graphed(run))
+            peak = peak_mib(run, device)
+            yield made("memory", "MiB", peak, peak, peak)
+
+
+# What follows reads rows as they lie in the file, so that old runs can be drawn again.
+
+
+def share(row: dict[str, Any]) -> float:
+    """The share of active heads of a row; a dense one has all."""
+    if not row["options"]:
+        return 1.0
+    options = dict(item.split("=") for item in row["options"].split())
+    return (int(options["shared"]) + int(options["top_k"])) / row["H"]
+
+
+def ratios(
+    rows: Sequence[dict[str, Any]], level: str, mode: str, metric: str
+) -> dict[int, dict[str, list[tuple[float, float]]]]:
+    """By length and provider: (share, median over the dense median), falling."""
+    wanted = [
+        row
+        for row in rows
+        if (row["kernel"], row["mode"], row["metric"]) == (f"moh {level}", mode, metric)
+    ]
+    dense = {row["S"]: row["p50"] for row in wanted if row["provider"] == DENSE}
+    found: dict[int, dict[str, list[tuple[float, float]]]] = {}
+    for row in wanted:
+        if row["provider"] != DENSE and row["S"] in dense:
+            lines = found.setdefault(row["S"], {}).setdefault(row["provider"], [])
+            lines.append((share(row), row["p50"] / dense[row["S"]]))
+    return {
+        length: {name: sorted(points, reverse=True) for name, points in by_name.items()}
+        for length, by_name in sorted(found.items())
+    }
+
+
+def break_even(points: Sequence[tuple[float, float]]) -> float | None:
+    """The largest share at which the ratio is 1, interpolated; None if it is above 1 everywhere."""
+    for (p, ratio), (q, below) in pairwise(points):
+        if ratio <= 1:
+            return p
+        if below <= 1:
+            return q + (p - q) * (1 - below) / (ratio - below)
+    return points[-1][0] if points and points[-1][1] <= 1 else None
+
+
+def report(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A line a level, mode and length: ratios to dense, and where skipping breaks even."""
+    for level in LEVELS:
+        for mode in MODES:
+            for length, lines in ratios(rows, level, mode, "time").items():
+                points = lines.get(SKIPPING, [])
+                even = break_even(points)
+                text = " ".join(f"{p:.3f}:{ratio:.2f}" for p, ratio in points)
+                at_half = dict(lines.get(MASKED, [])).get(0.5)
+                over = dict(points).get(0.5)
+                half = f"; at 0.5 {at_half / over:.2f}x masked" if at_half and over else ""
+                where = "nowhere" if even is None else f"{even:.2f}"
+                yield f"{level} {mode} {length}: {text}; breaks even at {where}{half}"
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Ratios to dense over the share of active heads: a panel a level and mode, a line a length."""
+    from matplotlib.figure import Figure  # without pyplot there is no display to look for
+
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    panels = figure.subplots(len(LEVELS), len(MODES), sharex=True, sharey=True)
+    titles = {"fwd": "inference", "fwd+bwd": "training", "decode": "decoding"}
+    colours = [f"C{i}" for i in range(10)]
+    lengths = sorted({row["S"] for row in rows})
+    for level, line in zip(LEVELS, panels, strict=True):
+        for mode, axes in zip(MODES, line, strict=True):
+            axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle=":")
+            axes.axhline(1, color="0.6", linewidth=1)
+            for length, lines in ratios(rows, level, mode, "time").items():
+                colour = colours[lengths.index(length) % 10]
+                for name, style in ((SKIPPING, "o-"), (MASKED, "--")):
+                    p, ratio = zip(*lines.get(name, [(None, None)]), strict=True)
+                    label = f"{length}" if name == SKIPPING else None
+                    axes.plot(p, ratio, style, color=colour, markersize=3, label=label,
+                              linewidth=1.5 if name == SKIPPING else 0.8)  # fmt: skip
+            axes.set(title=f"{level}, {titles[mode]}", ylim=(0, 2), xlim=(0.2, 1.02))
+            axes.grid(alpha=0.3)
+    for axes in panels[-1]:
+        axes.set_xlabel("share of active heads")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("time / dense attention")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    style = "solid: skipping, dashed: masked, dotted: the share itself"
+    figure.legend(handles, labels, title=f"tokens ({style})", loc="outside lower center",
+                  ncols=len(lengths))  # fmt: skip
+    first = rows[0]
+    figure.suptitle(f"MoH on {first['device']}, {first['dtype']}, D={first['D']}, 8 heads")
+    figure.savefig(path, format="png", dpi=120)
+
+
+def main() -> None:
+    """Measure, print a line a row, then the ratios; draw the plot beside the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    on_cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if on_cuda else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                        default="bfloat16" if on_cuda else "float32")  # fmt: skip
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--tokens", type=int, default=16384 if on_cuda else 8192, help="a batch")
+    parser.add_argument("--dim", type=int, default=64, help="of a head")
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--rounds", type=int, default=5, help="on CPU")
+    parser.add_argument("--out", type=Path, help="append the rows to this file, draw beside it")
+    args = parser.parse_args()
+    file, rows = RowFile(args.out, torch.device(args.device)), []
+    with always_skipping():
+        for length in args.lengths:
+            for level in args.levels:
+                for mode in args.modes:
+                    for split in (None, *SPLITS):
+                        for row in measure(level, mode, split, length, args):
+                            rows.append(file.add(row))
+                            print(
+                                f"{row.kernel:10} {row.mode:8} T={length:<6} {row.options:16} "
+                                f"{row.provider:9} {row.p50:10.3f} {row.unit:4} {row.metric}",
+                                flush=True,
+                            )
+    if args.out is not None:
+        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
+        plot(rows, args.out.with_suffix(".png"))
+    print("\ntime over dense time, by share of active heads", *report(rows), sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
