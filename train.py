@@ -193,7 +193,7 @@ def take_steps(job: Job, log: TrainingLog, signals: StopSignals) -> int:
             log.flush()
         if job.due(config.eval_every):
             log.flush()
-            log.add_evaluation(job.evaluate(config.context))
+            log.add_evaluation(job.validate())
             log.start_clock()
         if job.due(config.save_every):
             log.flush()
@@ -206,12 +206,15 @@ def finish(job: Job) -> None:
     """Evaluate at 1, 2 and 4 training contexts, export, sample, plot and sum up."""
     config, folder = job.config, job.folder
     lengths, refused = contexts(job.model, job.corpus.validation)
-    evaluations = [job.evaluation or job.evaluate(config.context)]
+    evaluations = [job.evaluation or job.validate()]
     evaluations += [job.evaluate(length) for length in lengths[1:]]
     for length, evaluation in zip(lengths, evaluations, strict=True):
         job.say(f"validation at {length} tokens ({length // config.context}x): {evaluation}")
     for beyond, reason in refused.items():
         job.say(f"validation at {beyond} tokens: none, {reason}")
+    for layer, routing in enumerate(job.routing or []):
+        if routing is not None:
+            job.say(f"layer {layer}: {routing}")
     peak = job.parallel.highest(peak_memory(job.parallel.device) or 0)
     model = plain_model(job.model, job.parallel)
     if model is None:

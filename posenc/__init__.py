@@ -5,6 +5,7 @@ from posenc.convolution import DepthwiseConv
 from posenc.encodings import CARoPE, Encoding, Learned, NoPE, Polar, Relative, RoPE, Sinusoidal
 from posenc.gpt import GPT, GPTConfig
 from posenc.routing import MoH
+from posenc.routing_stats import record_routing
 from posenc.zoo import attention, names
 
 __version__ = "0.1.0"
@@ -27,4 +28,5 @@ __all__ = [
     "Sinusoidal",
     "attention",
     "names",
+    "record_routing",
 ]

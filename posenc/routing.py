@@ -164,18 +164,35 @@ class MoH(nn.Module):
             real: (B, T) bool, the tokens that the balance loss counts.
         """
         with no_autocast(x.device):
-            gates, p, selected = self._query_norm(q) if self.reads_queries else self._linear(x)
+            gates, p, selected = self._query_norm(x, q) if self.reads_queries else self._linear(x)
             if not self.routed:
                 return gates.transpose(1, 2), gates.new_zeros(())
             aux = balance_loss(p, selected, real)
             return gates.transpose(1, 2), aux * (self.routed if self.aux_scale == "authors" else 1)
+
+    def probabilities(self, x: Tensor, q: Tensor | None) -> Tensor:
+        """p (B, T, E), of which a token selects the K largest; x and q as in `forward`.
+
+        Raises:
+            ValueError: for q=None where `reads_queries` is True.
+        """
+        with no_autocast(x.device):
+            if self.W_r is not None:
+                return _softmax(self.W_r, x)
+            if self.reads_queries and q is None:
+                raise ValueError("router='query_norm' scores heads by their queries; got q=None.")
+            if q is None or not self.routed:
+                return _precise(x.detach()[..., :0])
+            routed = _precise(q)[:, self.shared :]
+            # The norm of a zero query has no gradient: its square root is kept off 0.
+            norms = routed.square().sum(-1).clamp(min=1e-24).sqrt().transpose(1, 2)  # (B, T, E)
+            return torch.softmax(norms / norms.std(-1, keepdim=True).clamp(min=1e-6), dim=-1)
 
     def _linear(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gates (B, T, H), router probabilities and selection (B, T, E)."""
         authors = self.scaling == "authors"
         a = _softmax(self.W_h, x) * (2 if authors else 1) if self.W_h is not None else None
         groups = []
-        p = selected = x[..., :0]
         if self.shared:
             s = (
                 _softmax(self.W_s, x)
@@ -184,30 +201,22 @@ class MoH(nn.Module):
             )
             s = s * self.shared if authors else s
             groups.append(s if a is None else s * a[..., :1])
-        if self.W_r is not None:
-            p = _softmax(self.W_r, x)
-            selected = select(p, self.top_k)
+        p = self.probabilities(x, None)
+        selected = select(p, self.top_k)
+        if self.routed:
             routed = p * selected
             if authors:
                 routed = routed * (self.top_k / routed.sum(-1, keepdim=True))
             groups.append(routed if a is None else routed * a[..., 1:])
         return torch.cat(groups, dim=-1), p, selected
 
-    def _query_norm(self, q: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        if q is None:
-            raise ValueError("router='query_norm' scores heads by their queries; got q=None.")
-        q = _precise(q)
-        ones = torch.ones_like(q[:, : self.shared, :, 0]).transpose(1, 2)  # (B, T, hs)
-        if not self.routed:
-            return ones, ones, ones
-        routed = q[:, self.shared :]
-        # The norm of a zero query has no gradient: its square root is kept off 0.
-        norms = routed.square().sum(-1).clamp(min=1e-24).sqrt().transpose(1, 2)  # (B, T, E)
-        p = torch.softmax(norms / norms.std(-1, keepdim=True).clamp(min=1e-6), dim=-1)
+    def _query_norm(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        p = self.probabilities(x, q)
         selected = select(p, self.top_k)
         # These brackets: (selected + p) - p is off by one rounding, and all heads on would not be
         # bit for bit MHA.
         gates = selected + (p - p.detach())
+        ones = p.new_ones(*p.shape[:2], self.shared)
         return torch.cat((ones, gates), dim=-1), p, selected
 
     def extra_repr(self) -> str:

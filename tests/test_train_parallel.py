@@ -1,5 +1,6 @@
 """The processes of torchrun on the CPU: the same numbers as one process, and each other's runs."""
 
+import json
 import shutil
 
 import pytest
@@ -60,6 +61,8 @@ def test_a_router_trains_nearly_as_one(folder):
     shutil.rmtree(folder / "run")
     finished(start(flags(folder, parallel="ddp", **changes), processes=2))
     assert losses(folder) == pytest.approx(expected, rel=1e-3)
+    summary = json.loads((folder / "run/summary.json").read_text())
+    assert [layer["tokens"] for layer in summary["routing"]] == [160, 160]  # half of them
 
 
 def test_a_run_moves_between_numbers_of_processes(folder):

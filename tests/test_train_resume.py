@@ -104,6 +104,16 @@ def test_every_name_trains_and_writes_its_folder(folder, attention, capsys):
     weights = {f"model.{name}": value for name, value in model.state_dict().items()}
     assert same(weights, {key: value for key, value in stored(folder).items() if key in weights})
     shown = capsys.readouterr().out
+    if attention == "moh":
+        targets = summary["evaluations"][0]["targets"]
+        assert [layer["tokens"] for layer in summary["routing"]] == [targets] * 2
+        for i, layer in enumerate(summary["routing"]):
+            assert sum(layer["utilisation"]) == pytest.approx(3)  # of the 4 heads
+            kept = " ".join(f"{100 * share:.0f}" for share in layer["utilisation"])
+            assert f"layer {i}: heads kept {kept} %, entropy " in shown
+    else:
+        assert summary["routing"] is None
+        assert "heads kept" not in shown
     assert "batch: 4 sequences (1 x 4) x 1 accumulated x 16 tokens = 64 tokens a step" in shown
     assert f"perplexity {summary['perplexity']:.2f}" in shown
     assert (path / "sample.txt").read_text() in shown

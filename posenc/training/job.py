@@ -11,6 +11,7 @@ from torch import nn
 
 from posenc.data import Batches, Corpus, StreamBatches
 from posenc.gpt import GPT
+from posenc.routing_stats import RoutingStats, record_routing, routers
 from posenc.training import checkpoint
 from posenc.training.config import TrainConfig
 from posenc.training.errors import Diverged
@@ -31,6 +32,8 @@ class Job:
         seconds: spent on them.
         saved: the step of the last checkpoint, -1 without one.
         evaluation: the latest.
+        routing: what each layer's router, None without one, did in this rank's share of the last
+            validation; None for a model without routers.
     """
 
     config: TrainConfig
@@ -46,6 +49,7 @@ class Job:
     seconds: float = 0.0
     saved: int = -1
     evaluation: Evaluation | None = None
+    routing: list[RoutingStats | None] | None = None
 
     def say(self, text: str) -> None:
         """Print, on rank 0."""
@@ -72,6 +76,15 @@ class Job:
             parallel=self.parallel,
             autocast=self.autocast(),
         )
+
+    def validate(self) -> Evaluation:
+        """Validate at the training context; after the last step, note what the routers do too."""
+        if self.step < self.config.steps or not routers(self.model):
+            return self.evaluate(self.config.context)
+        with record_routing(self.model) as stats:
+            evaluation = self.evaluate(self.config.context)
+        self.routing = [stats.get(f"h.{i}.attn.router") for i in range(len(self.model.h))]
+        return evaluation
 
     def save(self, position: dict[str, Any]) -> None:
         """Save a checkpoint after the present step, unless there is one.

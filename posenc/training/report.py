@@ -35,7 +35,7 @@ def heading(job: Job) -> str:
 def summary(
     job: Job, evaluations: Sequence[Evaluation], refused: Mapping[str, str], peak_memory: int
 ) -> dict[str, Any]:
-    """The values of summary.json.
+    """The values of summary.json; "routing" is of rank 0's share, as in `Job`.
 
     Args:
         evaluations: at the training context, then beyond it.
@@ -54,6 +54,7 @@ def summary(
         "steps": job.step,
         "tokens": tokens,
         "seconds": job.seconds,
+        "routing": job.routing and [stats and stats.values() for stats in job.routing],
         "evaluations": [evaluation.values() for evaluation in evaluations],
         "not_evaluated": dict(refused),
     }
