@@ -132,6 +132,7 @@ def attend_keys(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Take keys start .. stop - 1 into the softmax of queries m under way."""
     for first in range(start, stop, BLOCK_N):
         k_tile = load_tile(k, first, S, BLOCK_N, D, BLOCK_D, not MASK)
         s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)

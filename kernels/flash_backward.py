@@ -41,6 +41,7 @@ def dq_over_keys(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Take keys start .. stop - 1 into the sums of dQ / scale of queries m."""
     for first in range(start, stop, BLOCK_N):
         k_tile = load_tile(k, first, S, BLOCK_N, D, BLOCK_D, not MASK)
         v_tile = load_tile(v, first, S, BLOCK_N, D, BLOCK_D, not MASK)
@@ -181,9 +182,7 @@ def dkv_over_queries(
             share = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
             columns = tl.arange(0, BLOCK_D)
             at = dq_sum + row * D + (m[:, None] * D + columns[None, :])
-            tl.atomic_add(
-                at, share, mask=inside[:, None] & (columns < D)[None, :], sem="relaxed"
-            )
+            tl.atomic_add(at, share, mask=inside[:, None] & (columns < D)[None, :], sem="relaxed")
     return dk, dv
 
 

@@ -35,10 +35,8 @@ from posenc.kernels.common import (
     device_of,
     head_of,
     load_rows,
-    load_tile,
     rows_by_head,
     store_rows,
-    store_tile,
     strided,
     tile_options,
 )
@@ -162,9 +160,7 @@ def forward_kernel(
 
 
 @triton.jit
-def rows_of_tile(
-    order, ranks, bh, first, T, shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def rows_of_tile(order, ranks, bh, first, T, shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Rows of places first .. of a head's order, which of them are kept, and their keys.
 
     All kept rows see the keys before the third value returned, and none those from the fourth on.
