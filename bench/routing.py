@@ -4,11 +4,11 @@
     python -m bench.routing --out bench/results/h100/routing.jsonl      on CUDA, where there is one
 
 For every length and share of heads that a MoH router keeps active, the attention core with its
-gates given and a whole layer with its router, in inference, in training (forward + backward) and
-while decoding one token after so many:
+gates given, the projection of the queries, and a whole layer with its router, in inference, in
+training (forward + backward) and while decoding one token after so many:
 
-    dense     attention without a router
-    masked    every head computed, then weighed by gates of which many are 0: the released code
+    dense     without a router
+    masked    everything computed, then weighed by gates of which many are 0: the released code
     skipping  only what the gates keep, whether or not impl="auto" would choose it
 
 Every provider passes the gate of `bench.measure` first, at no more than 2048 tokens. On CPU they
@@ -35,15 +35,15 @@ from bench import layer as layer_bench
 from bench.measure import Case, Gate, graphed, modes, one_head, peak_mib, timed
 from bench.rows import Row, RowFile
 from posenc import core
+from posenc import skipping as skipping_on_cpu
 from posenc.routing import Gates, weigh
-from posenc.skipping import attend_kept
 
 #: Shared and selected heads of eight; the share of active heads.
 SPLITS = {(2, 6): 1.0, (2, 5): 0.875, (2, 4): 0.75, (2, 3): 0.625, (2, 2): 0.5, (0, 3): 0.375,
           (0, 2): 0.25}  # fmt: skip
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 GATE_UP_TO = 2048  # the definition needs memory for every pair of tokens, in fp64
-LEVELS, MODES = ("core", "layer"), ("fwd", "fwd+bwd", "decode")
+LEVELS, MODES = ("core", "queries", "layer"), ("fwd", "fwd+bwd", "decode")
 DENSE, MASKED, SKIPPING = "dense", "masked", "skipping"
 #: How far above its share of active heads skipping was designed to stay on a GPU, from T=2048 on.
 OVERHEAD = 0.12
@@ -93,7 +93,9 @@ def skipping(always: int, active: int, on_cuda: bool) -> Callable[..., Tensor]:
 
     def run(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
         dense = partial(core.attend, impl="auto")
-        return attend_kept(q, k, v, Gates(gates, always, active), q.shape[-1] ** -0.5, dense)
+        return skipping_on_cpu.attend_kept(
+            q, k, v, Gates(gates, always, active), q.shape[-1] ** -0.5, dense
+        )
 
     return run
 
@@ -124,6 +126,37 @@ def core_case(
         SKIPPING: lambda: skipping(split[0], sum(split), on_cuda),
     }
     return Case("moh core", (*inputs, gates), definition, providers, one_head)
+
+
+def queries_case(
+    split: tuple[int, int] | None, batch: int, dim: int, length: int, **like: Any
+) -> Case:
+    """The projection of the queries of eight heads."""
+    width = 8 * dim
+    x = torch.randn(batch, length, width, **like).requires_grad_()
+    weight = (torch.randn(width, width, **like) / width**0.5).requires_grad_()
+
+    def project(x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight).unflatten(-1, (8, dim)).transpose(1, 2)
+
+    if split is None:
+        return Case("moh queries", (x, weight), project, {DENSE: lambda: project}, lambda z: z)
+    router = posenc.MoH(width, 8, shared=split[0], top_k=split[1]).to(x.device)
+    gates = Gates(router(x.detach().float())[0].detach(), split[0], sum(split))
+    kept = (gates.values != 0).unsqueeze(-1)
+
+    def mask(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.where(kept, project(x, weight), 0.0)
+
+    def skip(x: Tensor, weight: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return skipping_on_cpu.project_kept(x, weight, None, gates)
+        from posenc.kernels.projection import project_kept
+
+        return project_kept(x, weight, None, gates.values)
+
+    providers = {MASKED: lambda: mask, SKIPPING: lambda: skip}
+    return Case("moh queries", (x, weight), mask, providers, lambda z: z)
 
 
 def module(split: tuple[int, int] | None, width: int, impl: str, **like: Any) -> nn.Module:
@@ -186,7 +219,7 @@ def one_token(layer: Any, length: int) -> Callable[[], None]:
     return step
 
 
-CASES = {"core": core_case, "layer": layer_case}
+CASES = {"core": core_case, "queries": queries_case, "layer": layer_case}
 
 
 def checked(case: Case) -> dict[str, float]:
@@ -292,7 +325,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Ratios to dense over the share of active heads: a panel a level and mode, a line a length."""
     from matplotlib.figure import Figure  # without pyplot there is no display to look for
 
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    figure = Figure(figsize=(12, 10), layout="constrained")
     panels = figure.subplots(len(LEVELS), len(MODES), sharex=True, sharey=True)
     titles = {"fwd": "inference", "fwd+bwd": "training", "decode": "decoding"}
     colours = [f"C{i}" for i in range(10)]
@@ -343,6 +376,8 @@ def main() -> None:
         for length in args.lengths:
             for level in args.levels:
                 for mode in args.modes:
+                    if (level, mode) == ("queries", "decode"):
+                        continue  # one row: nothing to gather
                     for split in (None, *SPLITS):
                         for row in measure(level, mode, split, length, args):
                             rows.append(file.add(row))

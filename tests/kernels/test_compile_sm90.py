@@ -3,7 +3,7 @@
 import pytest
 import triton
 
-from posenc.kernels import flash, inspect_sm90, relative, routed
+from posenc.kernels import flash, inspect_sm90, projection, relative, routed
 
 #: In fp32 a tile of 256 columns is split into two TF32 operands, more than the registers hold.
 MAY_SPILL = {
@@ -39,7 +39,7 @@ def test_compiled(example, launch):
         assert "cp.async" in report.ptx
 
 
-@pytest.mark.parametrize("family", [flash, relative, routed], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("family", [flash, projection, relative, routed], ids=lambda module: module.__name__)
 def test_examples_cover_the_table(family, monkeypatch):
     used = set()
 

@@ -1,0 +1,69 @@
+"""bench.routing runs whole on a CPU: rows, ratios and plot."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import routing
+
+
+def test_every_level_and_mode_has_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows" / "routing.jsonl"
+    monkeypatch.setattr(routing, "SPLITS", {(2, 2): 0.5, (0, 2): 0.25})
+    arguments = "--device cpu --lengths 9 20 --tokens 40 --dim 6 --rounds 1 --dtype float32"
+    monkeypatch.setattr("sys.argv", ["routing", *arguments.split(), "--out", str(path)])
+    routing.main()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    seen = {(row["kernel"], row["mode"], row["S"], row["provider"], row["options"]) for row in rows}
+    splits = ("shared=2 top_k=2", "shared=0 top_k=2")
+    providers = [("dense", "")] + [(p, o) for p in ("masked", "skipping") for o in splits]
+    assert seen == {
+        (f"moh {level}", mode, length, *provider)
+        for level in routing.LEVELS
+        for mode in routing.MODES
+        if (level, mode) != ("queries", "decode")
+        for length in (9, 20)
+        for provider in providers
+    }
+    assert all(0 < row["p20"] <= row["p50"] <= row["p80"] for row in rows)
+    printed = capsys.readouterr().out
+    assert "core fwd 9: 0.500:" in printed
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def row(provider: str, options: str, p50: float) -> dict[str, object]:
+    about = {"kernel": "moh core", "mode": "fwd", "metric": "time", "H": 8, "S": 512}
+    return {"provider": provider, "options": options, "p50": p50, **about}
+
+
+def test_ratios_are_to_dense_of_the_same_length() -> None:
+    rows = [row("dense", "", 2.0), row("skipping", "shared=2 top_k=2", 1.5)]
+    rows += [row("skipping", "shared=2 top_k=5", 2.2), row("masked", "shared=2 top_k=2", 2.1)]
+    found = routing.ratios(rows, "core", "fwd", "time")
+    assert found == {512: {"skipping": [(0.875, 1.1), (0.5, 0.75)], "masked": [(0.5, 1.05)]}}
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([(1.0, 1.2), (0.5, 0.8)], 0.75),
+        ([(1.0, 0.9), (0.5, 0.8)], 1.0),
+        ([(1.0, 1.4), (0.5, 1.2)], None),
+        ([(1.0, 1.4), (0.75, 1.2), (0.5, 1.0)], 0.5),
+    ],
+)
+def test_break_even(points: list[tuple[float, float]], expected: float | None) -> None:
+    assert routing.break_even(points) == pytest.approx(expected)
+
+
+def test_always_skipping_ends() -> None:
+    from posenc import core
+
+    before = core.SKIP_FROM
+    with pytest.raises(RuntimeError), routing.always_skipping():
+        assert core.SKIP_FROM == 0
+        raise RuntimeError
+    assert before == core.SKIP_FROM
