@@ -100,12 +100,13 @@ def projections_pay(x: Tensor, gates: Gates) -> bool:
 def project_kept(x: Tensor, weight: Tensor, bias: Tensor | None, gates: Gates) -> Tensor:
     """x (B, T, C) through a projection (H D, C) as heads (B, H, T, D); zeros where a gate is 0."""
     (batch, length, _), heads = x.shape, gates.values.shape[1]
-    tokens, n = x.flatten(0, 1), gates.always * (weight.shape[0] // heads)
+    tokens, dim = x.flatten(0, 1), weight.shape[0] // heads
+    n = gates.always * dim
     shared = F.linear(tokens, weight[:n], None if bias is None else bias[:n])
-    y = shared.new_zeros(batch * length, heads, weight.shape[0] // heads)
-    y[:, : gates.always] = shared.unflatten(-1, (gates.always, -1))
+    y = shared.new_zeros(batch * length, heads, dim)
+    y[:, : gates.always] = shared.unflatten(-1, (gates.always, dim))
     for h, rows in _rows_by_head(gates):
-        part = slice(h * y.shape[-1], (h + 1) * y.shape[-1])
+        part = slice(h * dim, (h + 1) * dim)
         b = None if bias is None else bias[part]
         y[:, h].index_copy_(0, rows, _linear(tokens, rows, weight[part], b))
     return y.unflatten(0, (batch, length)).transpose(1, 2)

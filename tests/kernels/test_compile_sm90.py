@@ -39,7 +39,9 @@ def test_compiled(example, launch):
         assert "cp.async" in report.ptx
 
 
-@pytest.mark.parametrize("family", [flash, projection, relative, routed], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "family", [flash, projection, relative, routed], ids=lambda module: module.__name__
+)
 def test_examples_cover_the_table(family, monkeypatch):
     used = set()
 
