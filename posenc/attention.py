@@ -244,7 +244,9 @@ class Attention(nn.Module):
         if self.impl != "auto" or self.conv is not None or not projections_pay(x, gates):
             return False
         return all(
-            type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+            type(layer) is nn.Linear
+            and type(layer.weight) is nn.Parameter
+            and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
             for layer in (self.c_attn, self.c_proj)
         )
 

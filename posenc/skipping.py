@@ -13,18 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from posenc.autocast import no_autocast
 from posenc.routing import Gates, weigh
 
 #: Kept rows of a block; of 64, 96 and 128 the fastest on CPU.
-ROWS = 96
-#: The fewest rows of a product: with less than 12 MKL adds up in another order, and rounding would
-#: tell a row how many come after it.
-FEWEST = 16
-#: Keys are taken in such multiples, for the same reason.
-KEYS = 64
+ROWS = 128
+#: Rows of a product come in such multiples, and keys in those: otherwise MKL adds up in another
+#: order, and rounding would tell a row how many come after it.
+ROW_STEP, KEY_STEP = 16, 192
 
 
 def attend_kept(
@@ -90,11 +89,10 @@ def projections_pay(x: Tensor, gates: Gates) -> bool:
     In fp32 from C=512 on, 1024 tokens, a third kept: 1.4 times as fast, at C=2048 1.5 to 1.7 times;
     at C=256 0.6 times. In bf16 they lose below C=2048, and sums over heads would be rounded.
     """
-    tokens, width = x.shape[0] * x.shape[1], x.shape[2]
-    exact = x.dtype.itemsize >= 4 and not torch.is_autocast_enabled(x.device.type)
-    plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    big = tokens >= 512 and width >= 512 and gates.kept <= 0.5
-    return x.device.type == "cpu" and exact and plain and big
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    exact = x.dtype.itemsize >= 4 and not torch.is_autocast_enabled("cpu")
+    return exact and x.shape[0] * x.shape[1] >= 512 and x.shape[2] >= 512 and gates.kept <= 0.5
 
 
 def project_kept(x: Tensor, weight: Tensor, bias: Tensor | None, gates: Gates) -> Tensor:
@@ -133,8 +131,8 @@ def _rows_by_head(gates: Gates) -> Iterator[tuple[int, Tensor]]:
 
 
 def _linear(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """These rows of x through a projection, never fewer than `FEWEST` at a time."""
-    taken = F.pad(x.index_select(0, rows), (0, 0, 0, max(0, FEWEST - len(rows))))
+    """These rows of x through a projection, in steps of `ROW_STEP`."""
+    taken = F.pad(x.index_select(0, rows), (0, 0, 0, -len(rows) % ROW_STEP))
     return F.linear(taken, weight, bias)[: len(rows)]
 
 
@@ -143,10 +141,10 @@ class _Head:
 
     def __init__(self, rows: Tensor, q: Tensor, k: Tensor, gates: Tensor, scale: float) -> None:
         self.rows = rows
-        self.padding = max(0, FEWEST - len(rows) % ROWS) if len(rows) % ROWS else 0
+        self.padding = -len(rows) % ROW_STEP
         self.query = self.take(q) * scale
         self.keys = _precise(k)
-        self.gates = self.take(gates.unsqueeze(-1))
+        self.gates = self.take(gates.unsqueeze(-1)).to(self.query.dtype)
         at = (rows + (k.shape[0] - q.shape[0])).int()  # among the keys
         at = torch.cat((at, at[-1:].expand(self.padding)))
         self.columns = torch.arange(k.shape[0], dtype=torch.int32)
@@ -167,7 +165,7 @@ class _Head:
         for start in range(0, len(self.ends), ROWS):
             block = slice(start, min(start + ROWS, len(self.ends)))
             first, last = self.ends[start], self.ends[block.stop - 1]
-            seen = min(-(-last // KEYS) * KEYS, len(self.keys))
+            seen = min(-(-last // KEY_STEP) * KEY_STEP, len(self.keys))
             logits = self.query[block] @ self.keys[:seen].T
             hidden = self.columns[first:seen] > self.at[block]
             logits[:, first:].masked_fill_(hidden, -math.inf)
@@ -190,6 +188,7 @@ class _Kept(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         q, k, v, gates = ctx.saved_tensors
         dq, dk, dv, d_gates = (torch.zeros_like(x) for x in (q, k, v, gates))

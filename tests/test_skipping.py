@@ -80,7 +80,7 @@ def early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip from lengths that are quick to test, in blocks of which there are several."""
     for module, constants in (
         (core, {"SKIP_FROM": 8, "SKIP_TOKEN_FROM": 24}),
-        (skipping, {"ROWS": 5, "FEWEST": 2, "KEYS": 4}),
+        (skipping, {"ROWS": 5, "ROW_STEP": 2, "KEY_STEP": 4}),
     ):
         for name, value in constants.items():
             monkeypatch.setattr(module, name, value)
@@ -183,8 +183,8 @@ def test_output_and_gradients_are_those_of_the_oracle(
 ) -> None:
     if rows < 16:
         monkeypatch.setattr(skipping, "ROWS", rows)
-        monkeypatch.setattr(skipping, "FEWEST", 2)
-        monkeypatch.setattr(skipping, "KEYS", 4)
+        monkeypatch.setattr(skipping, "ROW_STEP", 2)
+        monkeypatch.setattr(skipping, "KEY_STEP", 4)
     values = gates_for(select((2, 4, length)), always)
     check(*inputs(2, 4, length, key_length, 5), values, always, 1e-10)
 
@@ -194,7 +194,7 @@ def test_output_and_gradients_are_those_of_the_oracle(
     sizes=st.tuples(*(st.integers(1, n) for n in (2, 4, 9, 5))),
     past=st.integers(0, 6),
     always=st.integers(0, 4),
-    blocks=st.tuples(st.integers(1, 5), st.integers(0, 6), st.integers(1, 5)),
+    blocks=st.tuples(*(st.integers(1, n) for n in (5, 6, 5))),
     share=st.sampled_from([0.1, 0.4, 0.9]),
     seed=st.integers(0, 2**31),
 )
@@ -210,7 +210,7 @@ def test_any_shape_and_block(
     torch.manual_seed(seed)
     values = gates_for(torch.rand(batch, heads, length) < share, always)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in zip(("ROWS", "FEWEST", "KEYS"), blocks, strict=True):
+        for name, value in zip(("ROWS", "ROW_STEP", "KEY_STEP"), blocks, strict=True):
             patch.setattr(skipping, name, value)
         check(*inputs(batch, heads, length, length + past, dim), values, always, 1e-10)
 
@@ -293,6 +293,18 @@ def test_bf16_is_no_worse_than_twice_the_dense_computation(length: int) -> None:
     for a, b, expected in zip(ours, theirs, exact, strict=True):
         assert a.dtype == b.dtype
         assert rms_error(a, expected) <= 2 * rms_error(b, expected)
+
+
+@pytest.mark.parametrize("length", [1, 37])
+def test_bf16_is_rounded_once(length: int) -> None:
+    """All between is fp32: the error is that of half a unit in the last place, 2**-8, at most."""
+    values = gates_for(third((2, 4, length)), 0, torch.float32)
+    tensors = [*(x.bfloat16() for x in inputs(2, 4, length, 43, 6)), values]
+    probe = torch.randn_like(tensors[0])
+    ours = outputs_and_gradients(kept_attention(0), tensors, probe)
+    exact = outputs_and_gradients(oracle(values), [x.double() for x in tensors], probe.double())
+    for a, expected in zip(ours, exact, strict=True):
+        assert rms_error(a, expected) <= 2**-8
 
 
 @pytest.mark.parametrize(("length", "key_length"), [(5, 5), (3, 7), (1, 4)])
@@ -688,7 +700,7 @@ def test_layers_whose_projections_are_whole(options: dict[str, Any], projected: 
 def block_ends(module: posenc.Attention, x: Tensor) -> list[int]:
     """The tokens at which blocks of kept rows, and of keys, end."""
     values = module.router(x, None)[0]
-    ends = {skipping.KEYS, 4 * skipping.KEYS, 192, 256, 384, 512, x.shape[1] - 1}
+    ends = {skipping.KEY_STEP, 4 * skipping.KEY_STEP, 192, 256, 384, 512, x.shape[1] - 1}
     for head in (module.router.shared, module.num_heads - 1):
         rows = values[0, head].nonzero().flatten()
         ends |= set(rows[skipping.ROWS - 1 :: skipping.ROWS].tolist())
