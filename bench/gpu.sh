@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # All that needs a GPU. Without arguments everything, in under fifty minutes; or the parts named:
 #
-#     OUT=bench/results/h100 bench/gpu.sh [tests] [kernels] [layers] [routing] [train]     each under ten
+#     OUT=bench/results/h100 bench/gpu.sh [tests] [kernels] [layers] [routing] [train]
+#
+# Each part takes less than ten.
 #
 #   tests    tests.log: the kernel tests on the device, bf16 included; sanitizer-*.log: accesses to
 #            memory, and races in shared memory, of the cores with position inside

@@ -321,6 +321,29 @@ def report(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
                 yield f"{level} {mode} {length}: {text}; breaks even at {where}{half}"
 
 
+def table(rows: Sequence[dict[str, Any]], at: float = 0.5) -> str:
+    """The README's: masked time over skipping time at one share of active heads, by length."""
+    columns = [(level, mode) for level in ("core", "layer") for mode in MODES]
+    titles = {"fwd": "inference", "fwd+bwd": "training", "decode": "decoding"}
+    lines = [
+        "| tokens | " + " | ".join(f"{level}, {titles[mode]}" for level, mode in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for length in sorted({row["S"] for row in rows}):
+        cells = []
+        for level, mode in columns:
+            lines_of = ratios(rows, level, mode, "time").get(length, {})
+            both = [dict(lines_of.get(name, [])).get(at) for name in (MASKED, SKIPPING)]
+            cells.append(f"{both[0] / both[1]:.2f}" if all(both) else "")
+        lines.append(f"| {length} | " + " | ".join(cells) + " |")
+    about = rows[0]
+    return "\n".join(lines) + (
+        f"\n\nTimes as fast as computing every head (torch's attention, then the gates); "
+        f"{about['device']}, {about['threads']} threads, {about['dtype']}, D={about['D']}; training is "
+        "forward + backward."
+    )
+
+
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Ratios to dense over the share of active heads: a panel a level and mode, a line a length."""
     from matplotlib.figure import Figure  # without pyplot there is no display to look for
@@ -389,6 +412,7 @@ def main() -> None:
     if args.out is not None:
         rows = [json.loads(line) for line in args.out.read_text().splitlines()]
         plot(rows, args.out.with_suffix(".png"))
+        print(table(rows))
     print("\ntime over dense time, by share of active heads", *report(rows), sep="\n")
 
 

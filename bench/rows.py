@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from posenc.training.environment import device_name
+
 
 @dataclass(frozen=True)
 class Row:
@@ -41,7 +43,7 @@ def _git(*command: str) -> str:
     return found.stdout.strip()
 
 
-def environment(device: torch.device) -> dict[str, str | bool | None]:
+def environment(device: torch.device) -> dict[str, Any]:
     """The columns that all rows of a run share."""
     try:
         import triton
@@ -49,13 +51,13 @@ def environment(device: torch.device) -> dict[str, str | bool | None]:
         triton_version = triton.__version__
     except ImportError:
         triton_version = None
-    name, driver = platform.processor() or platform.machine(), None
+    driver = None
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
     return {
-        "device": name,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
         "driver": driver,
         "torch": torch.__version__,
         "triton": triton_version,

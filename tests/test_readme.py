@@ -1,5 +1,6 @@
 """The README is right: its code runs, its table is the zoo, its commands are the ones CI runs."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -32,6 +33,16 @@ def test_table_gives_paper_and_parameters(name: str) -> None:
     plain = sum(p.numel() for p in posenc.attention("nope", 768, 12).parameters())
     layer = sum(p.numel() for p in posenc.attention(name, 768, 12).parameters())
     assert f" {layer - plain:,} " in ROWS[name]
+
+
+def test_savings_are_the_measured_ones() -> None:
+    from bench.routing import table
+
+    path = ROOT / "bench" / "results" / "cpu" / "routing.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    shown = re.search(r"<!-- moh savings -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
+    assert shown is not None
+    assert shown[1] == table(rows)
 
 
 def test_ci_runs_the_test_command_as_written() -> None:
