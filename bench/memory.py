@@ -4,14 +4,19 @@ Every figure is the peak resident memory of a fresh process during forward + bac
 held with the layer and its input. On CPU, by Linux' /proc; `bench.kernels` measures it on CUDA.
 
     python -m bench.memory --names mha mdha rmha rcmha --impls reference auto --out rows.jsonl
+    python -m bench.memory --names moh --options shared=2 top_k=2 --heads 8 --impls sdpa auto
 """
 
 import argparse
+import json
 import multiprocessing
 import re
 import sys
+from collections.abc import Mapping
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -28,11 +33,18 @@ def resident(field: str) -> int:
 
 
 def added_bytes(
-    name: str, impl: str, length: int, embed_dim: int, heads: int, out: Connection
+    name: str,
+    options: Mapping[str, Any],
+    impl: str,
+    length: int,
+    embed_dim: int,
+    heads: int,
+    out: Connection,
 ) -> None:
     """Send the peak of one training step, less what was resident before it."""
     torch.manual_seed(0)
-    options = {"max_distance": length} if name in ("rmha", "rcmha") else {}
+    if name in ("rmha", "rcmha"):
+        options = {"max_distance": length, **options}
     layer = posenc.attention(name, embed_dim, heads, impl=impl, **options)
     # What libraries load and allocate at first use is not counted.
     short = torch.randn(1, 2, embed_dim)
@@ -44,12 +56,14 @@ def added_bytes(
     out.send(resident("VmHWM") - before)
 
 
-def measure(name: str, impl: str, length: int, embed_dim: int, heads: int) -> int:
+def measure(
+    name: str, options: Mapping[str, Any], impl: str, length: int, embed_dim: int, heads: int
+) -> int:
     """Bytes that a training step of one sequence adds."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(
-        target=added_bytes, args=(name, impl, length, embed_dim, heads, sender)
+        target=added_bytes, args=(name, options, impl, length, embed_dim, heads, sender)
     )
     process.start()
     sender.close()  # or a child that dies would leave the reader waiting
@@ -70,6 +84,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--names", nargs="+", default=list(posenc.names()))
     parser.add_argument("--impls", nargs="+", default=["auto"])
+    parser.add_argument(
+        "--options", nargs="+", type=option, default=[], metavar="KEY=VALUE", help="of the names"
+    )
     parser.add_argument("--out", type=Path, help="append the rows to this file")
     args = parser.parse_args()
     file = RowFile(args.out, torch.device("cpu"))
@@ -83,19 +100,28 @@ def main() -> None:
         for impl in args.impls:
             cells = []
             for length in args.lengths:
-                size = measure(name, impl, length, args.embed_dim, args.heads)
+                size = measure(name, dict(args.options), impl, length, args.embed_dim, args.heads)
                 cells.append(f"{size / 2**20:10.1f}")
                 file.add(row(f"{name} layer", impl, size / 2**20, length, args))
             print(f"{name:12}{impl:10}{''.join(cells)}{size / length:9.0f}", flush=True)
+
+
+def option(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, the value read as JSON where it is."""
+    key, _, value = text.partition("=")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
 
 
 def row(kernel: str, impl: str, mib: float, length: int, args: argparse.Namespace) -> Row:
     """One reading as a row."""
     sizes = {"B": 1, "H": args.heads, "T": length, "D": args.embed_dim // args.heads}
     about = {"dtype": "float32", "error_vs_fp64": None}
-    return Row(
-        kernel, impl, "fwd+bwd", "memory", "MiB", p20=mib, p50=mib, p80=mib, **sizes, **about
-    )
+    options = " ".join(f"{key}={value}" for key, value in args.options)
+    made = partial(Row, kernel, impl, "fwd+bwd", "memory", "MiB", p20=mib, p50=mib, p80=mib)
+    return made(options=options, **sizes, **about)
 
 
 if __name__ == "__main__":

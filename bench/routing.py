@@ -338,9 +338,9 @@ def table(rows: Sequence[dict[str, Any]], at: float = 0.5) -> str:
         lines.append(f"| {length} | " + " | ".join(cells) + " |")
     about = rows[0]
     return "\n".join(lines) + (
-        f"\n\nTimes as fast as computing every head (torch's attention, then the gates); "
-        f"{about['device']}, {about['threads']} threads, {about['dtype']}, D={about['D']}; training is "
-        "forward + backward."
+        "\n\nTimes as fast as computing every head (torch's attention, then the gates); training is "
+        f"forward + backward. {about['device']}, {about['threads']} threads, {about['dtype']}, "
+        f"D={about['D']}."
     )
 
 
