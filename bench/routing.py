@@ -338,8 +338,8 @@ def table(rows: Sequence[dict[str, Any]], at: float = 0.5) -> str:
         lines.append(f"| {length} | " + " | ".join(cells) + " |")
     about = rows[0]
     return "\n".join(lines) + (
-        "\n\nTimes as fast as computing every head (torch's attention, then the gates); training is "
-        f"forward + backward. {about['device']}, {about['threads']} threads, {about['dtype']}, "
+        "\n\nTimes as fast as computing every head (torch's attention, then the gates); training "
+        f"is forward + backward. {about['device']}, {about['threads']} threads, {about['dtype']}, "
         f"D={about['D']}."
     )
 
