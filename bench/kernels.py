@@ -204,7 +204,7 @@ def layers(
             providers["torch.compile sdpa"] = partial(by, "sdpa", torch.compile)
             providers[f"torch.compile {OURS}"] = partial(by, "fused", torch.compile)
         x = torch.randn(batch, length, heads * dim, device=device, dtype=dtype, requires_grad=True)
-        yield Case(f"{name} layer", (x,), definition, providers, one_row)
+        yield Case("layer", f"{name} layer", (x,), definition, providers, one_row)
 
 
 def relative(
@@ -251,7 +251,12 @@ def relative(
         providers["torch.compile sdpa + bias"] = lambda: torch.compile(by("sdpa"))
         providers["flex + bias"] = by_flex
     return Case(
-        "relative + attention", (*qkv, table, offsets, u), by("reference"), providers, last_head
+        "kernel",
+        "relative + attention",
+        (*qkv, table, offsets, u),
+        by("reference"),
+        providers,
+        last_head,
     )
 
 
@@ -292,6 +297,7 @@ def cases(
     fast = {"": flash_attention, " + fa2": FA2, " + cudnn": CUDNN}
     compiled = {"torch.compile": torch.compile} if device.type == "cuda" else {}
     yield Case(
+        "kernel",
         "flash",
         (q, k, v),
         attention,
@@ -320,7 +326,7 @@ def cases(
         }
         if name == "rope" and device.type == "cuda":
             providers["liger"] = liger_rope
-        yield Case(name, (q, k, *extra), eager, providers, one_head)
+        yield Case("kernel", name, (q, k, *extra), eager, providers, one_head)
 
         parts = {f"{OURS} parts": lambda rotate=rotate: after(rotate, flash_attention)}
         whole = (
@@ -339,7 +345,12 @@ def cases(
         if name == "polar" and math.prod(shape) <= math.prod(DIRECT):
             whole["direct"] = lambda: direct_cmha
         yield Case(
-            f"{name} + attention", (q, k, v, *extra), after(eager, attention), whole, one_head
+            "kernel",
+            f"{name} + attention",
+            (q, k, v, *extra),
+            after(eager, attention),
+            whole,
+            one_head,
         )
 
     for name, channels, shift, part in (
@@ -355,7 +366,7 @@ def cases(
         }
         if device.type == "cuda":
             mixes["fla"] = fla
-        yield Case(name, (q, k, v, weight, *bias), eager_conv, mixes, part)
+        yield Case("kernel", name, (q, k, v, weight, *bias), eager_conv, mixes, part)
     yield relative(shape, (q, k, v), peers)
 
 
@@ -366,45 +377,18 @@ def ceilings(device: torch.device) -> Iterator[Row]:
     """What the device reaches at best: a bf16 product, and copies, counting bytes both ways."""
     if device.type != "cuda":
         return
+    about: dict[str, Any] = {"kind": "ceiling", "mode": "fwd", "metric": "rate"}
     a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16).unbind(0)
-    low, middle, high = timed(lambda: a @ b, device)
-    rates = [2 * 8192**3 / ms / 1e9 for ms in (high, middle, low)]
-    sizes = {"B": 1, "H": 1, "T": 8192, "D": 8192, "dtype": "bfloat16", "error_vs_fp64": None}
-    yield Row(
-        "product",
-        "cublas",
-        "fwd",
-        "rate",
-        "TFLOP/s",
-        p20=rates[0],
-        p50=rates[1],
-        p80=rates[2],
-        **sizes,
-    )
+    p20, p50, p80 = (2 * 8192**3 / ms / 1e9 for ms in reversed(timed(lambda: a @ b, device)))
+    product = {"name": "product", "implementation": "cublas", "T": 8192, "dtype": "bfloat16"}
+    yield Row(**about, **product, unit="TFLOP/s", p20=p20, p50=p50, p80=p80)
     for mib in (25, 64, 256):
         source = torch.randn(mib * 2**18, device=device)
         target = torch.empty_like(source)
         times = timed(lambda source=source, target=target: target.copy_(source), device)
-        rates = [2 * source.nbytes / ms / 1e9 for ms in reversed(times)]
-        sizes = {
-            "B": 1,
-            "H": 1,
-            "T": source.numel(),
-            "D": 1,
-            "dtype": "float32",
-            "error_vs_fp64": None,
-        }
-        yield Row(
-            "copy",
-            f"{mib} MiB",
-            "fwd",
-            "rate",
-            "TB/s",
-            p20=rates[0],
-            p50=rates[1],
-            p80=rates[2],
-            **sizes,
-        )
+        p20, p50, p80 = (2 * source.nbytes / ms / 1e9 for ms in reversed(times))
+        copy = {"name": "copy", "implementation": f"{mib} MiB", "dtype": "float32"}
+        yield Row(**about, **copy, unit="TB/s", p20=p20, p50=p50, p80=p80)
 
 
 class Target(NamedTuple):
@@ -472,7 +456,7 @@ TARGETS = [
 def ratios(rows: list[Row]) -> Iterator[str]:
     """Targets beside what was measured; ratios of graph times where both sides have them."""
     found = {
-        ((row.B, row.H, row.T, row.D), row.kernel, row.provider, row.mode, row.metric): row.p50
+        ((row.B, row.H, row.T, row.D), row.name, row.implementation, row.mode, row.metric): row.p50
         for row in rows
     }
     for shape in dict.fromkeys(key[0] for key in found):
@@ -518,7 +502,7 @@ def main() -> None:
     file, failed = RowFile(args.out, device), False
     for row in ceilings(device):
         file.add(row)
-        print(f"{row.kernel} {row.provider}: {row.p50:.2f} {row.unit}", flush=True)
+        print(f"{row.name} {row.implementation}: {row.p50:.2f} {row.unit}", flush=True)
     for shape in args.shapes:
         rows = []
         makers = [PARTS[args.part]] if args.part else PARTS.values()
@@ -531,7 +515,7 @@ def main() -> None:
                 file.add(row)
                 rows.append(row)
                 print(
-                    f"{shape!s:22} {row.kernel:20} {row.provider:24} {row.mode:8} "
+                    f"{shape!s:22} {row.name:20} {row.implementation:24} {row.mode:8} "
                     f"{row.p50:10.4f} {row.unit:4} {row.metric:10} error {row.error_vs_fp64:.1e}",
                     flush=True,
                 )

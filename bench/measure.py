@@ -23,6 +23,7 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 class Case(NamedTuple):
     """A computation: leaves in, tensors out; by its definition, and by its providers."""
 
+    kind: str  # of its rows
     name: str
     inputs: tuple[Tensor, ...]
     definition: Function
@@ -138,6 +139,13 @@ def peak_mib(run: Callable[[], Any], device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
+def timing(
+    mode: str, metric: str, unit: str, p20: float, p50: float, p80: float, **about: Any
+) -> Row:
+    """A row of a measurement in some mode."""
+    return Row(mode=mode, metric=metric, unit=unit, p20=p20, p50=p50, p80=p80, **about)
+
+
 def graphed(run: Callable[[], Any]) -> tuple[float, float, float]:
     """As `timed`, replayed from a CUDA graph: without what the host adds to each launch."""
     from triton.testing import do_bench_cudagraph
@@ -163,7 +171,8 @@ def measure(
         except Exception as failure:  # whatever a peer raises, the others are still measured
             yield f"{case.name}: no row of {provider}: {_reason(failure)}"
             continue
-        row = partial(Row, case.name, provider, error_vs_fp64=error, **sizes)
+        about = {"kind": case.kind, "name": case.name, "implementation": provider}
+        row = partial(timing, **about, **sizes, error_vs_fp64=error)
         for mode, run in runs.items():
             try:
                 yield row(mode, "time", "ms", *timed(run, device))

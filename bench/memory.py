@@ -13,7 +13,6 @@ import multiprocessing
 import re
 import sys
 from collections.abc import Mapping
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import posenc
+from bench.measure import timing
 from bench.rows import Row, RowFile
 
 
@@ -115,13 +115,12 @@ def option(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def row(kernel: str, impl: str, mib: float, length: int, args: argparse.Namespace) -> Row:
+def row(name: str, impl: str, mib: float, length: int, args: argparse.Namespace) -> Row:
     """One reading as a row."""
     sizes = {"B": 1, "H": args.heads, "T": length, "D": args.embed_dim // args.heads}
-    about = {"dtype": "float32", "error_vs_fp64": None}
     options = " ".join(f"{key}={value}" for key, value in args.options)
-    made = partial(Row, kernel, impl, "fwd+bwd", "memory", "MiB", p20=mib, p50=mib, p80=mib)
-    return made(options=options, **sizes, **about)
+    about = {"kind": "memory", "name": name, "implementation": impl, "dtype": "float32", **sizes}
+    return timing("fwd+bwd", "memory", "MiB", mib, mib, mib, options=options, **about)
 
 
 if __name__ == "__main__":

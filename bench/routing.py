@@ -17,7 +17,6 @@ take turns within a round. A plot of the ratios to dense is drawn beside the row
 
 import argparse
 import copy
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,8 +31,8 @@ from torch.nn import functional as F
 
 import posenc
 from bench import layer as layer_bench
-from bench.measure import Case, Gate, graphed, modes, one_head, peak_mib, timed
-from bench.rows import Row, RowFile
+from bench.measure import Case, Gate, graphed, modes, one_head, peak_mib, timed, timing
+from bench.rows import Row, RowFile, read
 from posenc import core
 from posenc import skipping as skipping_on_cpu
 from posenc.routing import Gates, weigh
@@ -117,7 +116,7 @@ def core_case(
     on_cuda = q.is_cuda
     if split is None:
         dense = partial(core.attend, impl="fused" if on_cuda else "auto")
-        return Case("moh core", inputs, definition, {DENSE: lambda: dense}, one_head)
+        return Case("routing", "moh core", inputs, definition, {DENSE: lambda: dense}, one_head)
     router = posenc.MoH(8 * dim, 8, shared=split[0], top_k=split[1]).to(q.device)
     x = torch.randn(batch, queries, 8 * dim, device=q.device)
     gates = router(x)[0].detach().requires_grad_()
@@ -125,7 +124,7 @@ def core_case(
         MASKED: lambda: masked,
         SKIPPING: lambda: skipping(split[0], sum(split), on_cuda),
     }
-    return Case("moh core", (*inputs, gates), definition, providers, one_head)
+    return Case("routing", "moh core", (*inputs, gates), definition, providers, one_head)
 
 
 def queries_case(
@@ -140,7 +139,9 @@ def queries_case(
         return F.linear(x, weight).unflatten(-1, (8, dim)).transpose(1, 2)
 
     if split is None:
-        return Case("moh queries", (x, weight), project, {DENSE: lambda: project}, lambda z: z)
+        return Case(
+            "routing", "moh queries", (x, weight), project, {DENSE: lambda: project}, lambda z: z
+        )
     router = posenc.MoH(width, 8, shared=split[0], top_k=split[1]).to(x.device)
     gates = Gates(router(x.detach().float())[0].detach(), split[0], sum(split))
     kept = (gates.values != 0).unsqueeze(-1)
@@ -156,7 +157,7 @@ def queries_case(
         return project_kept(x, weight, None, gates.values)
 
     providers = {MASKED: lambda: mask, SKIPPING: lambda: skip}
-    return Case("moh queries", (x, weight), mask, providers, lambda z: z)
+    return Case("routing", "moh queries", (x, weight), mask, providers, lambda z: z)
 
 
 def module(split: tuple[int, int] | None, width: int, impl: str, **like: Any) -> nn.Module:
@@ -186,7 +187,7 @@ def layer_case(
         if split is None
         else {MASKED: lambda: build("sdpa"), SKIPPING: lambda: build(best)}
     )
-    return Case("moh layer", (x,), defined, providers, lambda x: x[-1:])
+    return Case("routing", "moh layer", (x,), defined, providers, lambda x: x[-1:])
 
 
 def decode_steps(
@@ -244,7 +245,7 @@ def measure(
         case = make(split, batch, dim, length, **like)
         runs = {name: modes(build(), case.inputs)[mode] for name, build in case.providers.items()}
     sizes = {"B": batch, "H": 8, "T": 1 if mode == "decode" else length, "D": dim}
-    row = partial(Row, f"moh {level}", dtype=args.dtype, S=length, **sizes)
+    about = {"kind": "routing", "name": f"moh {level}", "dtype": args.dtype, "S": length, **sizes}
     options = "" if split is None else f"shared={split[0]} top_k={split[1]}"
     if device.type == "cuda":
         times = {name: timed(run, device) for name, run in runs.items()}
@@ -255,13 +256,14 @@ def measure(
             for name, seconds in rounds.items()
         }
     for name, run in runs.items():
-        made = partial(row, name, mode, options=options, error_vs_fp64=errors.get(name))
-        yield made("time", "ms", *times[name])
+        error = errors.get(name)
+        row = partial(timing, mode, implementation=name, options=options, error_vs_fp64=error)
+        yield row("time", "ms", *times[name], **about)
         if device.type == "cuda":
             if mode != "decode":
-                yield made("graph time", "ms", *graphed(run))
+                yield row("graph time", "ms", *graphed(run), **about)
             peak = peak_mib(run, device)
-            yield made("memory", "MiB", peak, peak, peak)
+            yield row("memory", "MiB", peak, peak, peak, **about)
 
 
 # What follows reads rows as they lie in the file, so that old runs can be drawn again.
@@ -282,13 +284,13 @@ def ratios(
     wanted = [
         row
         for row in rows
-        if (row["kernel"], row["mode"], row["metric"]) == (f"moh {level}", mode, metric)
+        if (row["name"], row["mode"], row["metric"]) == (f"moh {level}", mode, metric)
     ]
-    dense = {row["S"]: row["p50"] for row in wanted if row["provider"] == DENSE}
+    dense = {row["S"]: row["p50"] for row in wanted if row["implementation"] == DENSE}
     found: dict[int, dict[str, list[tuple[float, float]]]] = {}
     for row in wanted:
-        if row["provider"] != DENSE and row["S"] in dense:
-            lines = found.setdefault(row["S"], {}).setdefault(row["provider"], [])
+        if row["implementation"] != DENSE and row["S"] in dense:
+            lines = found.setdefault(row["S"], {}).setdefault(row["implementation"], [])
             lines.append((share(row), row["p50"] / dense[row["S"]]))
     return {
         length: {name: sorted(points, reverse=True) for name, points in by_name.items()}
@@ -405,12 +407,12 @@ def main() -> None:
                         for row in measure(level, mode, split, length, args):
                             rows.append(file.add(row))
                             print(
-                                f"{row.kernel:10} {row.mode:8} T={length:<6} {row.options:16} "
-                                f"{row.provider:9} {row.p50:10.3f} {row.unit:4} {row.metric}",
+                                f"{row.name:10} {row.mode:8} T={length:<6} {row.options:16} "
+                                f"{row.implementation:9} {row.p50:10.3f} {row.unit:4} {row.metric}",
                                 flush=True,
                             )
     if args.out is not None:
-        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
+        rows = read(args.out)
         plot(rows, args.out.with_suffix(".png"))
         print(table(rows))
     print("\ntime over dense time, by share of active heads", *report(rows), sep="\n")

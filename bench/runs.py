@@ -12,10 +12,17 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
+
+import torch
+
+from bench.rows import Row, RowFile
+
+#: What runs that are compared have in common, beside their data.
+RECIPE = ("layers", "context", "batch_size", "grad_accum", "steps", "lr", "warmup", "data_seed")
 
 
 class Interval(NamedTuple):
@@ -37,8 +44,15 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
-    """A row for each context at which a finished run was evaluated.
+class Finished(NamedTuple):
+    """A run: a row of the loss for each context at which it was evaluated, and where it ran."""
+
+    rows: list[Row]
+    measured_on: dict[str, Any]  # columns of `bench.rows.Environment`
+
+
+def finished(folder: Path) -> Finished:
+    """Read a run folder.
 
     Raises:
         ValueError: for a folder that is no finished run.
@@ -50,52 +64,63 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
         )
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} is not a finished run: {error}") from error
-    options = " ".join(f"{key}={value}" for key, value in config["attention_options"].items())
-    sizes = ("layers", "heads", "embed_dim", "context", "batch_size", "steps", "seed", "data_seed")
+    recipe = {key: config[key] for key in RECIPE}
+    recipe |= {"data": Path(config["data"]).name, "fingerprint": about["corpus"]["fingerprint"]}
+    rows = []
     for evaluation in summary["evaluations"]:
-        yield {
-            "kind": "run",
-            "name": config["attention"],
-            "options": options,
-            "metric": "loss",
-            "unit": "nats",
-            "value": evaluation["val_loss"],
-            "at": evaluation["context"],
-            "targets": evaluation["targets"],
-            "bits_per_byte": evaluation["bits_per_byte"],
-            "parameters": summary["parameters"],
-            "tokens": summary["tokens"],
-            **{key: config[key] for key in sizes},
-            "data": Path(config["data"]).name,
-            "fingerprint": about["corpus"]["fingerprint"],
-            "device": about["device"],
-            "dtype": about["dtype"],
-            **about["versions"],
-        }
+        loss = evaluation["val_loss"]
+        row = Row(
+            kind="run",
+            name=config["attention"],
+            implementation=config["impl"],
+            mode="evaluate",
+            metric="loss",
+            unit="nats",
+            p20=loss,
+            p50=loss,
+            p80=loss,
+            dtype=about["dtype"],
+            options=written(config["attention_options"]),
+            recipe=written(recipe | {"targets": evaluation["targets"]}),
+            H=config["heads"],
+            T=evaluation["context"],
+            D=config["embed_dim"] // config["heads"],
+            seed=config["seed"],
+        )
+        rows.append(row)
+    versions = {name: about["versions"].get(name) for name in ("torch", "triton", "python")}
+    return Finished(rows, {name: about[name] for name in ("device", "threads")} | versions)
+
+
+def written(values: Mapping[str, Any]) -> str:
+    """KEY=VALUE KEY=VALUE .."""
+    return " ".join(f"{key}={value}" for key, value in values.items())
 
 
 Losses = dict[str, dict[int, float]]  # by method and seed
 
 
-def losses_at(rows: Sequence[dict[str, Any]], context: int) -> Losses:
+def losses_at(rows: Sequence[Row], context: int) -> Losses:
     """The losses at one context. Raises ValueError for runs that cannot be compared."""
     found: Losses = {}
-    same = ("fingerprint", "context", "tokens", "targets", "data_seed")
-    wanted = [row for row in rows if row["at"] == context]
-    for key in same:
-        if len({row[key] for row in wanted}) > 1:
-            raise ValueError(f"the runs differ in {key}: compare runs of one recipe.")
+    wanted = [row for row in rows if context == row.T]
+    recipes = {row.recipe for row in wanted}
+    if len(recipes) > 1:
+        one, other = (set(recipe.split()) for recipe in sorted(recipes)[:2])
+        raise ValueError(f"the runs differ in {sorted(one ^ other)}: compare runs of one recipe.")
     for row in wanted:
-        seeds = found.setdefault(f"{row['name']} {row['options']}".strip(), {})
-        if row["seed"] in seeds:
-            raise ValueError(f"{row['name']} {row['options']} has seed {row['seed']} twice.")
-        seeds[row["seed"]] = row["value"]
+        assert row.seed is not None  # `finished` gives one
+        method = f"{row.name} {row.options}".strip()
+        seeds = found.setdefault(method, {})
+        if row.seed in seeds:
+            raise ValueError(f"there are two runs of {method} with seed {row.seed}.")
+        seeds[row.seed] = row.p50
     return found
 
 
-def table(rows: Sequence[dict[str, Any]], baseline: str) -> Iterator[str]:
+def table(rows: Sequence[Row], baseline: str) -> Iterator[str]:
     """The printed lines."""
-    for context in sorted({row["at"] for row in rows}):
+    for context in sorted({row.T for row in rows if row.T}):
         losses = losses_at(rows, context)
         if baseline not in losses:
             raise ValueError(f"no run of the baseline {baseline!r}; there are {sorted(losses)}.")
@@ -125,15 +150,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the rows to this file")
     args = parser.parse_args()
     try:
-        rows = [row for folder in args.runs for row in rows_of(folder)]
-        lines = list(table(rows, args.baseline))
+        runs = [finished(folder) for folder in args.runs]
+        lines = list(table([row for run in runs for row in run.rows], args.baseline))
     except ValueError as error:
         sys.exit(str(error))
     print(*lines, sep="\n")
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    file = RowFile(args.out, torch.device("cpu"))
+    for run in runs:
+        for row in run.rows:
+            file.add(row, **run.measured_on)
 
 
 if __name__ == "__main__":

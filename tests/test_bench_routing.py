@@ -1,11 +1,11 @@
 """bench.routing runs whole on a CPU: rows, ratios and plot."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from bench import routing
+from bench.rows import read
 from posenc import core
 
 
@@ -17,8 +17,10 @@ def test_every_level_and_mode_has_its_rows(
     arguments = "--device cpu --lengths 9 20 --tokens 40 --dim 6 --rounds 1 --dtype float32"
     monkeypatch.setattr("sys.argv", ["routing", *arguments.split(), "--out", str(path)])
     routing.main()
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    seen = {(row["kernel"], row["mode"], row["S"], row["provider"], row["options"]) for row in rows}
+    rows = read(path)
+    seen = {
+        (row["name"], row["mode"], row["S"], row["implementation"], row["options"]) for row in rows
+    }
     splits = ("shared=2 top_k=2", "shared=0 top_k=2")
     providers = [("dense", "")] + [(p, o) for p in ("masked", "skipping") for o in splits]
     assert seen == {
@@ -36,8 +38,8 @@ def test_every_level_and_mode_has_its_rows(
 
 
 def row(provider: str, options: str, p50: float) -> dict[str, object]:
-    about = {"kernel": "moh core", "mode": "fwd", "metric": "time", "H": 8, "S": 512}
-    return {"provider": provider, "options": options, "p50": p50, **about}
+    about = {"name": "moh core", "mode": "fwd", "metric": "time", "H": 8, "S": 512}
+    return {"implementation": provider, "options": options, "p50": p50, **about}
 
 
 def test_ratios_are_to_dense_of_the_same_length() -> None:

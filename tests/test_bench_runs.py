@@ -8,18 +8,19 @@ from typing import Any
 import pytest
 
 from bench import runs
+from bench.rows import read
 
 
-def finished(folder: Path, name: str, seed: int, loss: float, **changes: Any) -> Path:
+def run_folder(folder: Path, name: str, seed: int, loss: float, **changes: Any) -> Path:
     """A run folder as train.py leaves it, as far as it is read."""
-    sizes = ("layers", "heads", "embed_dim", "context", "batch_size", "steps", "data_seed")
-    config = dict.fromkeys(sizes, 8) | {"attention": name, "attention_options": {}, "seed": seed}
+    config = dict.fromkeys((*runs.RECIPE, "heads", "embed_dim"), 8) | {"seed": seed}
+    config |= {"attention": name, "attention_options": {}, "impl": "auto"}
     config |= {"data": "some/where/text.txt"} | changes
     evaluation = {"context": 8, "val_loss": loss, "targets": 100, "bits_per_byte": 1.0}
     summary = {"evaluations": [evaluation], "parameters": 7, "tokens": 512}
     about = {
-        "corpus": {"fingerprint": "f"}, "device": "d", "dtype": "float32",
-        "versions": {"torch": "2"},
+        "corpus": {"fingerprint": "f"}, "device": "d", "threads": 3, "dtype": "float32",
+        "versions": {"torch": "2", "python": "3"},
     }  # fmt: skip
     folder.mkdir(parents=True)
     for file, values in (("config", config), ("summary", summary), ("environment", about)):
@@ -39,7 +40,7 @@ def test_differences_are_paired_by_seed(
 ) -> None:
     losses = {"rope": (3.0, 3.5, 4.0), "moh": (2.9, 3.4, 3.9)}
     folders = [
-        finished(tmp_path / f"{name}{seed}", name, seed, loss)
+        run_folder(tmp_path / f"{name}{seed}", name, seed, loss)
         for name, values in losses.items()
         for seed, loss in enumerate(values)
     ]
@@ -49,23 +50,29 @@ def test_differences_are_paired_by_seed(
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.split()[:2] == ["moh", "3"]
     assert last.endswith("-0.1000 (-0.1000 .. -0.1000)")
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["value"] for row in rows] == [*losses["rope"], *losses["moh"]]
-    assert {row["data"] for row in rows} == {"text.txt"}
+    rows = read(out)
+    assert [row["p50"] for row in rows] == [*losses["rope"], *losses["moh"]]
+    assert [row["seed"] for row in rows] == [0, 1, 2] * 2
+    where = ("device", "threads", "torch", "python", "triton")
+    assert {tuple(row[key] for key in where) for row in rows} == {("d", 3, "2", "3", None)}
+    assert all("data=text.txt" in row["recipe"] for row in rows)
 
 
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"name": "rope", "seed": 0}, "has seed 0 twice"),
-        ({"name": "moh", "seed": 1, "data_seed": 9}, "the runs differ in data_seed"),
+        ({"name": "rope", "seed": 0}, "two runs of rope with seed 0"),
+        ({"name": "moh", "seed": 1, "data_seed": 9}, r"differ in \['data_seed=8', 'data_seed=9'\]"),
     ],
 )
 def test_runs_that_cannot_be_compared_are_refused(
     second: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    folders = [finished(tmp_path / "a", "rope", 0, 3.0), finished(tmp_path / "b", loss=3, **second)]
-    rows = [row for folder in folders for row in runs.rows_of(folder)]
+    folders = [
+        run_folder(tmp_path / "a", "rope", 0, 3.0),
+        run_folder(tmp_path / "b", loss=3, **second),
+    ]
+    rows = [row for folder in folders for row in runs.finished(folder).rows]
     with pytest.raises(ValueError, match=message):
         list(runs.table(rows, "rope"))
 
@@ -74,7 +81,7 @@ def test_what_is_not_a_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("sys.argv", ["runs", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match="nothing is not a finished run"):
         runs.main()
-    one = finished(tmp_path / "a", "moh", 0, 3.0)
+    one = run_folder(tmp_path / "a", "moh", 0, 3.0)
     monkeypatch.setattr("sys.argv", ["runs", str(one)])
     with pytest.raises(SystemExit, match=r"no run of the baseline 'rope'; there are \['moh'\]"):
         runs.main()

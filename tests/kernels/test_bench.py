@@ -1,11 +1,10 @@
 """The kernel benchmark runs whole: every provider passes its gate and leaves its rows."""
 
-import json
-
 import pytest
 import torch
 
 from bench import kernels, measure
+from bench.rows import read
 
 LAYERS = ("mha", "rope", "carope", "cmha", "rmha", "mdha", "rcmha", "moh")
 
@@ -17,9 +16,9 @@ def test_every_provider_has_a_row(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "no row of" not in printed or torch.cuda.is_available()
     assert "CMHA over its direct form" in printed
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read(path)
     timed = [row for row in rows if row["metric"] == "time"]
-    assert {row["kernel"] for row in timed} == {
+    assert {row["name"] for row in timed} == {
         "flash",
         *(name + end for name in ("rope", "carope", "polar") for end in ("", " + attention")),
         "conv",
