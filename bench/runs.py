@@ -22,7 +22,8 @@ import torch
 from bench.rows import Row, RowFile
 
 #: What runs that are compared have in common, beside their data.
-RECIPE = ("layers", "context", "batch_size", "grad_accum", "steps", "lr", "warmup", "data_seed")
+RECIPE = ("layers", "heads", "embed_dim", "context", "batch_size", "grad_accum", "steps", "lr",
+          "warmup", "data_seed")  # fmt: skip
 
 
 class Interval(NamedTuple):
@@ -65,7 +66,8 @@ def finished(folder: Path) -> Finished:
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} is not a finished run: {error}") from error
     recipe = {key: config[key] for key in RECIPE}
-    recipe |= {"data": Path(config["data"]).name, "fingerprint": about["corpus"]["fingerprint"]}
+    recipe |= {"dtype": about["dtype"], "data": Path(config["data"]).name}
+    recipe |= {"fingerprint": about["corpus"]["fingerprint"]}
     rows = []
     for evaluation in summary["evaluations"]:
         loss = evaluation["val_loss"]

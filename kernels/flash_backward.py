@@ -241,8 +241,9 @@ def dkv_kernel(
         start = tl.load(ranks_of_head + start)
         whole = tl.load(ranks_of_head + min(whole, T))
         stop = tl.load(ranks_of_head + T)
-    start = start // BLOCK_M * BLOCK_M
-    whole = tl.cdiv(whole, BLOCK_M) * BLOCK_M
+    else:
+        start = start // BLOCK_M * BLOCK_M  # contiguous rows load faster where they are aligned
+    whole = start + tl.cdiv(whole - start, BLOCK_M) * BLOCK_M
     k_grad, v_grad = dkv_over_queries(
         k_grad, v_grad, k_tile, v_tile, q, do, lse, delta, dq_sum, order,
         b, kv_head * GROUP, H, n, start, min(whole, stop), T, shift, c,

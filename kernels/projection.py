@@ -10,7 +10,7 @@ products sum over heads, or over tokens.
 
 What it can save is the queries' share of dropped pairs; what it loses is the size of a tile, D
 columns instead of the 256 of a dense product, so that x is read from L2 more often. Whether that
-pays has to be measured, see `bench.routing`.
+pays has to be measured, see `bench.routing`; until then no module takes it.
 """
 
 import functools
@@ -31,7 +31,7 @@ from posenc.kernels.common import (
     tile_options,
 )
 from posenc.kernels.flash import Config
-from posenc.kernels.routed import Routing, sort_rows
+from posenc.kernels.routed import Routing, is_kept, sort_rows
 
 #: By bytes of an element and the head dim rounded up to a power of two (at least 32): rows of a
 #: tile, and columns of x at a time.
@@ -128,7 +128,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dy):
     x, weight, gates = ctx.saved_tensors
-    kept = (gates != 0).unsqueeze(-1)
+    kept = is_kept(gates).unsqueeze(-1)
     rows = torch.where(kept, dy, 0.0).transpose(1, 2).flatten(2).flatten(0, 1)  # (B T, H D)
     d_x = (rows @ weight).view_as(x)
     return d_x, rows.T @ x.flatten(0, 1), rows.sum(0) if ctx.has_bias else None, None
@@ -143,7 +143,7 @@ def project_kept(x: Tensor, weight: Tensor, bias: Tensor | None, gates: Tensor) 
     Args:
         x: (B, T, C) in bfloat16, float16 or float32, any strides.
         weight: (H D, C), D at most 256, and bias: (H D) or None, in x's dtype.
-        gates: (B, H, T); 0 drops the pair.
+        gates: (B, H, T), not negative; 0 drops the pair.
 
     Returns:
         (B, H, T, D) in x's dtype, 0 where the gate is.

@@ -262,6 +262,11 @@ def delta_kernel(
     tl.store(delta + bh * T + m, total / tl.where(kept, gate, 1.0), mask=m < T)
 
 
+def is_kept(gates: Tensor) -> Tensor:
+    """What the kernels compute: all that is not below the smallest normal number."""
+    return ~(gates.float() < torch.finfo(torch.float32).tiny)
+
+
 class Routing(NamedTuple):
     """Which rows of q count: the gates, and what `sort_kernel` made of them."""
 
@@ -468,7 +473,8 @@ def routed_attention(
     Args:
         q: (B, H, T, D), D at most 256, in bfloat16, float16 or float32, any strides.
         k, v: (B, H, S, D), S >= T: query row i sits at key index S - T + i.
-        gates: (B, H, T), not negative; 0 drops the pair. fp32 inside.
+        gates: (B, H, T), not negative; 0 drops the pair. fp32 inside. The gradient of a gate is
+            <dy, y> / g of the rounded y: of gates below 6e-5 fp16 loses bits of it.
         scale: of the logits, positive; None is 1/sqrt(D).
         straight_through: give gates of 0 their gradient <dy, o> too, where otherwise it is 0. The
             forward pass then computes every pair, and only the backward pass skips.
@@ -507,7 +513,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float | None) -
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Named launches that between them use every configuration, for `inspect_sm90`."""
     for dtype in (torch.bfloat16, torch.float32):
-        for dim in (32, 64, 80, 128, 256):
+        for dim in (32, 64, 80, 128, 160, 256):
             packed = torch.empty(16, 1024, 3, 12, dim, dtype=dtype, device="meta")
             q, k, v = packed.permute(2, 0, 3, 1, 4)
             y, gates = rows_by_head(q), torch.empty(16, 12, 1024, device="meta")

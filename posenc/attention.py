@@ -23,7 +23,7 @@ from posenc.checks import check_heads, check_positions
 from posenc.convolution import DepthwiseConv
 from posenc.core import attend, check_impl
 from posenc.encodings.base import Encoding
-from posenc.routing import Gates, MoH
+from posenc.routing import Gates, MoH, weigh
 from posenc.skipping import merge_kept, project_kept, projections_pay
 
 
@@ -243,6 +243,8 @@ class Attention(nn.Module):
         """Whether q and y are projected for the kept heads alone, with the bare weights."""
         if self.impl != "auto" or self.conv is not None or not projections_pay(x, gates):
             return False
+        if nn.modules.module._has_any_global_hook():
+            return False
         return all(
             type(layer) is nn.Linear
             and type(layer.weight) is nn.Parameter
@@ -279,10 +281,12 @@ class Attention(nn.Module):
         """
         rotate, state = self.encoding.rotate, cache
         if self.impl == "fused":
+            # Gates that drop nothing only weigh what the kernels without gates give.
+            drops = {} if gates is None or gates.kept == 1 else {"gates": gates}
             if cache is None:
-                whole = self.encoding.attend_fused(q, k, v, where.positions, x, gates)
+                whole = self.encoding.attend_fused(q, k, v, where.positions, x, **drops)
                 if whole is not None:
-                    return whole
+                    return whole if gates is None or drops else weigh(whole, gates.values)
             # Without state, for which a relative term would become a bias while decoding.
             rotate, state = self.encoding.rotate_fused, None
         q, k = rotate(q, k, where.positions, x, cache)

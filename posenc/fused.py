@@ -76,7 +76,8 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, gates: Gates | None, scale: fl
     from posenc.kernels.flash import flash_attention
     from posenc.kernels.routed import routed_attention
 
-    if gates is None:
-        return flash_attention(q, k, v, scale=scale)
+    if gates is None or gates.kept == 1:
+        y = flash_attention(q, k, v, scale=scale)
+        return y if gates is None else weigh(y, gates.values)
     every = gates.need_every_output
     return routed_attention(q, k, v, gates.values, scale=scale, straight_through=every)

@@ -35,7 +35,7 @@ class Gates(NamedTuple):
 
     values: Tensor  # (B, H, T); 0 drops the pair
     always: int  # so many heads, the first ones, no token drops
-    active: int = 0  # so many heads each token keeps
+    active: int  # so many heads each token keeps
     straight_through: bool = False  # a gate of 0 has the gradient <dy, o> too
 
     @property

@@ -187,7 +187,7 @@ def _record(
 
 
 def _stats(
-    router: MoH, gates: Tensor, x: Tensor, q: Tensor | None, *, real: Tensor | None = None
+    router: MoH, gates: Tensor, x: Tensor, q: Tensor | None = None, *, real: Tensor | None = None
 ) -> RoutingStats:
     """Of one call, with the arguments of `MoH.forward`."""
     p = router.probabilities(x, q)

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from posenc.autocast import no_autocast
 from posenc.routing import Gates, weigh
@@ -24,6 +26,19 @@ ROWS = 128
 #: Rows of a product come in such multiples, and keys in those: otherwise MKL adds up in another
 #: order, and rounding would tell a row how many come after it.
 ROW_STEP, KEY_STEP = 16, 192
+
+
+def runs_eagerly(x: Tensor) -> bool:
+    """Whether lists of rows can be made of x: of numbers, not while something watches or transforms
+    the computation (torch.compile, tracing, torch.func, fake tensors, dispatch modes).
+    """
+    watched = (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._are_functorch_transforms_active()
+        or _get_current_dispatch_mode() is not None
+    )
+    return type(x) in (Tensor, Parameter) and not watched
 
 
 def attend_kept(
@@ -89,10 +104,10 @@ def projections_pay(x: Tensor, gates: Gates) -> bool:
     In fp32 from C=512 on, 1024 tokens, a third kept: 1.4 times as fast, at C=2048 1.5 to 1.7 times;
     at C=256 0.6 times. In bf16 they lose below C=2048, and sums over heads would be rounded.
     """
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.is_grad_enabled() or not runs_eagerly(x):
         return False
     exact = x.dtype.itemsize >= 4 and not torch.is_autocast_enabled("cpu")
-    return exact and x.shape[0] * x.shape[1] >= 512 and x.shape[2] >= 512 and gates.kept <= 0.5
+    return exact and x.shape[0] * x.shape[1] >= 512 and x.shape[2] >= 512 and gates.kept <= 0.4
 
 
 def project_kept(x: Tensor, weight: Tensor, bias: Tensor | None, gates: Gates) -> Tensor:

@@ -13,7 +13,7 @@ from bench.rows import read
 
 def run_folder(folder: Path, name: str, seed: int, loss: float, **changes: Any) -> Path:
     """A run folder as train.py leaves it, as far as it is read."""
-    config = dict.fromkeys((*runs.RECIPE, "heads", "embed_dim"), 8) | {"seed": seed}
+    config = dict.fromkeys(runs.RECIPE, 8) | {"seed": seed}
     config |= {"attention": name, "attention_options": {}, "impl": "auto"}
     config |= {"data": "some/where/text.txt"} | changes
     evaluation = {"context": 8, "val_loss": loss, "targets": 100, "bits_per_byte": 1.0}

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import oracles
 import posenc
@@ -79,11 +81,17 @@ def projected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip from lengths that are quick to test, in blocks of which there are several."""
     for module, constants in (
-        (core, {"SKIP_FROM": 8, "SKIP_TOKEN_FROM": 24}),
+        (core, {"SKIP_FROM": 8 * D, "SKIP_TOKEN_FROM": 24}),
         (skipping, {"ROWS": 5, "ROW_STEP": 2, "KEY_STEP": 4}),
     ):
         for name, value in constants.items():
             monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip with the narrow heads of `layer` too."""
+    monkeypatch.setattr(core, "SKIP_FROM", 512 * 18)
 
 
 def no_rows(shape: tuple[int, int, int]) -> Tensor:
@@ -135,7 +143,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def kept_attention(always: int) -> Callable[..., Tensor]:
-    return lambda q, k, v, g: attend_kept(q, k, v, Gates(g, always), SCALE, dense)
+    return lambda q, k, v, g: attend_kept(q, k, v, Gates(g, always, 1), SCALE, dense)
 
 
 def oracle(values: Tensor) -> Callable[..., Tensor]:
@@ -244,7 +252,7 @@ def test_dropped_heads_are_not_computed(length: int) -> None:
         return dense(q, k, v)
 
     with torch.no_grad():
-        y = attend_kept(q, k, v, Gates(values, 1), SCALE, record)
+        y = attend_kept(q, k, v, Gates(values, 1, 1), SCALE, record)
     assert sum(heads) == ((values != 0).sum() if length == 1 else 2)
     expected = oracle(values)(*(x.nan_to_num() for x in (q, k, v)), values)
     close(y, expected)
@@ -283,7 +291,7 @@ def test_bf16_is_no_worse_than_twice_the_dense_computation(length: int) -> None:
         return core.attend(q, k, v, Scores(scale=SCALE), impl="sdpa")
 
     def skipped(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-        return attend_kept(q, k, v, Gates(g, 1), SCALE, bf16)
+        return attend_kept(q, k, v, Gates(g, 1, 1), SCALE, bf16)
 
     def whole(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
         return weigh(bf16(q, k, v), g * kept)
@@ -360,7 +368,7 @@ def test_a_progression_is_one_slice(start: int, step: int, count: int) -> None:
 
 # core.attend
 
-H, ALWAYS, D = 5, 1, 4
+H, ALWAYS, D = 6, 1, 4
 
 
 def some_gates(length: int, active: int, always: int = ALWAYS, **options: Any) -> Gates:
@@ -380,18 +388,19 @@ def relative(length: int, key_length: int) -> Scores:
         (7, 7, 3, {}, False),
         (7, 40, 3, {}, False),
         (8, 40, 3, {}, True),
-        (1, 24, 3, {}, True),
-        (1, 23, 3, {}, False),
+        (1, 24, 3, {"no_grad": True}, True),
+        (1, 23, 3, {"no_grad": True}, False),
+        (1, 24, 3, {}, False),
         (13, 13, 2, {}, True),
         (13, 13, 4, {}, False),
-        (13, 13, 5, {"always": 5}, False),
+        (13, 13, 6, {"always": 6}, False),
         (13, 13, 3, {"always": 0}, False),
         (13, 13, 2, {"always": 0}, True),
         (13, 13, 3, {"scores": lambda *_: Scores(SCALE, randn(H, D))}, True),
         (13, 13, 3, {"scores": relative}, False),
         (13, 13, 3, {"scores": lambda *sizes: Scores(bias=randn(H, *sizes))}, False),
         (13, 13, 3, {"real": True}, False),
-        (1, 24, 3, {"real": True}, False),
+        (1, 24, 3, {"real": True, "no_grad": True}, False),
         (13, 13, 3, {"gradient": True}, True),
         (13, 13, 3, {"straight_through": True}, True),
         (13, 13, 3, {"straight_through": True, "gradient": True}, False),
@@ -440,9 +449,9 @@ def test_dropout_and_absent_gates_do_not_skip(taken: list[tuple[int, int]], earl
 @pytest.mark.parametrize("below", [0, 1])
 @pytest.mark.parametrize("token", [False, True])
 def test_lengths_from_which_it_pays(token: bool, below: int, taken: list[tuple[int, int]]) -> None:
-    length, key_length = (1, core.SKIP_TOKEN_FROM) if token else (core.SKIP_FROM,) * 2
-    length, key_length = (1 if token else length - below), key_length - below
-    q, k, v = inputs(2, H, length, key_length, D)
+    key_length = (core.SKIP_TOKEN_FROM if token else core.SKIP_FROM // 64) - below
+    length = 1 if token else key_length
+    q, k, v = inputs(2, H, length, key_length, 64)
     gates = some_gates(length, 3)
     with torch.no_grad():
         y, reference = (core.attend(q, k, v, gates=gates, impl=i) for i in ("auto", "reference"))
@@ -473,6 +482,7 @@ def both(module: posenc.Attention, run: Callable[[], Any]) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_layer_equals_the_reference(
     options: dict[str, Any], taken: list[tuple[int, int]]
@@ -485,6 +495,7 @@ def test_a_layer_equals_the_reference(
     close(aux, expected_aux, 1e-6)
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_gradients_of_a_layer_equal_the_reference(
     options: dict[str, Any], taken: list[tuple[int, int]]
@@ -504,6 +515,7 @@ def test_gradients_of_a_layer_equal_the_reference(
         close(a, b, 2e-5)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_tied_scores_and_dropped_heads_of_a_layer(taken: list[tuple[int, int]]) -> None:
     """A router of zeros sends every token to the same heads; the others are kept by none."""
     module, x = layer(), randn(1, 523, 126, dtype=torch.float32)
@@ -513,6 +525,7 @@ def test_tied_scores_and_dropped_heads_of_a_layer(taken: list[tuple[int, int]]) 
     close(ours, theirs, 1e-5)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_autocast(taken: list[tuple[int, int]]) -> None:
     module, x = layer(), randn(2, 523, 126, dtype=torch.float32).requires_grad_()
     probe = torch.randn_like(x)
@@ -545,7 +558,9 @@ def test_chunks_then_tokens_equal_the_full_pass(
     if options.get("encoding") == "relative" or (grad and "router" in options):
         assert not taken
     else:
-        assert taken == [(9, 9), (11, 20), *((1, n) for n in range(24, 30))]
+        # In a single token's graph dense attention is faster.
+        tokens = [] if grad else [(1, n) for n in range(24, 30)]
+        assert taken == [(9, 9), (11, 20), *tokens]
     close(y, expected)
 
 
@@ -575,7 +590,7 @@ def test_projections_are_those_of_the_oracle(
 ) -> None:
     batch, heads, length, dim, width = 2, 5, 13, 3, 11
     values = gates_for(select((batch, heads, length)), always)
-    gates, kept = Gates(values, always), (values != 0).unsqueeze(-1)
+    gates, kept = Gates(values, always, 1), (values != 0).unsqueeze(-1)
     x, weight = randn(batch, length, width), randn(2 * heads * dim, width)
     offset = randn(2 * heads * dim) if bias else None
     W, b = weight[heads * dim :], offset[heads * dim :] if bias else None  # views, as in a layer
@@ -707,6 +722,7 @@ def block_ends(module: posenc.Attention, x: Tensor) -> list[int]:
     return sorted({t for end in ends for t in (end, end + 1) if 0 < t < x.shape[1]})
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("change", ["other tokens", "one token"])
@@ -735,6 +751,7 @@ def test_causal_to_the_bit(
     assert not changed
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("wide", [False, True])
 def test_a_row_alone_equals_the_row_in_its_batch(
     wide: bool, taken: list[tuple[int, int]], projected: list[str]
@@ -747,3 +764,74 @@ def test_a_row_alone_equals_the_row_in_its_batch(
             close(module(x[b : b + 1])[0], together[b], 1e-5)
     assert len(taken) == 4
     assert len(projected) == (8 if wide else 0)
+
+
+# What watches or transforms the computation gets the dense one
+
+
+def batched(module: posenc.Attention, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.func.vmap(module)(x.unsqueeze(1)).squeeze(1)
+
+
+def in_a_mode(module: posenc.Attention, x: Tensor) -> Tensor:
+    with torch.no_grad(), FlopCounterMode(display=False):
+        return module(x)
+
+
+def faked(module: posenc.Attention, x: Tensor) -> Tensor:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        assert module(mode.from_tensor(x)).shape == x.shape
+    return module(x).detach()
+
+
+def traced(module: posenc.Attention, x: Tensor) -> Tensor:
+    other = torch.randn_like(x)
+    with torch.no_grad():
+        return torch.jit.trace(module, other, check_trace=False)(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("watch", [batched, in_a_mode, faked, traced])
+def test_the_dense_path_serves_what_watches(
+    watch: Callable[[posenc.Attention, Tensor], Tensor],
+    taken: list[tuple[int, int]],
+    projected: list[str],
+) -> None:
+    module, x = wide_layer(), randn(2, 521, 512, dtype=torch.float32)
+    with torch.no_grad():
+        expected = module(x)
+    assert taken
+    assert projected
+    taken.clear()
+    projected.clear()
+    close(watch(module, x), expected, 1e-5)
+    assert not projected
+    assert len(taken) == (1 if watch is faked else 0)  # it ends with a plain call
+
+
+@pytest.mark.filterwarnings("ignore")  # sdpa has no batching rule
+def test_per_sample_gradients() -> None:
+    module, x = wide_layer(), randn(2, 513, 512, dtype=torch.float32)
+    weights = dict(module.named_parameters())
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, weights, (x[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    module(x[1:]).square().sum().backward()
+    close(each["c_proj.weight"][1], module.c_proj.weight.grad, 1e-4)
+
+
+def test_global_hooks_see_every_projection(projected: list[str]) -> None:
+    module, seen = wide_layer(), []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda part, inputs, output: seen.append(part)
+    )
+    try:
+        with torch.no_grad():
+            module(randn(1, 521, 512, dtype=torch.float32))
+    finally:
+        handle.remove()
+    assert not projected
+    assert {module.c_attn, module.c_proj} <= set(seen)

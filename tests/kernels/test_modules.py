@@ -120,6 +120,27 @@ def test_dropped_heads_are_skipped_unless_their_gates_learn(
     assert called == ["_forward_op" if skips else "_dense_forward_op"]
 
 
+def test_gates_that_drop_nothing_leave_the_kernels_without_gates(device, monkeypatch):
+    from posenc.kernels import routed
+
+    monkeypatch.setattr(routed, "sort_rows", None)
+    for options in ({"shared": 4, "top_k": 0}, {"shared": 1, "top_k": 3, "encoding": "nope"}):
+        module = layer("moh", device, **options)
+        check_against_oracle(module, tokens(module, 1, 9))
+
+
+def test_overrides_of_the_fused_hook_need_not_know_gates(device):
+    class Louder(posenc.RoPE):
+        def attend_fused(self, q, k, v, positions, x):
+            return 2 * super().attend_fused(q, k, v, positions, x)
+
+    module = layer("rope", device)
+    x = tokens(module, 1, 9)
+    before = module(x)
+    module.encoding = Louder(16).to(device)
+    close(module(x), 2 * before, 1e-5)
+
+
 def test_scaling_is_that_of_the_reference(device):
     module = layer("rope", device, scaling=YARN)
     x = tokens(module, 2, 9)

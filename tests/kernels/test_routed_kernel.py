@@ -207,6 +207,37 @@ def test_nothing_kept(straight_through, device):
         assert found[4].any() == straight_through
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.usefixtures("small_tiles")
+def test_dropped_rows_are_not_read(deterministic, device):
+    (q, k, v, gates), dy = random_inputs((2, 4, 70, 90, 16), torch.float32, device)
+    q[gates == 0], dy[gates == 0] = math.nan, math.nan
+    found = outputs_and_gradients(
+        lambda *x: routed.routed_attention(*x, deterministic=deterministic), (q, k, v, gates), dy
+    )
+    assert all(x.isfinite().all() for x in found)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.usefixtures("small_tiles")
+def test_keys_that_no_kept_row_sees_are_not_read(deterministic, device):
+    (q, k, v, _), dy = random_inputs((1, 3, 96, 96, 16), torch.float32, device)
+    gates = torch.zeros(1, 3, 96, device=device)
+    gates[:, 1, :20], gates[:, 2, 3:64:7] = 1.0, 0.5
+    for h, seen in enumerate((0, 32, 64)):  # whole tiles of keys, in both passes
+        k[:, h, seen:], v[:, h, seen:] = math.nan, math.nan
+    found = outputs_and_gradients(
+        lambda *x: routed.routed_attention(*x, deterministic=deterministic), (q, k, v, gates), dy
+    )
+    y, dq, dk, dv, _ = found
+    assert y.isfinite().all()
+    assert dq.isfinite().all()
+    for h, seen in enumerate((0, 32, 64)):
+        # Later tiles of keys have no query: their sums are empty.
+        assert not dk[:, h, seen:].any()
+        assert not dv[:, h, seen:].any()
+
+
 @pytest.mark.usefixtures("small_tiles")
 def test_tiny_gates_have_gradients_or_none(device):
     (q, k, v, gates), dy = random_inputs((1, 1, 40, 40, 16), torch.float32, device)
