@@ -2,6 +2,7 @@
 
 from posenc.attention import Attention
 from posenc.convolution import DepthwiseConv
+from posenc.cost import attention_cost, model_cost
 from posenc.encodings import CARoPE, Encoding, Learned, NoPE, Polar, Relative, RoPE, Sinusoidal
 from posenc.gpt import GPT, GPTConfig
 from posenc.routing import MoH
@@ -27,6 +28,8 @@ __all__ = [
     "RoPE",
     "Sinusoidal",
     "attention",
+    "attention_cost",
+    "model_cost",
     "names",
     "record_routing",
 ]

@@ -1,0 +1,57 @@
+"""`posenc.cost`: what the kernels keep for the backward pass, of every name and their crosses.
+
+Tensors of more than H numbers a token are compared; of the others it counts the log-sum-exp, which
+is H of them, and the two numbers of a norm.
+"""
+
+import pytest
+import torch
+
+import posenc
+from helpers import NAMES, bytes_saved
+
+BATCH, LENGTH, HEADS, WIDTH = 2, 19, 4, 32  # more tokens than C: copies of W (C, H) stay below
+TOKENS = BATCH * LENGTH
+LAYERS = {
+    **{name: (name, {}) for name in NAMES},
+    "partial": ("rope", {"rotary_dim": 4}),
+    "short table": ("rcmha", {"max_distance": 5}),
+    "convolved rope": ("rope", {"conv": True}),
+    "norms": ("moh", {"router": "query_norm"}),
+    "all shared": ("moh", {"shared": 4, "top_k": 0}),
+    "all shared, norms": ("moh", {"shared": 4, "top_k": 0, "router": "query_norm"}),
+    "moh of relative": ("moh", {"encoding": "relative"}),
+    "moh of carope": ("moh", {"encoding": "carope", "conv": True}),
+    "moh of polar": ("moh", {"encoding": "cmha", "conv": True}),
+    "norms, convolved": ("moh", {"router": "query_norm", "conv": True}),
+    "norms of relative": ("moh", {"router": "query_norm", "encoding": "rmha", "conv": True}),
+}
+MODELS = {
+    **{name: (name, {}) for name in ("mha", "sinusoidal", "rope", "moh")},
+    "one phase": ("carope", {"source": "token"}),
+    "convolved phase": ("mdha", {"encoding": "carope", "encoding_source": "token"}),
+}
+HALF = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+
+
+@HALF
+@pytest.mark.parametrize("variant", LAYERS)
+def test_bytes_kept_by_a_layer(variant, dtype, device):
+    name, options = LAYERS[variant]
+    layer = posenc.attention(name, WIDTH, HEADS, impl="fused", **options).to(device, dtype)
+    x = torch.randn(BATCH, LENGTH, WIDTH, device=device, dtype=dtype, requires_grad=True)
+    saved = bytes_saved(layer, lambda: layer(x, return_aux=True), TOKENS * HEADS + 1)
+    lse = 4 * TOKENS * HEADS
+    assert saved == posenc.attention_cost(layer, BATCH, LENGTH).total.saved_bytes - lse
+
+
+@HALF
+@pytest.mark.parametrize("variant", MODELS)
+def test_bytes_kept_by_a_model(variant, dtype, device):
+    name, options = MODELS[variant]
+    config = posenc.GPTConfig(31, LENGTH, 2, HEADS, WIDTH, name, {**options, "impl": "fused"})
+    model = posenc.GPT(config).to(device, dtype)
+    ids = torch.randint(31, (BATCH, LENGTH), device=device)
+    saved = bytes_saved(model, lambda: model(ids, ids), TOKENS * HEADS + 1)
+    small = 4 * TOKENS * (2 * HEADS + 5 * 2)
+    assert saved == posenc.model_cost(model, BATCH, LENGTH).total.saved_bytes - small
