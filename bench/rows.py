@@ -118,6 +118,11 @@ class RowFile:
         return values
 
 
+def row_of(values: dict[str, Any]) -> Row:
+    """The columns of a read row that a benchmark fills."""
+    return Row(**{field.name: values[field.name] for field in dataclasses.fields(Row)})
+
+
 def read(*paths: Path) -> list[dict[str, Any]]:
     """The rows of files, in order.
 

@@ -1,6 +1,7 @@
 """Finished training runs compared over seeds: `python -m bench.runs RUN [RUN ...]`.
 
     python -m bench.runs runs/* --baseline rope --out bench/results/cpu/moh_runs.jsonl
+    python -m bench.runs bench/results/cpu/moh_runs.jsonl           the same table from its rows
 
 Runs of one attention and one set of options are one method; its runs differ in their seeds. Printed
 per method and context: the mean loss and perplexity = exp(mean loss) with a 95% interval of
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.rows import Row, RowFile
+from bench.rows import Row, RowFile, read, row_of
 
 #: What runs that are compared have in common, beside their data.
 RECIPE = ("layers", "heads", "embed_dim", "context", "batch_size", "grad_accum", "steps", "lr",
@@ -147,13 +148,20 @@ def shown(found: Interval, form: str) -> str:
 def main() -> None:
     """Print the table; write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders of train.py")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="run folders of train.py, or files of rows"
+    )
     parser.add_argument("--baseline", default="rope", help="a method, with its options if any")
     parser.add_argument("--out", type=Path, help="append the rows to this file")
     args = parser.parse_args()
     try:
-        runs = [finished(folder) for folder in args.runs]
-        lines = list(table([row for run in runs for row in run.rows], args.baseline))
+        folders = [path for path in args.runs if path.suffix != ".jsonl"]
+        runs = [finished(folder) for folder in folders]
+        rows = [row for run in runs for row in run.rows]
+        rows += [
+            row_of(values) for path in args.runs if path not in folders for values in read(path)
+        ]
+        lines = list(table(rows, args.baseline))
     except ValueError as error:
         sys.exit(str(error))
     print(*lines, sep="\n")

@@ -50,6 +50,9 @@ def test_differences_are_paired_by_seed(
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.split()[:2] == ["moh", "3"]
     assert last.endswith("-0.1000 (-0.1000 .. -0.1000)")
+    monkeypatch.setattr("sys.argv", ["runs", str(out)])
+    runs.main()
+    assert capsys.readouterr().out.splitlines()[-1] == last
     rows = read(out)
     assert [row["p50"] for row in rows] == [*losses["rope"], *losses["moh"]]
     assert [row["seed"] for row in rows] == [0, 1, 2] * 2
