@@ -66,7 +66,8 @@ def attend_kept(
     if not n:
         return routed
     shared = weigh(dense(q[:, :n], k[:, :n], v[:, :n]), gates.values[:, :n])
-    return torch.cat((shared, routed), dim=1)
+    # Laid out (B, T, H, D): merging the heads then copies nothing.
+    return torch.cat((shared.transpose(1, 2), routed.transpose(1, 2)), dim=2).transpose(1, 2)
 
 
 def _attend_token(
@@ -194,7 +195,8 @@ class _Kept(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(q, k, v, gates)
         ctx.scale = scale
-        y = torch.zeros_like(q)
+        batch, heads, length, dim = q.shape
+        y = q.new_zeros(batch, length, heads, dim).transpose(1, 2)
         with no_autocast(q.device):
             for i, head in _heads(q, k, gates, scale):
                 values = _precise(v[i])
