@@ -229,7 +229,8 @@ def router_cost(layer: Attention, s: Sizes) -> Part:
     products = [w for w in (router.W_s, router.W_r, router.W_h) if w is not None]
     rows = sum(w.out_features for w in products)
     copies = 4 * s.C * (1 if straight_through(layer) else len(products)) if s.e < 4 else 0
-    apart = straight_through(layer) or isinstance(layer.encoding, Relative)
+    dense = s.A == s.H or isinstance(layer.encoding, Relative)
+    apart = straight_through(layer) or dense
     return (
         weights(rows * s.C, s.e)
         + product(s.N * s.C * rows)
