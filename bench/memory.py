@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import posenc
 from bench.measure import timing
-from bench.rows import Row, RowFile
+from bench.rows import Row, RowFile, written
 
 
 def resident(field: str) -> int:
@@ -118,7 +118,7 @@ def option(text: str) -> tuple[str, Any]:
 def row(name: str, impl: str, mib: float, length: int, args: argparse.Namespace) -> Row:
     """One reading as a row."""
     sizes = {"B": 1, "H": args.heads, "T": length, "D": args.embed_dim // args.heads}
-    options = " ".join(f"{key}={value}" for key, value in args.options)
+    options = written(dict(args.options))
     about = {"kind": "memory", "name": name, "implementation": impl, "dtype": "float32", **sizes}
     return timing("fwd+bwd", "memory", "MiB", mib, mib, mib, options=options, **about)
 

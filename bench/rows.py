@@ -8,7 +8,7 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,6 +58,11 @@ class Environment:
     commit: str | None
     dirty: bool
     time: str  # ISO 8601, UTC
+
+
+def written(values: Mapping[str, Any]) -> str:
+    """Options or a recipe as a row holds them: KEY=VALUE KEY=VALUE .."""
+    return " ".join(f"{key}={value}" for key, value in values.items())
 
 
 COLUMNS = {field.name: field.type for kind in (Row, Environment) for field in

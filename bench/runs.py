@@ -13,14 +13,14 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
 
-from bench.rows import Row, RowFile, read, row_of
+from bench.rows import Row, RowFile, read, row_of, written
 
 #: What runs that are compared have in common, beside their data.
 RECIPE = ("layers", "heads", "embed_dim", "context", "batch_size", "grad_accum", "steps", "lr",
@@ -95,11 +95,6 @@ def finished(folder: Path) -> Finished:
     return Finished(rows, {name: about[name] for name in ("device", "threads")} | versions)
 
 
-def written(values: Mapping[str, Any]) -> str:
-    """KEY=VALUE KEY=VALUE .."""
-    return " ".join(f"{key}={value}" for key, value in values.items())
-
-
 Losses = dict[str, dict[int, float]]  # by method and seed
 
 
@@ -112,7 +107,8 @@ def losses_at(rows: Sequence[Row], context: int) -> Losses:
         one, other = (set(recipe.split()) for recipe in sorted(recipes)[:2])
         raise ValueError(f"the runs differ in {sorted(one ^ other)}: compare runs of one recipe.")
     for row in wanted:
-        assert row.seed is not None  # `finished` gives one
+        if row.kind != "run" or row.seed is None:
+            raise ValueError(f"a row of kind {row.kind!r} is no training run's: {row.name}.")
         method = f"{row.name} {row.options}".strip()
         seeds = found.setdefault(method, {})
         if row.seed in seeds:

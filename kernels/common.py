@@ -95,9 +95,7 @@ def head_of(x, b, h):
 def _pointers(matrix, first, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     # Computed afresh in every turn of a loop: with `first` taken out of the tile's own offsets the
     # compiler keeps those in registers, 30 of them, and half as many programs fit.
-    rows = (first + tl.arange(0, ROWS)).to(tl.int64)
-    columns = tl.arange(0, BLOCK_D).to(tl.int64)
-    return matrix[0] + rows[:, None] * matrix[1] + columns[None, :] * matrix[2]
+    return _pointers_of(matrix, first + tl.arange(0, ROWS), BLOCK_D)
 
 
 @triton.jit

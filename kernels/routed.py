@@ -264,7 +264,7 @@ def delta_kernel(
 
 def is_kept(gates: Tensor) -> Tensor:
     """What the kernels compute: all that is not below the smallest normal number."""
-    return ~(gates.float() < torch.finfo(torch.float32).tiny)
+    return ~(gates.float() < SMALLEST.value)
 
 
 class Routing(NamedTuple):

@@ -220,8 +220,7 @@ class Attention(nn.Module):
         router, gates, aux = self.router, None, x.new_zeros((), dtype=torch.float32)
         if router is not None and not router.reads_queries:
             gates, aux = _route(router, x, None, here)
-        skips = gates is not None and self._skips_projections(x, gates)
-        kept = gates if skips else None
+        kept = gates if gates is not None and self._skips_projections(x, gates) else None
         q, k, v = self._project(x, kept)
         if self.conv is not None:
             convolve = self.conv.forward_fused if self.impl == "fused" else self.conv

@@ -155,7 +155,9 @@ def _linear(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 class _Head:
     """The kept rows of one head of one sequence, and what they meet."""
 
-    def __init__(self, rows: Tensor, q: Tensor, k: Tensor, gates: Tensor, scale: float) -> None:
+    def __init__(
+        self, rows: Tensor, q: Tensor, k: Tensor, gates: Tensor, columns: Tensor, scale: float
+    ) -> None:
         self.rows = rows
         self.padding = -len(rows) % ROW_STEP
         self.query = self.take(q) * scale
@@ -163,7 +165,7 @@ class _Head:
         self.gates = self.take(gates.unsqueeze(-1)).to(self.query.dtype)
         at = (rows + (k.shape[0] - q.shape[0])).int()  # among the keys
         at = torch.cat((at, at[-1:].expand(self.padding)))
-        self.columns = torch.arange(k.shape[0], dtype=torch.int32)
+        self.columns = columns
         self.at, self.ends = at.unsqueeze(-1), (at + 1).tolist()
 
     def take(self, x: Tensor) -> Tensor:
@@ -233,11 +235,12 @@ def _heads(
     q: Tensor, k: Tensor, gates: Tensor, scale: float
 ) -> Iterator[tuple[tuple[int, int], _Head]]:
     """The heads (b, h) that keep a row."""
+    columns = torch.arange(k.shape[2], dtype=torch.int32)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             rows = gates[b, h].nonzero().flatten()
             if len(rows):
-                yield (b, h), _Head(rows, q[b, h], k[b, h], gates[b, h], scale)
+                yield (b, h), _Head(rows, q[b, h], k[b, h], gates[b, h], columns, scale)
 
 
 def _precise(x: Tensor) -> Tensor:

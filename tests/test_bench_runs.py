@@ -10,6 +10,8 @@ import pytest
 from bench import runs
 from bench.rows import read
 
+CPU = Path(__file__).parent.parent / "bench" / "results" / "cpu"
+
 
 def run_folder(folder: Path, name: str, seed: int, loss: float, **changes: Any) -> Path:
     """A run folder as train.py leaves it, as far as it is read."""
@@ -83,6 +85,9 @@ def test_runs_that_cannot_be_compared_are_refused(
 def test_what_is_not_a_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["runs", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match="nothing is not a finished run"):
+        runs.main()
+    monkeypatch.setattr("sys.argv", ["runs", str(CPU / "memory.jsonl"), "--baseline", "mha layer"])
+    with pytest.raises(SystemExit, match="a row of kind 'memory' is no training run's"):
         runs.main()
     one = run_folder(tmp_path / "a", "moh", 0, 3.0)
     monkeypatch.setattr("sys.argv", ["runs", str(one)])
