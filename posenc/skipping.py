@@ -62,12 +62,9 @@ def attend_kept(
     if q.shape[2] == 1 and not torch.is_grad_enabled():
         return weigh(_attend_token(q, k, v, gates.values[:, :, 0] != 0, dense), gates.values)
     n = gates.always
-    routed = _Kept.apply(q[:, n:], k[:, n:], v[:, n:], gates.values[:, n:], scale)
-    if not n:
-        return routed
-    shared = weigh(dense(q[:, :n], k[:, :n], v[:, :n]), gates.values[:, :n])
-    # Laid out (B, T, H, D): merging the heads then copies nothing.
-    return torch.cat((shared.transpose(1, 2), routed.transpose(1, 2)), dim=2).transpose(1, 2)
+    shared = weigh(dense(q[:, :n], k[:, :n], v[:, :n]), gates.values[:, :n]) if n else q[:, :0]
+    routed = (x[:, n:] for x in (q, k, v, gates.values))
+    return _Kept.apply(shared, *routed, scale)
 
 
 def _attend_token(
@@ -147,9 +144,13 @@ def _rows_by_head(gates: Gates) -> Iterator[tuple[int, Tensor]]:
 
 
 def _linear(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """These rows of x through a projection, in steps of `ROW_STEP`."""
-    taken = F.pad(x.index_select(0, rows), (0, 0, 0, -len(rows) % ROW_STEP))
-    return F.linear(taken, weight, bias)[: len(rows)]
+    """These rows of x through a projection."""
+    return F.linear(x.index_select(0, _in_steps(rows)), weight, bias)[: len(rows)]
+
+
+def _in_steps(rows: Tensor) -> Tensor:
+    """The rows, and the last of them again up to a multiple of `ROW_STEP`."""
+    return torch.cat((rows, rows[-1:].expand(-len(rows) % ROW_STEP)))
 
 
 class _Head:
@@ -159,24 +160,22 @@ class _Head:
         self, rows: Tensor, q: Tensor, k: Tensor, gates: Tensor, columns: Tensor, scale: float
     ) -> None:
         self.rows = rows
-        self.padding = -len(rows) % ROW_STEP
+        self.taken = _in_steps(rows)
         self.query = self.take(q) * scale
         self.keys = _precise(k)
         self.gates = self.take(gates.unsqueeze(-1)).to(self.query.dtype)
-        at = (rows + (k.shape[0] - q.shape[0])).int()  # among the keys
-        at = torch.cat((at, at[-1:].expand(self.padding)))
+        self.gates[len(rows) :] = 0  # repeated rows leave no trace
+        at = (self.taken + (k.shape[0] - q.shape[0])).int()  # among the keys
         self.columns = columns
         self.at, self.ends = at.unsqueeze(-1), (at + 1).tolist()
 
     def take(self, x: Tensor) -> Tensor:
-        """The kept rows of x (T, ..), precise, and rows of zeros, which leave no trace."""
-        kept = _precise(x.index_select(0, self.rows))
-        return F.pad(kept, (0, 0, 0, self.padding)) if self.padding else kept
+        """The kept rows of x (T, ..), precise."""
+        return _precise(x.index_select(0, self.taken))
 
-    def put(self, x: Tensor, blocks: list[Tensor]) -> None:
-        """Write what `blocks` made of the kept rows to x (T, ..)."""
-        made = torch.cat(blocks)[: len(self.rows)]
-        x.index_copy_(0, self.rows, made.to(x.dtype))
+    def put(self, x: Tensor, made: Tensor) -> None:
+        """Write what was made of the kept rows to x (T, ..)."""
+        x.index_copy_(0, self.rows, made[: len(self.rows)].to(x.dtype))
 
     def blocks(self) -> Iterator[tuple[slice, int, Tensor]]:
         """Rows, the keys that they see between them, and their weights."""
@@ -187,48 +186,56 @@ class _Head:
             logits = self.query[block] @ self.keys[:seen].T
             hidden = self.columns[first:seen] > self.at[block]
             logits[:, first:].masked_fill_(hidden, -math.inf)
-            yield block, seen, torch.softmax(logits, dim=-1)
+            yield block, seen, torch.softmax(logits, dim=-1, out=logits)
 
 
 class _Kept(torch.autograd.Function):
-    """Attention of heads of which some rows are dropped. Differentiable once."""
+    """Shared heads as they are, then attention of heads of which some rows are dropped.
+    Differentiable once.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, shared: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v, gates)
-        ctx.scale = scale
+        ctx.scale, n = scale, shared.shape[1]
         batch, heads, length, dim = q.shape
-        y = q.new_zeros(batch, length, heads, dim).transpose(1, 2)
+        # Laid out (B, T, H, D): merging the heads then copies nothing.
+        y = q.new_zeros(batch, length, n + heads, dim).transpose(1, 2)
+        y[:, :n] = shared
         with no_autocast(q.device):
-            for i, head in _heads(q, k, gates, scale):
-                values = _precise(v[i])
-                blocks = head.blocks()
-                head.put(y[i], [w @ values[:seen] * head.gates[at] for at, seen, w in blocks])
+            for (b, h), head in _heads(q, k, gates, scale):
+                values, made = _precise(v[b, h]), torch.empty_like(head.query)
+                for block, seen, weights in head.blocks():
+                    torch.mm(weights, values[:seen], out=made[block])
+                head.put(y[b, n + h], made.mul_(head.gates))
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
         q, k, v, gates = ctx.saved_tensors
+        to_shared, dy = dy.split((dy.shape[1] - q.shape[1], q.shape[1]), dim=1)
         dq, dk, dv, d_gates = (torch.zeros_like(x) for x in (q, k, v, gates))
         with no_autocast(q.device):
             for i, head in _heads(q, k, gates, ctx.scale):
                 values, grads = _precise(v[i]), head.take(dy[i])
                 to_keys, to_values = torch.zeros_like(head.keys), torch.zeros_like(values)
-                to_queries, to_gates = [], []
+                to_queries, to_gates = torch.empty_like(head.query), torch.empty_like(head.gates)
                 for block, seen, weights in head.blocks():
                     products = grads[block] @ values[:seen].T
                     delta = (weights * products).sum(-1, keepdim=True)  # of the gates: <dy, o>
-                    weights = weights * head.gates[block]
+                    to_gates[block] = delta
+                    weights.mul_(head.gates[block])
                     to_values[:seen].addmm_(weights.T, grads[block])
                     logits = products.sub_(delta).mul_(weights)
                     to_keys[:seen].addmm_(logits.T, head.query[block])
-                    to_queries.append(logits @ head.keys[:seen] * ctx.scale)
-                    to_gates.append(delta.squeeze(-1))
+                    torch.mm(logits, head.keys[:seen], out=to_queries[block])
                 dk[i], dv[i] = to_keys, to_values
-                head.put(dq[i], to_queries)
-                head.put(d_gates[i], to_gates)
-        return dq, dk, dv, d_gates, None
+                head.put(dq[i], to_queries.mul_(ctx.scale))
+                head.put(d_gates[i], to_gates.squeeze(-1))
+        return to_shared, dq, dk, dv, d_gates, None
 
 
 def _heads(
