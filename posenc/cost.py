@@ -416,10 +416,10 @@ def model_cost(
     """The cost of a GPT, by part: embedding, position (what is added to it), phase (of CARoPE with
     source="token"), the parts of attention summed over the layers, mlp, norms, head and loss.
 
-    mlp is 8 C^2 (+ 5 C) parameters and 8 N C^2 multiply-adds a layer and keeps its input, and 4C
-    before and after GELU; a norm is C (+ C) parameters and keeps its input and two numbers a token;
-    the head, tied, is V C multiply-adds a position and keeps its input; the loss keeps the
-    logarithm of V probabilities.
+    mlp, M its width, is 2 C M (+ C + M) parameters and 2 N C M multiply-adds a layer and keeps its
+    input, and M before and after GELU; a norm is C (+ C) parameters and keeps its input and two
+    numbers a token; the head, tied, is V C multiply-adds a position and keeps its input; the loss
+    keeps the logarithm of V probabilities.
 
     Args:
         batch: B.
@@ -473,11 +473,12 @@ def _embedding_cost(config: GPTConfig, s: Sizes) -> Part:
 
 
 def _mlp_cost(config: GPTConfig, s: Sizes) -> Part:
-    layers, bias = config.layers, 5 * s.C if config.bias else 0
+    layers, width = config.layers, config.mlp_width
+    bias = s.C + width if config.bias else 0
     return (
-        weights(layers * (8 * s.C**2 + bias), s.e)
-        + product(layers * 8 * s.N * s.C**2)
-        + Part(saved_bytes=layers * s.N * (s.C + 4 * s.C + 4 * s.C) * s.e)
+        weights(layers * (2 * s.C * width + bias), s.e)
+        + product(layers * 2 * s.N * s.C * width)
+        + Part(saved_bytes=layers * s.N * (s.C + 2 * width) * s.e)
     )
 
 

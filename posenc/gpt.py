@@ -38,6 +38,7 @@ class GPTConfig:
         dropout: after the embedding, on attention weights and on residual branches.
         bias: of every linear layer and LayerNorm.
         gelu: "none" is the exact GELU, "tanh" GPT-2's approximation.
+        mlp_dim: hidden width of the MLP; None is 4 embed_dim.
     """
 
     vocab_size: int = 50304
@@ -50,10 +51,12 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True
     gelu: Literal["none", "tanh"] = "none"
+    mlp_dim: int | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "context", "layers", "heads", "embed_dim")
         check_sizes("GPTConfig", **{name: getattr(self, name) for name in sizes})
+        check_sizes("GPTConfig", mlp_dim=self.mlp_width)
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}.")
         if self.gelu not in ("none", "tanh"):
@@ -63,6 +66,11 @@ class GPTConfig:
                 f"attention_options must map names to values; got {self.attention_options!r}."
             )
         object.__setattr__(self, "attention_options", dict(self.attention_options))
+
+    @property
+    def mlp_width(self) -> int:
+        """M, the hidden width of the MLP."""
+        return 4 * self.embed_dim if self.mlp_dim is None else self.mlp_dim
 
 
 class GPTOutput(NamedTuple):
@@ -74,12 +82,12 @@ class GPTOutput(NamedTuple):
 
 
 class MLP(nn.Module):
-    """C -> 4C -> GELU -> C."""
+    """C -> M -> GELU -> C, M the config's `mlp_width`."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.embed_dim, 4 * config.embed_dim, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.embed_dim, config.embed_dim, bias=config.bias)
+        self.c_fc = nn.Linear(config.embed_dim, config.mlp_width, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_width, config.embed_dim, bias=config.bias)
         self.gelu: Literal["none", "tanh"] = config.gelu
 
     def forward(self, x: Tensor) -> Tensor:

@@ -151,21 +151,16 @@ def gpt2_config(raw: Mapping[str, Any]) -> "GPTConfig":
             f"this GPT-2 has activation_function={activation!r}; "
             f"expected one of {list(activations)}."
         )
-    inner = raw.get("n_inner")
-    embed_dim = raw.get("n_embd", 768)
-    if inner not in (None, 4 * embed_dim):
-        raise ValueError(
-            f"this GPT-2 has n_inner={inner}; expected {4 * embed_dim}, four times its width."
-        )
     return GPTConfig(
         vocab_size=raw.get("vocab_size", 50257),
         context=raw.get("n_positions", 1024),
         layers=raw.get("n_layer", 12),
         heads=raw.get("n_head", 12),
-        embed_dim=embed_dim,
+        embed_dim=raw.get("n_embd", 768),
         attention="mha",
         dropout=raw.get("resid_pdrop", 0.1),
         gelu="tanh" if activations[activation] == "tanh" else "none",
+        mlp_dim=raw.get("n_inner"),
     )
 
 

@@ -48,6 +48,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in NAMES},
     "no bias": ("rope", {"bias": False}),
     "longer": ("mha", {"context": 19}),
+    "narrow": ("rope", {"mlp_dim": 5}),
+    "wide": ("nope", {"mlp_dim": 131, "bias": False}),
     "one phase": ("carope", {"attention_options": {"source": "token"}}),
     "convolved phase": ("mdha", {"attention_options": {"encoding": "carope", "source": "token"}}),
     "learned in moh": ("moh", {"attention_options": {"encoding": "learned"}}),
@@ -269,7 +271,7 @@ def test_bytes_of_weights_follow_the_cast(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["nope", "mha", "sinusoidal"])
+@pytest.mark.parametrize("name", ["nope", "mha", "sinusoidal", "wide"])
 def test_bytes_kept_for_the_backward_pass(name: str, dtype: torch.dtype) -> None:
     """torch's attention keeps what the kernels do, which tests/kernels compares for every name;
     its log-sum-exp is fp64 where its inputs are.

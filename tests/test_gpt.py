@@ -443,6 +443,7 @@ def test_every_field_of_the_config_changes_the_model() -> None:
         "vocab_size": 31,
         "context": 32,
         "embed_dim": 48,
+        "mlp_dim": 17,
     }
     assert {field.name for field in fields(GPTConfig)} == changes.keys()
     plain, ids = tiny_gpt("mha"), text()
@@ -460,6 +461,8 @@ def test_every_field_of_the_config_changes_the_model() -> None:
         ({"layers": 0}, "needs layers of at least 1, an integer; got 0"),
         ({"vocab_size": 0}, "needs vocab_size of at least 1"),
         ({"context": 0}, "needs context of at least 1"),
+        ({"mlp_dim": 0}, "needs mlp_dim of at least 1, an integer; got 0"),
+        ({"mlp_dim": 2.5}, "needs mlp_dim of at least 1, an integer; got 2.5"),
         ({"dropout": 1.0}, "dropout must lie in"),
         ({"heads": 5}, "multiple of num_heads"),
         ({"heads": 8}, "even head dim"),

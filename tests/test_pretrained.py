@@ -53,7 +53,8 @@ def edit_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_round_trip(variant: str, tmp_path: Path) -> None:
     name, options = VARIANTS[variant]
-    model = tiny_gpt(name, torch.float32, attention_options=options, gelu="tanh", dropout=0.1)
+    changes = {"attention_options": options, "gelu": "tanh", "dropout": 0.1, "mlp_dim": 17}
+    model = tiny_gpt(name, torch.float32, **changes)
     model.save_pretrained(tmp_path)
     loaded = GPT.from_pretrained(tmp_path)
     assert loaded.config == model.config
@@ -209,6 +210,15 @@ def test_weights_may_lie_in_several_files(saved: Path) -> None:
     (saved / "model.safetensors").unlink()
     ids = torch.zeros(1, 3, dtype=torch.long)
     assert torch.equal(GPT.from_pretrained(saved)(ids).logits, expected(ids).logits)
+
+
+def test_checkpoints_from_before_a_field_was_added_load(saved: Path) -> None:
+    config = GPT.from_pretrained(saved).config
+    path = saved / "config.json"
+    raw = json.loads(path.read_text())
+    del raw["mlp_dim"]
+    path.write_text(json.dumps(raw))
+    assert GPT.from_pretrained(saved).config == config
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])

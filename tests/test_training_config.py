@@ -75,6 +75,11 @@ def test_impl_reaches_the_model_as_an_option():
     assert parse([]).model(10).attention_options == {}
 
 
+def test_the_width_of_the_mlp_reaches_the_model():
+    assert TrainConfig(mlp_dim=40).model(300).mlp_dim == 40
+    assert TrainConfig(embed_dim=24).model(300).mlp_width == 96
+
+
 def test_help_lists_every_flag(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(["--help"])
@@ -102,6 +107,7 @@ def test_help_lists_every_flag(capsys):
         (["--layers"], "--layers"),
         (["stray"], "stray"),
         (["--layers", "0"], "--layers must be at least 1; got 0."),
+        (["--mlp-dim", "-1"], "--mlp-dim must be 0 or more; got -1."),
         (["--lr", "-1"], "--lr must be 0 or more; got -1.0."),
         (["--lr", "nan"], "--lr must be 0 or more; got nan."),
         (["--lr", "1e-6"], "--min-lr must not exceed --lr"),
@@ -152,8 +158,9 @@ def test_a_resumed_run_keeps_its_flags(tmp_path):
         assert config == dataclasses.replace(
             stored, steps=20, out=str(tmp_path), resume=str(tmp_path)
         )
-    with pytest.raises(ValueError, match="--layers is 2 in the run that is resumed; got 3"):
-        parse(["--resume", str(tmp_path), "--layers", "3"])
+    for name, was in (("layers", 2), ("mlp-dim", 0)):
+        with pytest.raises(ValueError, match=f"--{name} is {was} in the run .* resumed; got 3"):
+            parse(["--resume", str(tmp_path), f"--{name}", "3"])
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         parse(["--resume", str(tmp_path)])

@@ -23,6 +23,7 @@ FIXED = [
     "embed_dim",
     "context",
     "bias",
+    "mlp_dim",
     "vocab_size",
     "tokenizer",
     "data_seed",

@@ -89,6 +89,8 @@ class TrainConfig:
     """After the embedding, on attention weights and on residual branches."""
     bias: bool = False
     """Biases in linear layers and LayerNorms."""
+    mlp_dim: int = 0
+    """Hidden width of the MLP; 0 is four times embed-dim."""
     impl: Annotated[str, one_of(IMPLS)] = "auto"
     """Back end of attention."""
 
@@ -211,6 +213,7 @@ class TrainConfig:
             attention_options=options,
             dropout=self.dropout,
             bias=self.bias,
+            mlp_dim=self.mlp_dim or None,
         )
 
 
@@ -219,6 +222,7 @@ AT_LEAST_ONE = (
 )  # fmt: skip
 NOT_NEGATIVE = [
     "vocab_size",
+    "mlp_dim",
     "lr",
     "min_lr",
     "warmup",

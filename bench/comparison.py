@@ -1,0 +1,202 @@
+"""Losses of several runs a method, as rows, compared over seeds: the printed tables."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from bench.rows import Row
+from bench.statistics import MOST_SEEDS, Interval, seeds_needed, student
+
+#: Keys of a recipe in which a match lets methods differ.
+TURNED = {"parameters": {"mlp_dim"}, "flops": {"steps", "warmup"}}
+#: Modes that get a table a length, and those that get one in all.
+LONG, SHORT = ("evaluate", "windows", "sliding"), ("tail", "positions")
+TITLES = {
+    "evaluate": "windows of {} tokens side by side",
+    "windows": "windows of {} tokens side by side",
+    "sliding": "windows of {} tokens, the last half of each scored",
+    "tail": "loss of the same last tokens after so many of context, mean over seeds",
+    "positions": "loss by the position in a window, up to, mean over seeds",
+}
+COLUMNS = 8  # of the tables of several lengths
+Losses = dict[str, dict[int, float]]  # by method and seed
+
+
+def recipe(row: Row) -> dict[str, str]:
+    """The recipe of a row by its keys."""
+    return {key: value for key, _, value in (word.partition("=") for word in row.recipe.split())}
+
+
+def match_of(row: Row) -> str:
+    """What the runs of a comparison have in common."""
+    return recipe(row).get("match", "tokens")
+
+
+def label(name: str, options: str) -> str:
+    """A method as it is typed: NAME, or NAME:KEY=VALUE,KEY=VALUE."""
+    return f"{name}:{options.replace(' ', ',')}" if options else name
+
+
+def losses_of(rows: Sequence[Row]) -> Losses:
+    """The losses of one comparison.
+
+    Raises:
+        ValueError: the runs are not of one recipe, or two are of one method and seed.
+    """
+    found: Losses = {}
+    first: dict[str, str] = {}
+    for row in rows:
+        own = recipe(row)
+        for key in TURNED.get(match_of(row), ()):
+            own.pop(key, None)
+        first = first or own
+        if different := sorted(set(own.items()) ^ set(first.items())):
+            words = [f"{key}={value}" for key, value in different]
+            raise ValueError(f"the runs differ in {words}: compare runs of one recipe.")
+        assert row.seed is not None
+        seeds = found.setdefault(label(row.name, row.options), {})
+        if row.seed in seeds:
+            raise ValueError(
+                f"there are two runs of {label(row.name, row.options)} with seed {row.seed}."
+            )
+        seeds[row.seed] = row.p50
+    return found
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Loss minus the baseline's.
+
+    Attributes:
+        seeds: the interval over the seeds that both have.
+        text: 95% bounds of the bootstrap over seeds and text, where there is one.
+        needed: seeds that a test of it needs, None with fewer than two.
+    """
+
+    seeds: Interval
+    count: int
+    text: tuple[float, float] | None
+    needed: float | None
+
+    @property
+    def verdict(self) -> str:
+        """Lower and higher only where every interval leaves 0 out."""
+        bounds = [self.text] if self.text else []
+        direction = "lower" if self.seeds.mean < 0 else "higher"
+        if self.needed is None:
+            clear = self.text is not None and not self.text[0] <= 0 <= self.text[1]
+            return f"{direction if clear else 'no difference'} over the text; seeds: one only"
+        bounds.append((self.seeds.low, self.seeds.high))
+        if not any(low <= 0 <= high for low, high in bounds):
+            return direction
+        if not self.seeds.low <= 0 <= self.seeds.high:
+            return "no difference that so much text can see"
+        count = f"more than {MOST_SEEDS:,}" if math.isinf(self.needed) else f"{self.needed:.0f}"
+        return f"no difference that {self.count} seeds can see; this gap needs {count} seeds"
+
+
+def gap_of(
+    own: dict[int, float], baseline: dict[int, float], text: tuple[float, float] | None = None
+) -> Gap | None:
+    """The gap over the seeds that both have, None without any."""
+    pairs = [own[seed] - baseline[seed] for seed in sorted(own.keys() & baseline.keys())]
+    if not pairs:
+        return None
+    needed = seeds_needed(fmean(pairs), stdev(pairs)) if len(pairs) > 1 else None
+    return Gap(student(pairs), len(pairs), text, needed)
+
+
+def shown(found: Interval, form: str) -> str:
+    """An interval as text; a mean alone where one value has none."""
+    if math.isinf(found.low):
+        return f"{found.mean:{form}}"
+    return f"{found.mean:{form}} ({found.low:{form}} .. {found.high:{form}})"
+
+
+def tables(rows: Sequence[Row], baseline: str = "rope") -> Iterator[str]:
+    """The printed lines.
+
+    Args:
+        rows: of kind perplexity, or run, which knows no text to resample.
+        baseline: a method's label, for rows that do not say.
+
+    Raises:
+        ValueError: for other rows, for runs that cannot be compared, and without a baseline.
+    """
+    for row in rows:
+        if row.kind not in ("perplexity", "run"):
+            raise ValueError(f"a row of kind {row.kind!r} is no training run's: {row.name}.")
+    for match in dict.fromkeys(map(match_of, rows)):
+        own = [row for row in rows if match_of(row) == match]
+        wanted = recipe(own[0]).get("baseline", baseline)
+        names = sorted({label(row.name, row.options) for row in own})
+        if wanted not in names:
+            raise ValueError(f"no run of the baseline {wanted!r}; there are {names}.")
+        for mode in LONG:
+            for length in sorted({row.T or 0 for row in own if row.mode == mode}):
+                at = [row for row in own if (row.mode, row.T) == (mode, length)]
+                yield from _one_length(at, wanted)
+        for mode in SHORT:
+            yield from _all_lengths([row for row in own if row.mode == mode])
+
+
+def _one_length(rows: Sequence[Row], baseline: str) -> Iterator[str]:
+    first = rows[0]
+    losses = losses_of([row for row in rows if row.metric == "loss"])
+    about, width = recipe(first), max(map(len, [*losses, "method"]))
+    text = f", {about['units']} {about['unit']}s" if "units" in about else ""
+    yield (
+        f"\nequal {match_of(first)}, {TITLES[first.mode].format(first.T)}; "
+        f"{int(about['targets']):,} targets{text}; 95% intervals"
+    )
+    yield (
+        f"  {'method':{width}} seeds  {'loss, over seeds':24}  {'perplexity':24}  bits/byte  "
+        f"{f'loss - {baseline}, over seeds':28}  over seeds and text"
+    )
+    for name, by_seed in losses.items():
+        loss = student(list(by_seed.values()))
+        perplexity = Interval(*(math.exp(min(x, 700)) for x in loss))
+        if len(by_seed) < 2:
+            perplexity = Interval(perplexity.mean, -math.inf, math.inf)
+        each = [
+            row.p50
+            for row in rows
+            if row.metric == "bits per byte" and label(row.name, row.options) == name
+        ]
+        byte = f"{fmean(each):.3f}" if each else ""
+        line = f"  {name:{width}} {len(by_seed):5}  {shown(loss, '.4f'):24}  "
+        line += f"{shown(perplexity, '.2f'):24}  {byte:9}  "
+        found = gap_of(by_seed, losses.get(baseline, {}), _bounds(rows, name))
+        if name != baseline and found is not None:
+            over = "" if found.text is None else "({:+.4f} .. {:+.4f})".format(*found.text)
+            line += f"{shown(found.seeds, '+.4f'):28}  {over:21} {found.verdict}"
+        yield line.rstrip()
+
+
+def _bounds(rows: Sequence[Row], name: str) -> tuple[float, float] | None:
+    found = {row.metric: row.p50 for row in rows if label(row.name, row.options) == name}
+    if "gap 2.5%" not in found:
+        return None
+    return found["gap 2.5%"], found["gap 97.5%"]
+
+
+def _all_lengths(rows: Sequence[Row]) -> Iterator[str]:
+    """One line a method; of many lengths, some."""
+    losses = [row for row in rows if row.metric == "loss"]
+    if not losses:
+        return
+    lengths = sorted({row.T or 0 for row in losses})
+    count = min(COLUMNS, len(lengths))
+    chosen = [lengths[(i + 1) * len(lengths) // count - 1] for i in range(count)]
+    yield f"\nequal {match_of(losses[0])}, {TITLES[losses[0].mode]}"
+    names = list(dict.fromkeys(label(row.name, row.options) for row in losses))
+    width = max(map(len, [*names, "method"]))
+    yield f"  {'method':{width}}" + "".join(f"{length:9}" for length in chosen)
+    for name in names:
+        own = [row for row in losses if label(row.name, row.options) == name]
+        cells = []
+        for length in chosen:
+            each = [row.p50 for row in own if length == row.T]
+            cells.append(f"{fmean(each):9.4f}" if each else f"{'-':>9}")
+        yield f"  {name:{width}}" + "".join(cells)

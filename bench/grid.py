@@ -1,0 +1,412 @@
+"""Cells of a comparison: a training run for each match, method and seed, and their losses.
+
+    RUNS/MATCH/METHOD-sSEED/      a run folder of train.py, and losses.json once it is scored
+    RUNS/MATCH/METHOD-sSEED.log   what the trainer said
+
+Every cell runs in a process of its own. One that is trained and scored is never touched again, one
+with a checkpoint goes on from it.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bench.losses import Losses, Question, losses
+from posenc.cost import model_cost, model_flops_per_token
+from posenc.gpt import GPT
+from posenc.training.cli import check_flags, parse
+from posenc.training.config import TrainConfig, flag, format_options, from_mapping, parse_options
+from posenc.training.precision import autocast, choose_device, choose_dtype
+from posenc.training.run_folder import CONFIG, SUMMARY, RunFolder
+from posenc.training.signals import StopSignals
+
+MATCHES = ("tokens", "parameters", "flops")
+CLOSE = 1e-3  # relative: what counts as matched
+LOSSES = "losses.json"
+#: Of a cell where the user says nothing else: it is scored by this benchmark, not by the trainer.
+QUIET = ["--eval-every", "0", "--eval-tokens", "8192", "--sample-tokens", "0"]
+#: Flags that are the grid's own.
+OWN = ("attention", "attention_options", "seed", "data_seed", "out", "resume", "parallel")
+#: Fields in which a folder may differ from what is asked.
+PLACE = ("out", "resume", "cache_dir")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A name of the zoo with its options, written NAME or NAME:KEY=VALUE,KEY=VALUE."""
+
+    name: str
+    options: tuple[str, ...] = ()  # KEY=VALUE, the value as JSON
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The options as values."""
+        return parse_options(self.options)
+
+    def __str__(self) -> str:
+        return f"{self.name}:{','.join(self.options)}" if self.options else self.name
+
+
+def method(text: str) -> Method:
+    """Read NAME:KEY=VALUE,KEY=VALUE. Raises ValueError for anything else."""
+    name, _, options = text.partition(":")
+    words = re.split(r",(?=\w+=)", options) if options else []
+    return Method(name, tuple(format_options(parse_options(words))))
+
+
+def method_of(config: TrainConfig) -> Method:
+    """The method that a run trains."""
+    return Method(config.attention, tuple(format_options(config.attention_options)))
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One training run.
+
+    Attributes:
+        config: what it trains.
+        argv: the flags that start it; None for a finished one.
+    """
+
+    config: TrainConfig
+    argv: Sequence[str] | None = None
+
+    @property
+    def folder(self) -> RunFolder:
+        assert self.config.out is not None
+        return RunFolder(Path(self.config.out))
+
+    @property
+    def method(self) -> Method:
+        return method_of(self.config)
+
+    @property
+    def log(self) -> Path:
+        return self.folder.path.with_name(f"{self.folder.path.name}.log")
+
+    @property
+    def trained(self) -> bool:
+        return (self.folder.path / SUMMARY).exists()
+
+    def __str__(self) -> str:
+        return str(self.folder.path)
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run folder. Raises ValueError if it is none."""
+        path = self.folder.path / name
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.folder.path} is not a finished run: {error}") from error
+
+    def steps(self) -> int:
+        """Steps taken so far."""
+        if self.trained:
+            return self.config.steps
+        try:
+            with self.folder.metrics.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+                lines = file.read().split(b"\n")[:-1]  # what follows the last is cut off
+        except OSError:
+            return 0
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+
+    def losses(self, question: Question) -> Losses | None:
+        """What it answered, None if it was not asked this question."""
+        try:
+            found = json.loads((self.folder.path / LOSSES).read_text(encoding="utf-8"))
+            if found["question"] != question.digest():
+                return None
+            return {
+                protocol: {int(key): values for key, values in by_length.items()}
+                for protocol, by_length in found["losses"].items()
+            }
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def check(self) -> None:
+        """Raise ValueError where the folder holds another run than is asked."""
+        if not (self.folder.path / CONFIG).exists():
+            return
+        stored = dataclasses.asdict(from_mapping(self.folder.read_config()))
+        for name, asked in dataclasses.asdict(self.config).items():
+            if name not in PLACE and stored[name] != asked:
+                raise ValueError(
+                    f"{self} holds a run with {flag(name)} {stored[name]}; this grid asks for "
+                    f"{asked}. Choose another --runs, or delete it."
+                )
+
+
+def matched(config: TrainConfig, baseline: TrainConfig, match: str, symbols: int) -> list[str]:
+    """The flags that match a method to the baseline; none where nothing need change.
+
+    parameters: the MLPs are as wide as gives the baseline's number. flops: as many steps as cost
+    the baseline's training FLOPs, and warm-up and decay in proportion.
+
+    Args:
+        symbols: of the vocabulary.
+
+    Raises:
+        ValueError: no width of the MLPs gives the number of parameters.
+    """
+    own, other = config.model(symbols), baseline.model(symbols)
+    if match == "parameters":
+        sizes = [
+            model_cost(shape, 1, config.context).total.parameters
+            for shape in (other, own, dataclasses.replace(own, mlp_dim=own.mlp_width + 1))
+        ]
+        target, size, slope = sizes[0], sizes[1], sizes[2] - sizes[1]
+        added = round((target - size) / slope)
+        left = target - size - added * slope
+        if abs(target - size) <= CLOSE * target:
+            return []
+        if own.mlp_width + added < 1 or abs(left) > CLOSE * target:
+            raise ValueError(
+                f"{method_of(config)} has {size:,} parameters, the baseline {target:,}: no width "
+                f"of the MLPs comes within {CLOSE:.1%}. Leave --match parameters out."
+            )
+        return ["--mlp-dim", str(own.mlp_width + added)]
+    if match == "flops":
+        ratio = model_flops_per_token(other).exact / model_flops_per_token(own).exact
+        if abs(ratio - 1) > CLOSE:
+            scaled = {name: getattr(config, name) for name in ("steps", "warmup", "decay_steps")}
+            return [
+                word
+                for name, value in scaled.items()
+                for word in (flag(name), str(round(value * ratio)))
+            ]
+    return []
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained.
+
+    Args:
+        runs: the folder of all cells.
+        flags: of train.py, for every cell.
+        seeds: pairs (initial weights, data).
+    """
+
+    runs: Path
+    methods: Sequence[Method]
+    baseline: Method
+    flags: Sequence[str]
+    seeds: Sequence[tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        check_flags(self.flags)
+        for name in OWN:
+            if any(word.partition("=")[0].replace("_", "-") == flag(name) for word in self.flags):
+                raise ValueError(f"{flag(name)} after -- is what the grid varies. Leave it out.")
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError("a method is named twice. Name each once.")
+        if self.baseline not in self.methods:
+            raise ValueError(
+                f"the baseline {self.baseline} is not among {', '.join(map(str, self.methods))}. "
+                "Name it, or choose another --baseline."
+            )
+
+    def cell(self, method: Method, seeds: tuple[int, int], match: str = "tokens",
+             extra: Sequence[str] = ()) -> Cell:  # fmt: skip
+        """A cell. Raises ValueError for flags that cannot be."""
+        name = re.sub(r"[^\w.=,-]+", "-", str(method)) + f"-s{seeds[0]}"
+        argv = [*QUIET, *self.flags, *extra, "--attention", method.name, "--attention-options",
+                *method.options, "--seed", str(seeds[0]), "--data-seed", str(seeds[1]),
+                "--out", str(self.runs / match / name)]  # fmt: skip
+        return Cell(parse(argv), argv)
+
+    def cells(self, match: str, symbols: int) -> list[Cell]:
+        """The cells of a match, by seed: the mix of fast and slow methods stays the same."""
+        found = []
+        for seeds in self.seeds:
+            baseline = self.cell(self.baseline, seeds)
+            for method in self.methods:
+                plain = self.cell(method, seeds)
+                extra = matched(plain.config, baseline.config, match, symbols)
+                found.append(self.cell(method, seeds, match, extra) if extra else plain)
+        return found
+
+
+def finished(folders: Sequence[Path]) -> list[Cell]:
+    """Run folders of train.py.
+
+    Raises:
+        ValueError: one is not finished, or they are not runs of one recipe.
+    """
+    cells = []
+    for folder in folders:
+        stored = from_mapping(RunFolder(folder).read_config())
+        cell = Cell(dataclasses.replace(stored, out=str(folder)))
+        if not cell.trained:
+            raise ValueError(f"{folder} is not a finished run: no {SUMMARY}. Train it to its end.")
+        cells.append(cell)
+    check_one_recipe(cells)
+    return cells
+
+
+#: What runs that are compared may differ in.
+FREE = (*PLACE, "attention", "attention_options", "seed", "preset", "eval_every", "eval_tokens",
+        "log_every", "save_every", "sample_tokens", "tracker", "compile")  # fmt: skip
+
+
+def check_one_recipe(cells: Sequence[Cell]) -> None:
+    """Raise ValueError unless they share recipe and text, and those of one seed the data order."""
+    first, by_seed, seen = cells[0], dict[int, Cell](), dict[tuple[Method, int], Cell]()
+    for cell in cells:
+        same = by_seed.setdefault(cell.config.seed, cell)
+        fields = {f.name: first for f in dataclasses.fields(TrainConfig) if f.name not in FREE}
+        for name, other in (fields | {"data_seed": same}).items():
+            pair = getattr(other.config, name), getattr(cell.config, name)
+            if pair[0] != pair[1]:
+                raise ValueError(
+                    f"{other} and {cell} differ in {flag(name)}: {pair[0]} and {pair[1]}. "
+                    "Compare runs of one recipe."
+                )
+        twin = seen.setdefault((cell.method, cell.config.seed), cell)
+        if twin is not cell:
+            raise ValueError(
+                f"{twin} and {cell} are both {cell.method} with seed {cell.config.seed}. "
+                "Give one of them."
+            )
+
+
+def work(cell: Cell, question: Question, threads: int) -> None:
+    """Train a cell if it is not trained, then ask it. Runs in a process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the grid, which hears it too, says when to stop
+    torch.set_num_threads(threads)
+    cell.log.parent.mkdir(parents=True, exist_ok=True)
+    with cell.log.open("a", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if not cell.trained:
+        import train
+
+        assert cell.argv is not None
+        started = (cell.folder.path / CONFIG).exists()
+        if code := train.main(["--resume", str(cell)] if started else cell.argv):
+            sys.exit(code)
+    answer(cell, question)
+
+
+def answer(cell: Cell, question: Question) -> None:
+    """Score the trained model of a cell, in the precision of its training, into losses.json."""
+    config, since = cell.config, time.perf_counter()
+    device = choose_device(config.device)
+    model = GPT.from_pretrained(cell.folder.model).to(device)
+    for block in model.blocks:  # a checkpoint holds no back end
+        block.attn.impl = config.attention_options.get("impl", config.impl)
+    found = losses(
+        model,
+        question,
+        tokens_per_batch=max(config.batch_size * config.context, question.lengths[-1]),
+        autocast=partial(autocast, device, choose_dtype(config.dtype, device)),
+    )
+    seconds = time.perf_counter() - since
+    values = {"question": question.digest(), "seconds": seconds, "losses": found}
+    cell.folder.write_json(LOSSES, values)
+
+
+class Progress:
+    """One bar over the steps of all cells; plain lines now and then where there is no terminal."""
+
+    def __init__(self, total: int, done: int, every: float = 30.0) -> None:
+        self._total, self._done, self._every = total, done, every
+        self._start = self._last = time.perf_counter()
+        self._bar = tqdm(
+            total=total, initial=done, unit="step", smoothing=0, disable=not sys.stderr.isatty()
+        )
+
+    def show(self, steps: int, what: str) -> None:
+        """So many steps are done, and this is going on."""
+        now = time.perf_counter()
+        if not self._bar.disable:
+            self._bar.n = steps
+            self._bar.set_postfix_str(what)
+        elif now - self._last >= self._every:
+            self._last = now
+            sizes = {"n": steps, "total": self._total, "initial": self._done}
+            elapsed = now - self._start
+            line = tqdm.format_meter(elapsed=elapsed, unit="step", postfix=what, ncols=0, **sizes)
+            print(line.strip(), file=sys.stderr, flush=True)
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self._bar.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class Stopped(Exception):
+    """A signal, whose number it holds."""
+
+
+def run(cells: Sequence[Cell], question: Question, *, jobs: int, threads: int) -> list[Cell]:
+    """Train and score the cells that are not yet; those that failed.
+
+    Raises:
+        Stopped: by a signal; what was running is saved.
+        ValueError: a folder holds another run.
+    """
+    for cell in cells:
+        cell.check()
+    waiting = [cell for cell in cells if cell.losses(question) is None]
+    running: dict[Cell, BaseProcess] = {}
+    failed: list[Cell] = []
+    settled = {cell: cell.config.steps for cell in cells if cell not in waiting}
+    total = sum(cell.config.steps for cell in cells)
+    context = multiprocessing.get_context("spawn")
+    with StopSignals() as signals:
+        bar = Progress(total, sum(settled.values()) + sum(cell.steps() for cell in waiting))
+        try:
+            while running or (waiting and not signals.received):
+                while len(running) < jobs and waiting and not signals.received:
+                    cell = waiting.pop(0)
+                    running[cell] = context.Process(target=work, args=(cell, question, threads))
+                    running[cell].start()
+                if signals.received:
+                    for process in running.values():
+                        process.terminate()
+                wait([process.sentinel for process in running.values()], timeout=0.5)
+                for cell, process in list(running.items()):
+                    if process.exitcode is not None:
+                        del running[cell]
+                        settled[cell] = cell.steps()
+                        if process.exitcode and not signals.received:
+                            failed.append(cell)
+                            bar.say(f"{cell} failed: {last_line(cell.log, process.exitcode)}")
+                now = sum(settled.values()) + sum(cell.steps() for cell in [*running, *waiting])
+                done = len(cells) - len(waiting) - len(running) - len(failed)
+                bar.show(now, f"{done} of {len(cells)} runs")
+        finally:
+            bar.close()
+            for process in running.values():
+                process.terminate()
+                process.join()
+        if signals.received and any(cell.losses(question) is None for cell in cells):
+            raise Stopped(signals.received)
+    return failed
+
+
+def last_line(log: Path, code: int) -> str:
+    """Why a process ended."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
+    reason = lines[-1] if lines and code > 0 else f"ended by signal {-code}"
+    return f"{reason} (all of it: {log})"

@@ -1,0 +1,274 @@
+"""What a trained model makes of a text: the loss of chosen targets, by protocol and unit of text.
+
+A text is a number of blocks of B targets, each within one document. Every mean is over as many
+targets in every block, so that means of means are token-weighted.
+
+| protocol | inputs that a target sees | scored |
+|---|---|---|
+| windows, L | those since the last multiple of L in its block | every target |
+| sliding, L | the last L/2 to L, also from before its block | every target, half a window a time |
+| positions, t | up to t: windows of the longest L, by buckets of the position | every target |
+| tail, L | the last L | the same R = context/2 targets at up to PLACES places of every block |
+
+The early targets of a window have little to go by, and a longer window has fewer of them; the tail
+changes nothing but the context.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from posenc.data.batches import TokenSequence
+from posenc.gpt import GPT
+
+ENOUGH_DOCUMENTS = 30  # to resample them; fewer are resampled by the block
+PLACES = 4
+
+Ids = npt.NDArray[np.int64]
+#: Mean nats a target by protocol, then by length or position, then for every unit of the text.
+Losses = dict[str, dict[int, list[float]]]
+
+
+class Block(NamedTuple):
+    """ids[lead:-1] are the block's inputs, ids[lead + 1:] its targets; before them is context."""
+
+    ids: Ids
+    lead: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is scored.
+
+    Attributes:
+        blocks: all of `size` targets.
+        documents: that they come from.
+    """
+
+    blocks: Sequence[Block]
+    size: int
+    documents: int
+
+    @property
+    def unit(self) -> str:
+        """What is resampled."""
+        return "document" if self.documents >= ENOUGH_DOCUMENTS else "block"
+
+    @property
+    def targets(self) -> Ids:
+        """All of them, in order."""
+        return np.concatenate([block.ids[block.lead + 1 :] for block in self.blocks])
+
+    def __str__(self) -> str:
+        return f"{len(self.blocks)} blocks of {self.size} tokens from {self.documents} documents"
+
+
+def documents(tokens: TokenSequence, end_of_text: int | None) -> list[range]:
+    """Where the documents lie; each begins with `end_of_text`, None being one document."""
+    if end_of_text is None:
+        return [range(len(tokens))]
+    starts = np.flatnonzero(np.asarray(tokens[:]) == end_of_text).tolist()
+    borders = [*sorted({0, *starts}), len(tokens)]
+    return [range(start, stop) for start, stop in pairwise(borders)]
+
+
+def choose_text(
+    tokens: TokenSequence, end_of_text: int | None, *, size: int, wanted: int, lead: int
+) -> Text:
+    """Blocks of every document that holds one, the same number of each, spread evenly through it.
+
+    Of at least ENOUGH_DOCUMENTS documents one block each; of fewer, enough blocks for `wanted` of
+    them, if the shortest document holds its share.
+
+    Args:
+        size: targets in a block. wanted: blocks. lead: tokens of context before each, where there
+            are so many in its document.
+
+    Raises:
+        ValueError: there are fewer than two blocks.
+    """
+    long = [found for found in documents(tokens, end_of_text) if len(found) > size]
+    each = 1
+    if long and len(long) < ENOUGH_DOCUMENTS:
+        each = min(-(-wanted // len(long)), min(len(found) - 1 for found in long) // size)
+    blocks = []
+    for found in long:
+        gap = (len(found) - 1 - each * size) / each
+        for number in range(each):
+            start = found.start + number * size + int((number + 0.5) * gap)
+            before = min(lead, start - found.start)
+            ids = np.array(tokens[start - before : start + size + 1], np.int64)
+            blocks.append(Block(ids, before))
+    if len(blocks) < 2:
+        raise ValueError(
+            f"the validation text gives {len(blocks)} blocks of {size} tokens; expected at least "
+            "2. Give a smaller --block, or longer --val-data."
+        )
+    return Text(blocks, size, len(long))
+
+
+class Question(NamedTuple):
+    """A text, the training context, and the window lengths that models are asked at."""
+
+    text: Text
+    context: int
+    lengths: Sequence[int]
+
+    def digest(self) -> str:
+        """The same for the same answer."""
+        found = hashlib.sha256(repr((self.context, *self.lengths)).encode())
+        for block in self.text.blocks:
+            found.update(repr(block.lead).encode() + block.ids.tobytes())
+        return found.hexdigest()
+
+    @property
+    def tail(self) -> int:
+        """R: targets scored at each place of the tail."""
+        return self.context // 2
+
+
+def ask(
+    text: tuple[TokenSequence, int | None], *, context: int, times: Sequence[int], size: int,
+    wanted: int,
+) -> Question:  # fmt: skip
+    """Choose the text for windows of so many times the training context.
+
+    Args:
+        text: tokens and end-of-text.
+
+    Raises:
+        ValueError: they do not divide a block, or there is too little text.
+    """
+    lengths = sorted({context * many for many in times})
+    if context % 2:
+        raise ValueError(f"half of a context is scored at a time; got a context of {context}.")
+    for length in lengths:
+        if size % length:
+            raise ValueError(
+                f"windows of {length} tokens do not divide blocks of {size}. "
+                f"Give --block {-(-size // lengths[-1]) * lengths[-1]} or other --contexts."
+            )
+    found = choose_text(*text, size=size, wanted=wanted, lead=lengths[-1] // 2)
+    return Question(found, context, lengths)
+
+
+class Window(NamedTuple):
+    """Inputs ids[start:stop] of a block, of whose targets the last ones are scored."""
+
+    start: int
+    stop: int
+
+
+def windows(block: Block, length: int, seen: int | None = None) -> list[Window]:
+    """Windows of `length` side by side, of each its first `seen` inputs."""
+    starts = range(block.lead, len(block.ids) - 1, length)
+    return [Window(start, start + (seen or length)) for start in starts]
+
+
+def sliding(block: Block, length: int) -> list[Window]:
+    """Windows half a length apart; one that would begin before its document is shorter."""
+    half = length // 2
+    starts = range(block.lead, len(block.ids) - 1, half)
+    return [Window(max(0, start - half), start + half) for start in starts]
+
+
+def tails(block: Block, longest: int, length: int) -> list[Window]:
+    """The last `length` inputs of some of the windows of the longest length."""
+    found = windows(block, longest)
+    places = min(PLACES, len(found))
+    ends = [found[(i + 1) * len(found) // places - 1].stop for i in range(places)]
+    return [Window(end - length, end) for end in ends]
+
+
+@torch.no_grad()
+def token_losses(model: GPT, windows: Tensor, scored: int) -> Tensor:
+    """Nats of the last `scored` targets, in fp32 or better: (N, scored).
+
+    Args:
+        windows: (N, T + 1), inputs and the last target.
+    """
+    h, _ = model.hidden(windows[:, :-1])
+    logits = model.head(h[:, -scored:])
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(precise.transpose(1, 2), windows[:, -scored:], reduction="none")
+
+
+def scores(
+    model: GPT,
+    text: Text,
+    cut: Callable[[Block], Sequence[Window]],
+    scored: int,
+    *,
+    tokens_per_batch: int,
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> npt.NDArray[np.float64]:
+    """Nats of every scored target: (blocks, windows, scored)."""
+    places = [
+        (number, which, window)
+        for number, block in enumerate(text.blocks)
+        for which, window in enumerate(cut(block))
+    ]
+    count = len(places) // len(text.blocks)
+    found = np.empty((len(text.blocks), count, scored))
+    device = model.wte.weight.device
+    for length in sorted({window.stop - window.start for _, _, window in places}):
+        alike = [place for place in places if place[2].stop - place[2].start == length]
+        rows = max(1, tokens_per_batch // length)
+        for first in range(0, len(alike), rows):
+            batch = alike[first : first + rows]
+            ids = np.stack([text.blocks[i].ids[w.start : w.stop + 1] for i, _, w in batch])
+            with autocast():
+                nats = token_losses(model, torch.from_numpy(ids).to(device), scored)
+            for (number, which, _), row in zip(batch, nats.double().cpu().numpy(), strict=True):
+                found[number, which] = row
+    return found
+
+
+def bucket(longest: int) -> int:
+    """Positions that are averaged: 32 buckets, of 64 from 2048 positions on."""
+    return 64 if longest >= 2048 else max(1, longest // 32)
+
+
+def losses(
+    model: GPT,
+    question: Question,
+    *,
+    tokens_per_batch: int = 4096,
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> Losses:
+    """All protocols. Lengths beyond a learned table are left out."""
+    text, longest = question.text, question.lengths[-1]
+    limit = longest if model.max_length is None else min(longest, model.max_length)
+    lengths = [length for length in question.lengths if length <= limit]
+    model.eval()
+
+    def nats(cut: Callable[[Block], Sequence[Window]], scored: int) -> npt.NDArray[np.float64]:
+        how = {"tokens_per_batch": tokens_per_batch, "autocast": autocast}
+        return scores(model, text, cut, scored, **how)
+
+    found: Losses = {"windows": {}, "sliding": {}, "positions": {}, "tail": {}}
+    for length in lengths:
+        whole = nats(partial(windows, length=length), length)
+        found["windows"][length] = whole.mean((1, 2)).tolist()
+        half = nats(partial(sliding, length=length), length // 2)
+        found["sliding"][length] = half.mean((1, 2)).tolist()
+    if limit < longest:  # else the last windows were the longest
+        whole = nats(partial(windows, length=longest, seen=limit), limit)
+    width = bucket(longest)
+    for first in range(0, limit, width):
+        part = whole[:, :, first : first + width]
+        found["positions"][first + part.shape[2]] = part.mean((1, 2)).tolist()
+    for length in range(question.tail, limit + 1, question.tail):
+        end = nats(partial(tails, longest=longest, length=length), question.tail)
+        found["tail"][length] = end.mean((1, 2)).tolist()
+    return found

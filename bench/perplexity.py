@@ -1,0 +1,351 @@
+"""Perplexity of attention methods, compared over seeds and text: `python -m bench.perplexity`.
+
+    python -m bench.perplexity --attention rope carope moh:shared=2,top_k=2 --seeds 3 -- --steps 400
+    python -m bench.perplexity --finished runs/rope-* runs/moh-*     runs of train.py
+    python -m bench.perplexity --rows rows.jsonl                     the same tables from their rows
+
+Trains every method under every seed in the same data order, scores the same text with all of them
+by the protocols of `bench.losses`, and prints for each length: loss and perplexity over seeds, and
+the difference to the baseline with two 95% intervals, Student's t over the seeds, paired, and a
+bootstrap over seeds and text, or how many seeds it would take to see it. The three matches are of
+equal tokens, equal parameters (by the width of the MLPs) and equal training FLOPs (by the number of
+steps). Flags after `--` are those of train.py, for every run.
+
+A run that is trained and scored is kept: after an interruption the same command goes on.
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import posenc
+from bench.comparison import gap_of, label, tables
+from bench.grid import MATCHES, Cell, Plan, Stopped, finished, method, run
+from bench.losses import Losses, Question, ask
+from bench.rows import Row, RowFile, read, row_of, written
+from bench.statistics import paired_bootstrap
+from posenc.cost import model_flops_per_token
+from posenc.data import Corpus, load_corpus
+from posenc.errors import unknown
+from posenc.files import atomic_file
+from posenc.training.config import TrainConfig
+from posenc.training.run_folder import ENVIRONMENT, SUMMARY
+
+KIND = "perplexity"
+RECIPE = ("layers", "heads", "embed_dim", "mlp_dim", "context", "batch_size", "grad_accum", "steps",
+          "lr", "min_lr", "warmup", "weight_decay", "beta2", "dropout", "bias")  # fmt: skip
+GAPS = ("windows", "sliding", "tail")  # protocols that are compared
+
+
+class Result(NamedTuple):
+    """A cell that is trained and scored."""
+
+    cell: Cell
+    losses: Losses
+    summary: Mapping[str, Any]
+    about: Mapping[str, Any]  # environment.json
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.cell.config
+
+    @property
+    def name(self) -> str:
+        return label(self.config.attention, written(self.config.attention_options))
+
+
+class Comparison(NamedTuple):
+    """The results of one match."""
+
+    match: str
+    baseline: str  # a label
+    results: Sequence[Result]
+    question: Question
+    symbols: int  # of the vocabulary
+    bytes: float | None  # of text behind all targets
+
+
+def corpus_of(config: TrainConfig) -> Corpus:
+    """The corpus of a run, from the cache where it is there."""
+    assert config.data is not None
+    return load_corpus(
+        config.data,
+        val_data=config.val_data,
+        tokenizer=config.tokenizer,
+        vocab_size=config.bpe_symbols,
+        context=config.context,
+        cache_dir=config.cache_dir,
+    )
+
+
+def bytes_of(question: Question, corpus: Corpus) -> float | None:
+    """Bytes of text behind the targets; where tokens have no fixed length, at the corpus's rate."""
+    lengths = corpus.tokenizer.byte_lengths() if corpus.tokenizer else None
+    targets = question.text.targets
+    if lengths is not None:
+        return float(lengths[targets].sum())
+    if corpus.validation_bytes is None:
+        return None
+    return corpus.validation_bytes / len(corpus.validation) * len(targets)
+
+
+def read_result(cell: Cell, question: Question) -> Result | None:
+    """A cell's result, None while there is none."""
+    found = cell.losses(question)
+    return found and Result(cell, found, cell.read(SUMMARY), cell.read(ENVIRONMENT))
+
+
+def shared_columns(result: Result, compared: Comparison) -> dict[str, Any]:
+    """What the rows of a cell have in common."""
+    config, text = result.config, compared.question.text
+    data_seeds = {r.config.seed: r.config.data_seed for r in compared.results}
+    own = {key: getattr(config, key) for key in RECIPE}
+    own |= {"mlp_dim": config.mlp_dim or 4 * config.embed_dim}
+    own |= {"data_seeds": ",".join(str(data_seeds[seed]) for seed in sorted(data_seeds))}
+    own |= {"dtype": result.about["dtype"], "data": Path(config.data or "").name}
+    own |= {"fingerprint": result.about["corpus"]["fingerprint"]}
+    own |= {"match": compared.match, "baseline": compared.baseline}
+    own |= {"targets": len(text.targets), "units": len(text.blocks), "unit": text.unit}
+    own |= {"documents": text.documents}
+    return {
+        "kind": KIND,
+        "name": config.attention,
+        "implementation": config.impl,
+        "dtype": result.about["dtype"],
+        "options": written(config.attention_options),
+        "recipe": written(own),
+        "H": config.heads,
+        "D": config.embed_dim // config.heads,
+    }
+
+
+def single(mode: str, metric: str, unit: str, value: float, **about: Any) -> Row:
+    """A row of one value."""
+    return Row(mode=mode, metric=metric, unit=unit, p20=value, p50=value, p80=value, **about)
+
+
+def cell_rows(result: Result, compared: Comparison) -> list[Row]:
+    """What one run measured."""
+    config, question = result.config, compared.question
+    about = shared_columns(result, compared) | {"seed": config.seed}
+    found = []
+    for protocol, by_length in result.losses.items():
+        for length, values in by_length.items():
+            loss = float(np.mean(values))
+            found.append(single(protocol, "loss", "nats", loss, T=length, **about))
+            if protocol == "windows" and compared.bytes:
+                bits = loss * len(question.text.targets) / math.log(2) / compared.bytes
+                found.append(single(protocol, "bits per byte", "bits", bits, T=length, **about))
+    summary, model = result.summary, config.model(compared.symbols)
+    flops = summary["tokens"] * model_flops_per_token(model).exact
+    for metric, unit, value in (
+        ("parameters", "parameters", summary["parameters"]),
+        ("training FLOPs", "FLOP", flops),
+        ("throughput", "tokens/s", summary["tokens_per_second"]),
+    ):
+        found.append(single("train", metric, unit, value, T=config.context, **about))
+    return found
+
+
+def gap_rows(name: str, compared: Comparison, resamples: int) -> list[Row]:
+    """What the runs of a method differ by from the baseline's, paired by seed and unit of text."""
+    own = {r.config.seed: r for r in compared.results if r.name == name}
+    baseline = {r.config.seed: r for r in compared.results if r.name == compared.baseline}
+    seeds = sorted(own.keys() & baseline.keys())
+    if name == compared.baseline or not seeds:
+        return []
+    about = shared_columns(own[seeds[0]], compared)
+    found = []
+    for protocol in GAPS:
+        lengths = (of[seeds[0]].losses[protocol] for of in (own, baseline))
+        for length in sorted(set.intersection(*map(set, lengths))):
+            sides = [
+                np.array([of[seed].losses[protocol][length] for seed in seeds])  # (seeds, units)
+                for of in (own, baseline)
+            ]
+            drawn = paired_bootstrap(sides[0] - sides[1], resamples)
+            means = [dict(zip(seeds, side.mean(1).tolist(), strict=True)) for side in sides]
+            gap = gap_of(means[0], means[1], (drawn.low, drawn.high))
+            assert gap is not None
+            values = {"gap 2.5%": drawn.low, "gap 97.5%": drawn.high}
+            if gap.needed is not None:
+                values |= {"gap 2.5% over seeds": gap.seeds.low}
+                values |= {"gap 97.5% over seeds": gap.seeds.high}
+            middle = {"p20": drawn.p20, "p50": drawn.p50, "p80": drawn.p80}
+            at = {"mode": protocol, "T": length, **about}
+            found.append(Row(metric="gap", unit="nats", **middle, **at))
+            found += [single(metric=key, unit="nats", value=v, **at) for key, v in values.items()]
+            if gap.needed is not None and math.isfinite(gap.needed):
+                found.append(single(metric="seeds needed", unit="seeds", value=gap.needed, **at))
+    return found
+
+
+def measured_on(result: Result) -> dict[str, Any]:
+    """Columns of `bench.rows.Environment` of the run itself."""
+    about = result.about
+    versions = {name: about["versions"].get(name) for name in ("torch", "triton", "python")}
+    return {name: about[name] for name in ("device", "threads")} | versions
+
+
+def compare(compared: Comparison, resamples: int) -> list[tuple[Row, dict[str, Any]]]:
+    """All rows of a comparison, each with where it was measured."""
+    found = [
+        (row, measured_on(result))
+        for result in compared.results
+        for row in cell_rows(result, compared)
+    ]
+    for name in dict.fromkeys(result.name for result in compared.results):
+        where = measured_on(next(r for r in compared.results if r.name == name))
+        found += [(row, where) for row in gap_rows(name, compared, resamples)]
+    return found
+
+
+def check_out(path: Path | None) -> None:
+    """Raise ValueError for a file that holds anything but rows of this benchmark."""
+    if path is None or not path.exists():
+        return
+    for number, values in enumerate(read(path), start=1):
+        if values["kind"] != KIND:
+            raise ValueError(
+                f"{path}:{number} is a row of kind {values['kind']!r}, and --out is written anew. "
+                "Choose another file."
+            )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    made = argparse.ArgumentParser(
+        prog="python -m bench.perplexity",
+        description=__doc__.splitlines()[0],
+        epilog="Flags after -- are those of train.py.",
+    )
+    add = made.add_argument
+    add("--attention", nargs="+", default=list(posenc.names()), metavar="NAME[:KEY=VALUE,..]")
+    add("--baseline", default="rope", metavar="NAME[:KEY=VALUE,..]")
+    add("--seeds", type=int, default=3, help="runs of each method")
+    add("--first-seed", type=int, default=0, help="initial weights of the first run")
+    add("--first-data-seed", type=int, default=0, help="order of the first run's data")
+    add("--contexts", type=int, nargs="+", default=[1, 2, 4], help="in training contexts")
+    add("--match", nargs="+", default=["tokens"], metavar="{" + ",".join(MATCHES) + "}")
+    add("--block", type=int, default=4096, help="targets in a block of scored text")
+    add("--blocks", type=int, default=18, help="about how many of them, of fewer than 30 documents")
+    add("--resamples", type=int, default=10_000, help="of the bootstrap")
+    add("--runs", type=Path, default=Path("runs/perplexity"), help="folder of the run folders")
+    add("--jobs", type=int, help="runs at a time; each gets its share of the processor's cores")
+    add("--out", type=Path, help="write the rows to this file, anew")
+    add("--finished", type=Path, nargs="+", metavar="RUN", help="score these, train nothing")
+    add("--rows", type=Path, nargs="+", metavar="FILE", help="print the tables of these rows")
+    return made
+
+
+def cores() -> int:
+    """Of the processor, that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise ValueError for numbers below 1 and unknown matches."""
+    for name in ("seeds", "block", "blocks", "resamples"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1; got {getattr(args, name)}.")
+    if min(args.contexts) < 1 or (args.jobs is not None and args.jobs < 1):
+        raise ValueError("--contexts and --jobs must be at least 1. Raise them.")
+    for match in args.match:
+        if match not in MATCHES:
+            raise ValueError(unknown("match", match, MATCHES))
+    if args.rows and (args.finished or args.out):
+        raise ValueError("--rows only prints. Leave --finished and --out out.")
+
+
+def train_and_compare(args: argparse.Namespace, flags: Sequence[str]) -> int:
+    """Bring all cells to their end, print the tables, write the rows; the exit code.
+
+    Raises:
+        ValueError: for what cannot be compared.
+        Stopped: by a signal.
+    """
+    check_out(args.out)
+    baseline, plan = method(args.baseline), None
+    if args.finished:
+        if flags:
+            raise ValueError(f"--finished trains nothing; got the flags {' '.join(flags)}.")
+        first = finished(args.finished)[0]
+    else:
+        seeds = [(args.first_seed + i, args.first_data_seed + i) for i in range(args.seeds)]
+        plan = Plan(args.runs, [method(name) for name in args.attention], baseline, flags, seeds)
+        first = plan.cell(baseline, seeds[0])
+    corpus = corpus_of(first.config)
+    question = ask(
+        (corpus.validation, corpus.tokenizer.end_of_text if corpus.tokenizer else None),
+        context=first.config.context,
+        times=args.contexts,
+        size=args.block,
+        wanted=args.blocks,
+    )
+    if plan is None:
+        grids = {"tokens": finished(args.finished)}
+        for cell in grids["tokens"]:
+            check_corpus(cell, corpus)
+    else:
+        grids = {match: plan.cells(match, corpus.vocab_size) for match in dict.fromkeys(args.match)}
+    cells = list({str(cell): cell for grid in grids.values() for cell in grid}.values())
+    jobs = args.jobs or (1 if torch.cuda.is_available() else cores())
+    print(f"{len(cells)} runs, {jobs} at a time; scored on {question.text}", flush=True)
+    failed = run(cells, question, jobs=jobs, threads=max(1, cores() // jobs))
+
+    found = []
+    for match, grid in grids.items():
+        results = [result for cell in grid if (result := read_result(cell, question))]
+        if results:
+            name = label(baseline.name, written(baseline.values))
+            size = bytes_of(question, corpus)
+            compared = Comparison(match, name, results, question, corpus.vocab_size, size)
+            found += compare(compared, args.resamples)
+    print(*tables([row for row, _ in found]), sep="\n")
+    if failed:
+        print(f"{len(failed)} of {len(cells)} runs failed: no rows are written", file=sys.stderr)
+        return 1
+    if args.out is not None:
+        with atomic_file(args.out) as temporary:
+            file = RowFile(temporary, torch.device("cpu"))
+            for row, where in found:
+                file.add(row, **where)
+    return 0
+
+
+def check_corpus(cell: Cell, corpus: Corpus) -> None:
+    """Raise ValueError for a finished run of other text, or whose text has changed since."""
+    trained = cell.read(ENVIRONMENT)["corpus"]["fingerprint"]
+    if trained != corpus.fingerprint:
+        raise ValueError(f"{cell} was trained on other text or tokens than the first run's now.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with the given flags; the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    args, flags = parser().parse_args(words[:cut]), words[cut + 1 :]
+    try:
+        check_args(args)
+        if args.rows:
+            rows = [row_of(values) for values in read(*args.rows)]
+            print(*tables(rows, args.baseline), sep="\n")
+            return 0
+        return train_and_compare(args, flags)
+    except Stopped as stop:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 128 + stop.args[0]
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
