@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure  # without pyplot there is no display to look for
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -343,34 +344,9 @@ def report(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
                 )
 
 
-def table(rows: Sequence[dict[str, Any]], at: float = 0.5) -> str:
-    """The README's: masked time over skipping time at one share of active heads, by length."""
-    columns = [(level, mode) for level in ("core", "layer") for mode in MODES]
-    titles = {"fwd": "inference", "fwd+bwd": "training", "decode": "decoding"}
-    lines = [
-        "| tokens | " + " | ".join(f"{level}, {titles[mode]}" for level, mode in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    for length in sorted({row["S"] for row in rows}):
-        cells = []
-        for level, mode in columns:
-            lines_of = ratios(rows, level, mode, "time").get(length, {})
-            both = [dict(lines_of.get(name, [])).get(at) for name in (MASKED, SKIPPING)]
-            cells.append(f"{both[0] / both[1]:.2f}" if all(both) else "")
-        lines.append(f"| {length} | " + " | ".join(cells) + " |")
-    about = rows[0]
-    return "\n".join(lines) + (
-        "\n\nTimes as fast as computing every head (torch's attention, then the gates); training "
-        f"is forward + backward. {about['device']}, {about['threads']} threads, {about['dtype']}, "
-        f"D={about['D']}."
-    )
-
-
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def figure(rows: Sequence[dict[str, Any]]) -> Figure:
     """Ratios to dense over the share of active heads: a panel a level and mode, a line a length."""
-    from matplotlib.figure import Figure  # without pyplot there is no display to look for
-
-    figure = Figure(figsize=(12, 10), layout="constrained")
+    figure = Figure(figsize=(12, 10), layout="constrained", dpi=120)
     panels = figure.subplots(len(LEVELS), len(MODES), sharex=True, sharey=True)
     titles = {"fwd": "inference", "fwd+bwd": "training", "decode": "decoding"}
     colours = [f"C{i}" for i in range(10)]
@@ -398,7 +374,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
                   ncols=len(lengths))  # fmt: skip
     first = rows[0]
     figure.suptitle(f"MoH on {first['device']}, {first['dtype']}, D={first['D']}, 8 heads")
-    figure.savefig(path, format="png", dpi=120)
+    return figure
 
 
 def main() -> None:
@@ -433,8 +409,7 @@ def main() -> None:
                             )
     if args.out is not None:
         rows = read(args.out)
-        plot(rows, args.out.with_suffix(".png"))
-        print(table(rows))
+        figure(rows).savefig(args.out.with_suffix(".png"), format="png")
     print("\ntime over dense time, by share of active heads", *report(rows), sep="\n")
 
 

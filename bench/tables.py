@@ -1,0 +1,260 @@
+"""Tables made of rows, as Markdown for the README and as HTML for the report."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import posenc
+from bench import routing
+from bench.comparison import Gap, gap_of, label, losses_of, match_of
+from bench.roofline import percent_of_roofline
+from bench.rows import Row, row_of
+from bench.statistics import MOST_SEEDS
+
+Rows = Sequence[dict[str, Any]]  # as they lie in a file
+
+
+class Table(NamedTuple):
+    """Cells as Markdown, the first column being names."""
+
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    note: str
+
+    def markdown(self) -> str:
+        """As the README shows it."""
+        rule = ["---", *["---:"] * (len(self.header) - 1)]
+        lines = [f"| {' | '.join(line)} |" for line in (self.header, rule, *self.lines)]
+        return "\n".join([*lines, "", self.note])
+
+    def html(self) -> str:
+        """As the report shows it."""
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in self.header)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in line) + "</tr>"
+            for line in self.lines
+        )
+        return (
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+            f"<p class=note>{escape(self.note)}</p>"
+        )
+
+
+def _cell(text: str) -> str:
+    """Markdown of the cells above as HTML."""
+    html = re.sub(r"`(.*?)`", r"<code>\1</code>", escape(text))
+    return re.sub(r"\*\*(.*?)\*\*", r"<b>\1</b>", html)
+
+
+def where(rows: Rows, **columns: Any) -> list[dict[str, Any]]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row[name] == value for name, value in columns.items())]
+
+
+def measured_on(rows: Rows) -> str:
+    """Device and number format of rows that share them."""
+    first = rows[0]
+    threads = "" if first["threads"] is None else f", {first['threads']} threads"
+    return f"{first['device']}{threads}, {first['dtype']}"
+
+
+def gaps(rows: Rows, match: str, mode: str, length: int) -> dict[str, Gap]:
+    """Of every method but the baseline, its loss minus the baseline's."""
+    own = [
+        row_of(row)
+        for row in where(rows, kind="perplexity", mode=mode, T=length)
+        if match_of(row_of(row)) == match
+    ]
+    losses = losses_of([row for row in own if row.metric == "loss"])
+    bounds = {(label(row.name, row.options), row.metric): row.p50 for row in own}
+    found = {}
+    for name, by_seed in losses.items():
+        low, high = (bounds.get((name, f"gap {side}"), math.nan) for side in ("2.5%", "97.5%"))
+        gap = gap_of(by_seed, losses.get(baseline(rows), {}), (low, high))
+        if name != baseline(rows) and gap is not None:
+            found[name] = gap
+    return found
+
+
+def baseline(rows: Rows) -> str:
+    """What the methods of perplexity rows were compared with."""
+    row = where(rows, kind="perplexity")[0]
+    return dict(word.partition("=")[::2] for word in row["recipe"].split())["baseline"]
+
+
+def matches(rows: Rows) -> list[str]:
+    """By what methods were matched, in the order of the rows."""
+    own = where(rows, kind="perplexity", metric="loss")
+    return list(dict.fromkeys(match_of(row_of(row)) for row in own))
+
+
+def lengths(rows: Rows, mode: str) -> list[int]:
+    """At which the loss of a mode was measured."""
+    return sorted({row["T"] for row in where(rows, mode=mode, metric="loss")})
+
+
+def of_match(rows: Rows, match: str) -> list[Row]:
+    """The perplexity rows of one match."""
+    own = [row_of(row) for row in where(rows, kind="perplexity")]
+    return [row for row in own if match_of(row) == match]
+
+
+def gap_cell(gap: Gap | None) -> str:
+    """A difference with its interval over seeds; stars where it is clear."""
+    if gap is None:
+        return ""
+    mean = f"{gap.seeds.mean:+.3f}"
+    if gap.needed is None:
+        return mean
+    spread = f" ({gap.seeds.low:+.3f} .. {gap.seeds.high:+.3f})"
+    if gap.verdict in ("lower", "higher"):
+        return f"**{mean}**{spread}"
+    seeds = f"over {MOST_SEEDS:,}" if math.isinf(gap.needed) else f"{gap.needed:.0f}"
+    return f"{mean}{spread}, needs {seeds} seeds"
+
+
+def perplexity_table(rows: Rows) -> Table:
+    """Mean perplexity by length, and the gap at the training length under every match."""
+    rows = where(rows, kind="perplexity")
+    own, at = of_match(rows, "tokens"), lengths(rows, "windows")
+    losses = {
+        length: losses_of(
+            [row for row in own if (row.mode, row.metric, row.T) == ("windows", "loss", length)]
+        )
+        for length in at
+    }
+    sizes = {label(row.name, row.options): row.p50 for row in own if row.metric == "parameters"}
+    found = {match: gaps(rows, match, "windows", at[0]) for match in matches(rows)}
+    lines = []
+    for name in losses[at[0]]:
+        cells = [f"`{name}`", f"{sizes[name]:,.0f}"]
+        for length in at:
+            each = losses[length].get(name, {}).values()
+            cells.append(f"{math.exp(fmean(each)):.2f}" if each else "-")
+        lines.append([*cells, *(gap_cell(by_name.get(name)) for by_name in found.values())])
+    of = baseline(rows)
+    titles = [f"loss - {of}'s at {at[0]}, equal {match}" for match in found]
+    seeds = max(len(by_seed) for by_seed in losses[at[0]].values())
+    note = (
+        f"Windows side by side; perplexity = exp(mean loss of {seeds} seeds); trained at {at[0]} "
+        f"tokens, - where a table of positions ends there. Differences in nats, paired by seed, "
+        f"with 95% intervals over seeds; bold where neither this nor the bootstrap over seeds and "
+        f"text holds 0. {measured_on(rows)}."
+    )
+    return Table(["method", "parameters", *(f"at {n}" for n in at), *titles], lines, note)
+
+
+THROUGHPUT = {"train": "training", "prefill": "prefill", "decode": "decoding",
+              "recompute": "without cache"}  # fmt: skip
+
+
+def throughput_table(rows: Rows) -> Table:
+    """Thousands of tokens a second of the layers chosen by auto and of all peers, at 1024 tokens
+    or the nearest length.
+    """
+    rows = where(rows, kind="throughput", metric="throughput")
+    at = min({row["S"] for row in rows}, key=lambda length: abs(length - 1024))
+    shown = [row for row in where(rows, S=at) if is_peer(row) or row["implementation"] == "auto"]
+    cells = {(row["name"], row["implementation"], row["mode"]): row["p50"] for row in shown}
+    lines = []
+    for name, by in dict.fromkeys((row["name"], row["implementation"]) for row in shown):
+        who = f"`{name}`" if by == "auto" else f"{name}, {by}"
+        rates = [cells.get((name, by, mode)) for mode in THROUGHPUT]
+        lines.append([who, *("" if rate is None else thousands(rate) for rate in rates)])
+    first, width = shown[0], shown[0]["H"] * shown[0]["D"]
+    note = (
+        f"One attention layer, C={width}, H={first['H']}, {at} tokens; decoding is one token of "
+        f"one sequence after {at - 1}. {measured_on(shown)}."
+    )
+    return Table(["layer", *(f"{title}, k tokens/s" for title in THROUGHPUT.values())], lines, note)
+
+
+def is_peer(row: dict[str, Any]) -> bool:
+    """Whether a throughput row is of another library."""
+    ours = ("auto", "sdpa", "reference", "fused", "compiled sdpa", "torch")
+    return row["implementation"] not in ours
+
+
+def thousands(rate: float) -> str:
+    """Three digits of a thousandth."""
+    return f"{rate / 1e3:.3g}" if rate < 1e6 else f"{rate / 1e3:,.0f}"
+
+
+def memory_table(rows: Rows) -> Table:
+    """Bytes a token and peaks of a layer; measured over predicted where a formula covers it."""
+    rows = where(rows, kind="memory", options="")
+    longest = max(row["T"] for row in rows)
+
+    def cell(name: str, metric: str, implementation: str) -> str:
+        found = where(rows, name=name, metric=metric, implementation=implementation)
+        ratio = where(rows, name=name, metric=f"{metric} over predicted",
+                      implementation=implementation)  # fmt: skip
+        if not found:
+            return ""
+        over = f" ({ratio[-1]['p50']:.3f})" if ratio else ""
+        return f"{found[-1]['p50']:,.0f}{over}"
+
+    lines = []
+    for name in posenc.names():
+        peak = where(rows, name=f"{name} layer", metric="memory", implementation="auto", T=longest)
+        lines.append([
+            f"`{name}`",
+            *(cell(name, "activations", by) for by in ("fused", "auto")),
+            cell(name, "decoding state", "cache"),
+            f"{peak[-1]['p50']:,.0f}" if peak else "",
+        ])  # fmt: skip
+    first = rows[0]
+    note = (
+        f"One layer, C={first['H'] * first['D']}, H={first['H']}; in brackets measured over "
+        f"predicted by posenc/cost.py. {measured_on(rows)}."
+    )
+    header = ["layer", "activations, fused, B/token", "activations, auto, B/token",
+              "decoding state, B/token", f"peak of a training step at {longest}, MiB"]  # fmt: skip
+    return Table(header, lines, note)
+
+
+def kernel_table(rows: Rows) -> Table:
+    """Times of kernels beside their peers, and how much of the device's ceilings they reach."""
+    own = [row for row in where(rows, kind="kernel") if row["metric"] in ("time", "graph time")]
+    lines = []
+    for row in own:
+        share = percent_of_roofline(row, rows)
+        shape = "x".join(str(row[size]) for size in "BHTD")
+        lines.append([
+            row["name"], row["implementation"], row["mode"], shape, row["metric"],
+            f"{row['p50']:.4f}", "" if share is None else f"{share:.0f}%",
+        ])  # fmt: skip
+    header = ["kernel", "implementation", "mode", "BxHxTxD", "metric", "ms", "of the roofline"]
+    return Table(header, lines, f"{measured_on(own)}." if own else "")
+
+
+def savings_table(rows: Rows) -> Table:
+    """Of MoH: masked time over skipping time with half of the heads active, by length."""
+    columns = [(level, mode) for level in ("core", "layer") for mode in routing.MODES]
+    lines = []
+    for length in sorted({row["S"] for row in rows}):
+        cells = [str(length)]
+        for level, mode in columns:
+            found = routing.ratios(rows, level, mode, "time").get(length, {})
+            both = [dict(found.get(by, [])).get(0.5) for by in (routing.MASKED, routing.SKIPPING)]
+            cells.append(f"{both[0] / both[1]:.2f}" if both[0] and both[1] else "")
+        lines.append(cells)
+    note = (
+        "Times as fast as computing every head (torch's attention, then the gates); training is "
+        f"forward + backward. {measured_on(rows)}, D={rows[0]['D']}."
+    )
+    titles = {"fwd": "inference", "fwd+bwd": "training", "decode": "decoding"}
+    header = ["tokens", *(f"{level}, {titles[mode]}" for level, mode in columns)]
+    return Table(header, lines, note)
+
+
+#: The README's, by the name in its markers.
+TABLES: dict[str, Callable[[Rows], Table]] = {
+    "perplexity": perplexity_table,
+    "throughput": throughput_table,
+    "memory": memory_table,
+    "moh savings": savings_table,
+}

@@ -1,0 +1,258 @@
+"""The report: figures, tables and page from rows, the README's tables, the roofline."""
+
+import base64
+import math
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import figures, report, tables
+from bench.roofline import percent_of_roofline, work
+from bench.rows import Row, RowFile, read
+from bench.statistics import student
+
+SEEDS, LENGTHS = (0, 1, 2), (8, 16)
+#: Loss minus rope's: mha has no second length, carope is clearly better, nope is not.
+GAPS = {"rope": (0.0, 0.0, 0.0), "carope": (-0.2, -0.21, -0.19), "nope": (0.1, -0.1, 0.02),
+        "mha": (0.3, 0.31, 0.29)}  # fmt: skip
+
+
+def one(value: float) -> dict[str, float]:
+    return {"p20": value, "p50": value, "p80": value}
+
+
+def perplexity_rows() -> Iterator[Row]:
+    for match in ("tokens", "flops"):
+        for name, gaps in GAPS.items():
+            recipe = f"steps=9 match={match} baseline=rope targets=1024 units=4 unit=block"
+            about = {"kind": "perplexity", "name": name, "implementation": "auto"}
+            about |= {"dtype": "float32", "recipe": recipe, "H": 4, "D": 6}
+            for seed, gap in zip(SEEDS, gaps, strict=True):
+                own = about | {"seed": seed}
+                for T in LENGTHS[: 1 if name == "mha" else 2]:
+                    for mode in ("windows", "sliding", "positions", "tail"):
+                        loss = 3 + gap + 0.1 * seed + T / 100
+                        yield Row(mode=mode, metric="loss", unit="nats", T=T, **one(loss), **own)
+                for metric, value in (("parameters", 1234.0), ("throughput", 100.0 - 90 * gap)):
+                    yield Row(mode="train", metric=metric, unit="1", T=8, **one(value), **own)
+            if name == "rope":
+                continue
+            for mode in ("windows", "sliding"):
+                for T in LENGTHS[: 1 if name == "mha" else 2]:
+                    for side, bound in (("2.5%", min(gaps)), ("97.5%", max(gaps))):
+                        yield Row(mode=mode, metric=f"gap {side}", unit="nats", T=T,
+                                  **one(bound), **about)  # fmt: skip
+
+
+def throughput_rows() -> Iterator[Row]:
+    for name, by, speed in (("rope", "auto", 9e4), ("rope", "sdpa", 8e4), ("nope", "auto", 1e5),
+                            ("rope", "x-transformers", 7e4)):  # fmt: skip
+        for mode in ("train", "prefill", "decode", "recompute"):
+            for length in (64, 512):
+                yield Row(kind="throughput", name=name, implementation=by, mode=mode,
+                          metric="throughput", unit="tokens/s", dtype="float32", B=1, H=4, D=6,
+                          T=1 if mode == "decode" else length, S=length,
+                          **one(speed / (length if mode == "recompute" else 1)))  # fmt: skip
+
+
+def memory_rows() -> Iterator[Row]:
+    for name, each in (("rope", 700.0), ("carope", 900.0)):
+        about = {"kind": "memory", "dtype": "float32", "B": 1, "H": 4, "D": 6, "T": 64}
+        yield Row(name=name, implementation="fused", mode="train", metric="activations",
+                  unit="B/token", **one(each), **about)  # fmt: skip
+        yield Row(name=name, implementation="fused", mode="train", unit="1",
+                  metric="activations over predicted", **one(1.02), **about)  # fmt: skip
+        yield Row(name=name, implementation="cache", mode="decode", metric="decoding state",
+                  unit="B/token", **one(each / 2), **about)  # fmt: skip
+        yield Row(name=f"{name} layer", implementation="auto", mode="fwd+bwd", metric="memory",
+                  unit="MiB", **one(each / 10), **about)  # fmt: skip
+
+
+def kernel_row(p50: float, **changes: object) -> Row:
+    about: dict[str, object] = {"kind": "kernel", "name": "rope", "implementation": "posenc"}
+    about |= {"mode": "fwd", "metric": "time", "unit": "ms", "dtype": "bfloat16"}
+    about |= {"B": 2, "H": 3, "T": 5, "D": 8}
+    return Row(**about | one(p50) | changes)  # type: ignore[arg-type]
+
+
+def kernel_rows() -> Iterator[Row]:
+    yield kernel_row(1.0)
+    ceiling = {"kind": "ceiling", "metric": "rate", "B": None, "H": None, "T": None, "D": None}
+    yield kernel_row(500.0, name="product", implementation="cublas", unit="TFLOP/s", **ceiling)
+    yield kernel_row(2.0, name="copy", implementation="64 MiB", unit="TB/s", **ceiling)
+
+
+def write(folder: Path, **kinds: Iterator[Row]) -> Path:
+    for name, rows in kinds.items():
+        file = RowFile(folder / f"{name}.jsonl", torch.device("cpu"))
+        for row in rows:
+            file.add(row)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(tmp_path / "cpu", perplexity=perplexity_rows(), throughput=throughput_rows(),
+                 memory=memory_rows(), kernels=kernel_rows())  # fmt: skip
+
+
+class Page(HTMLParser):
+    """What a browser would load, and whether every element is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.targets: list[str] = []
+        self.ids: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.sources += [value for key, value in attrs if key == "src" and value]
+        self.targets += [value for key, value in attrs if key == "href" and value]
+        self.ids += [given["id"]] if given.get("id") else []  # type: ignore[list-item]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_no_network(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report.main([str(folder)])
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert not page.open
+    assert page.targets == [f"#{name}" for name in page.ids]
+    assert len(page.sources) == 6
+    for source in page.sources:
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data).startswith(b"\x89PNG")
+    assert not re.search(r"https?://|<script|@import", html)
+    drawn = sorted(path.stem for path in (folder / "plots").iterdir())
+    assert drawn == ["context", "differences", "memory", "pareto", "perplexity", "throughput"]
+    assert "No rows of kind routing" in html
+    assert str(folder / "report.html") in capsys.readouterr().out
+
+
+def test_the_page_says_what_the_intervals_say(folder: Path) -> None:
+    rows = read(folder / "perplexity.jsonl")
+    sentences = list(report.verdicts(rows))
+    assert sentences[0] == (
+        "Equal tokens, windows of 8 tokens: better than rope: carope; worse than rope: mha; "
+        "no difference seen: nope."
+    )
+    assert sentences[1].endswith("better than rope: carope; no difference seen: nope.")
+    assert len(sentences) == 4
+    found = tables.gaps(rows, "flops", "windows", 8)
+    assert found["carope"].seeds == pytest.approx(student(GAPS["carope"]))
+    assert found["carope"].text == (-0.21, -0.19)
+
+
+def test_mechanisms_are_shown_where_they_were_drawn(folder: Path) -> None:
+    figure = figures.memory(read(folder / "memory.jsonl"))
+    (folder / "carope-mechanism.png").write_bytes(report.png(figure))
+    report.main([str(folder)])
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert len(page.sources) == 7
+
+
+def test_the_perplexity_table(folder: Path) -> None:
+    table = tables.perplexity_table(read(folder / "perplexity.jsonl"))
+    lines = {line[0]: line for line in table.lines}
+    mean = math.exp(3 + 0.1 + 8 / 100)
+    assert lines["`rope`"][1:3] == ["1,234", f"{mean:.2f}"]
+    assert lines["`rope`"][4:] == ["", ""]
+    assert lines["`mha`"][3] == "-"
+    assert lines["`carope`"][4].startswith("**-0.200** (-0.225 .. -0.175)")
+    assert re.fullmatch(r"\+0\.007 \(-0\.\d+ \.\. \+0\.\d+\), needs \d+ seeds", lines["`nope`"][4])
+    assert "3 seeds" in table.note
+    first, rule, *_ = table.markdown().splitlines()
+    assert first.count("|") == rule.count("|")
+    assert "<code>rope</code>" in table.html()
+    assert "<b>-0.200</b> (" in table.html()
+
+
+def test_the_throughput_table_shows_auto_and_peers(folder: Path) -> None:
+    table = tables.throughput_table(read(folder / "throughput.jsonl"))
+    assert [line[0] for line in table.lines] == ["`rope`", "`nope`", "rope, x-transformers"]
+    assert table.lines[0][1:] == ["90", "90", "90", "0.176"]
+    assert "512 tokens" in table.note
+
+
+def test_the_memory_table(folder: Path) -> None:
+    table = tables.memory_table(read(folder / "memory.jsonl"))
+    lines = {line[0]: line[1:] for line in table.lines}
+    assert lines["`rope`"] == ["700 (1.020)", "", "350", "70"]
+    assert lines["`moh`"] == ["", "", "", ""]
+
+
+def test_the_kernel_table_has_the_share_of_the_roofline(folder: Path) -> None:
+    table = tables.kernel_table(read(folder / "kernels.jsonl"))
+    (line,) = table.lines
+    assert line[:6] == ["rope", "posenc", "fwd", "2x3x5x8", "time", "1.0000"]
+
+
+def test_what_nothing_beats_in_both() -> None:
+    points = [(1.0, 5.0), (2.0, 4.0), (3.0, 4.5), (3.0, 6.0), (0.5, 4.0)]
+    assert figures.front(points) == [(3.0, 4.5), (2.0, 4.0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "flops", "tensors"),
+    [
+        ("flash", "fwd", 2, 4),
+        ("flash", "bwd", 5, 8),
+        ("rope + attention", "fwd+bwd", 7, 12),
+        ("relative + attention", "fwd", 3, 4),
+        ("rope", "fwd+bwd", 0, 8),
+        ("conv per head", "bwd", 0, 9),
+    ],
+)
+def test_the_work_of_a_kernel(name: str, mode: str, flops: int, tensors: int) -> None:
+    batch, heads, length, dim = 3, 5, 7, 11
+    found = work(name, mode, (batch, heads, length, dim), "bfloat16")
+    assert found is not None
+    assert found.flops == flops * batch * heads * length**2 * dim
+    assert found.bytes == tensors * batch * heads * length * dim * 2
+
+
+def test_percent_of_the_roofline(tmp_path: Path) -> None:
+    rows = read(write(tmp_path, kernels=kernel_rows()) / "kernels.jsonl")
+    moved = 4 * 2 * 3 * 5 * 8 * 2  # q and k in and out, bf16
+    assert percent_of_roofline(rows[0], rows) == pytest.approx(100 * moved / 2e12 / 1e-3)
+    assert percent_of_roofline(rows[0], rows[:1]) is None
+    assert percent_of_roofline(rows[0] | {"name": "direct"}, rows) is None
+
+
+def test_an_empty_folder_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="holds no rows"):
+        report.main([str(tmp_path)])
+    (tmp_path / "other.jsonl").write_text('{"loss": 1}\n')
+    with pytest.raises(SystemExit, match=r"other.jsonl:1 is no row"):
+        report.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("asked", ["nothing, cpu/routing.jsonl", "memory, cpu/nothing.jsonl"])
+def test_markers_of_what_is_not_there_are_refused(asked: str) -> None:
+    with pytest.raises(ValueError, match="the README asks for the table"):
+        report.readme(f"<!-- table: {asked} -->\nold\n<!-- end -->")
+
+
+def test_the_readme_is_filled_between_its_markers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "RESULTS", folder.parent)
+    text = "a\n<!-- table: memory, cpu/memory.jsonl -->\nold\n<!-- end -->\nb"
+    filled = report.readme(text)
+    table = tables.memory_table(read(folder / "memory.jsonl")).markdown()
+    assert filled == text.replace("old", table)
+    assert report.readme(filled) == filled
