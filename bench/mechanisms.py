@@ -36,7 +36,7 @@ from posenc.training.run_folder import CONFIG, ENVIRONMENT, RunFolder
 
 WIDTH, DPI = 10.0, 120  # inches, dots an inch
 COLUMNS = 4  # panels, one a layer, in a row at most
-WINDOWS = 16  # of the training context: text of a run that is looked at
+TOKENS = 8192  # of a run's text that are looked at, in windows of its training context
 #: Of Okabe and Ito: told apart by colour-blind readers too.
 Q_K_V = {"q": "#0072B2", "k": "#D55E00", "v": "#009E73"}
 
@@ -51,7 +51,8 @@ class Rates(NamedTuple):
     @property
     def wavelength(self) -> Tensor:
         """Tokens a full turn takes on average, 2 pi / mean over tokens of f^power: (L, H, D/2)."""
-        return 2 * math.pi / self.f.unsqueeze(-1).pow(self.powers).mean(2)
+        turns = [self.f.pow(power).mean(2) for power in self.powers]  # one band at a time: memory
+        return 2 * math.pi / torch.stack(turns, dim=-1)
 
     @property
     def rope_wavelength(self) -> Tensor:
@@ -341,19 +342,19 @@ class Section(NamedTuple):
     draw: Callable[[Any], None]
 
 
-def by_layer(model: posenc.GPT, draw: Callable[[Any], None]) -> Section:
+def by_layer(layers: int, draw: Callable[[Any], None]) -> Section:
     """A picture of a panel a layer."""
-    return Section(0.7 + 1.9 * rows_of_panels(len(model.blocks)), draw)
+    return Section(0.7 + 1.9 * rows_of_panels(layers), draw)
 
 
 def sections(model: posenc.GPT, ids: Tensor) -> list[Section]:
     """The pictures of a model: of its encoding, its convolution, its router."""
-    attn, found = model.blocks[0].attn, []
+    attn, layers = model.blocks[0].attn, len(model.blocks)
+    found: list[Section] = []
     if model.phase is not None or isinstance(attn.encoding, posenc.CARoPE):
         rates = carope_rates(model, ids)
-        height = 0.7 + 1.9 * rows_of_panels(len(rates.f))
-        found += [Section(height, partial(draw, rates=rates))
-                  for draw in (draw_rates, draw_wavelengths)]  # fmt: skip
+        for picture in (draw_rates, draw_wavelengths):
+            found.append(by_layer(len(rates.f), partial(picture, rates=rates)))
     if isinstance(attn.encoding, posenc.Polar):
         delta, b = polar_parameters(model)
         for values, rest, title in (
@@ -361,7 +362,7 @@ def sections(model: posenc.GPT, ids: Tensor) -> list[Section]:
             (b, 0.0, "CMHA: b of each head and band, radians (RoPE: 0)"),
         ):
             draw = partial(draw_polar, values=values, rest=rest, title=title)
-            found.append(by_layer(model, draw))
+            found.append(by_layer(layers, draw))
     if isinstance(attn.encoding, posenc.Relative):
         tables = relative_tables(model, ids)
         for values, title, ylabel in (
@@ -369,10 +370,10 @@ def sections(model: posenc.GPT, ids: Tensor) -> list[Section]:
             (tables.norm, "Relative term: norm of the row of each distance", "norm"),
         ):
             draw = partial(draw_by_distance, values=values, title=title, ylabel=ylabel)
-            found.append(by_layer(model, draw))
+            found.append(by_layer(layers, draw))
     if attn.conv is not None:
         draw = partial(draw_filters, filters=convolution_filters(model))
-        found.append(by_layer(model, draw))
+        found.append(by_layer(layers, draw))
     if attn.router is not None:
         use = head_use(model, ids)
         found.append(Section(1.1 + 0.35 * len(use.share), partial(draw_head_use, use=use)))
@@ -426,7 +427,7 @@ def of_run(folder: Path) -> tuple[posenc.GPT, Tensor]:
     if corpus.fingerprint != about["corpus"]["fingerprint"]:
         raise ValueError(f"{config.data} is no longer the text that {folder} was trained on.")
     length = min(config.context, len(corpus.validation))
-    count = min(WINDOWS, len(corpus.validation) // length)
+    count = max(min(TOKENS, len(corpus.validation)) // length, 1)
     tokens = [int(token) for token in corpus.validation[: count * length]]
     return model, torch.tensor(tokens).view(count, length)
 

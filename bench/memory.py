@@ -10,9 +10,9 @@
     python -m bench.memory --device cuda --dtype bfloat16
 
 A ratio of measured to predicted that is off by more than 5% is marked, and the exit code is 1. The
-formulas of activations are those of impl="fused"; other implementations keep as much where there is
-neither rotation, relative term nor router, and elsewhere their ratio, in brackets, says how much
-more that is. Without CUDA the kernels run in Triton's interpreter, on a text cut short: what they
+formulas of activations are those of impl="fused"; sdpa, and auto in fp32, keep as much where there
+is neither rotation, relative term nor router. What they do not describe has its ratio in brackets.
+Without CUDA the kernels run in Triton's interpreter, on a text cut short: what they
 keep of a token does not depend on the length. Relative terms on CPU are not counted where `auto`
 recomputes their blocks, which hides what these hold from autograd.
 
@@ -85,9 +85,9 @@ class Setting:
     @property
     def recomputed(self) -> bool:
         """Whether the backward pass forms blocks of its attention anew."""
-        relative = isinstance(self.layer().encoding, posenc.Relative)
-        on_cpu = self.impl == "auto" and self.device == "cpu"
-        return on_cpu and relative and self.length >= RECOMPUTE_FROM
+        if (self.impl, self.device) != ("auto", "cpu") or self.length < RECOMPUTE_FROM:
+            return False
+        return isinstance(self.layer().encoding, posenc.Relative)
 
 
 class Reading(NamedTuple):
@@ -125,10 +125,13 @@ class Reading(NamedTuple):
         return f"{text}{self.predicted:12,.1f}{ratio:>10}{mark}"
 
 
-def describes(layer: posenc.Attention) -> bool:
+def describes(layer: posenc.Attention, x: Tensor) -> bool:
     """Whether `saved_bytes` of `posenc.cost` are those of this layer's implementation."""
-    plain = type(layer.encoding) in (posenc.Encoding, posenc.NoPE) and layer.router is None
-    return layer.impl == "fused" or (layer.impl != "reference" and plain)
+    if layer.impl in ("fused", "reference"):
+        return layer.impl == "fused"
+    if layer.impl == "auto" and x.device.type == "cpu" and x.dtype.itemsize < 4:
+        return False  # it computes short texts in fp32
+    return type(layer.encoding) in (posenc.Encoding, posenc.NoPE) and layer.router is None
 
 
 def activations(setting: Setting) -> Reading:
@@ -137,7 +140,7 @@ def activations(setting: Setting) -> Reading:
     saved = bytes_saved(layer, lambda: layer(x, return_aux=True))
     predicted = posenc.attention_cost(layer, 1, setting.length).total.saved_bytes
     row = row_of(setting, "train", "activations", "B/token", saved / setting.length)
-    return Reading(row, predicted / setting.length, describes(layer))
+    return Reading(row, predicted / setting.length, describes(layer, x))
 
 
 def state(setting: Setting) -> Reading:
@@ -312,7 +315,8 @@ def check(settings: list[Setting]) -> None:
             with torch.device("meta"):
                 replace(setting, device="meta").layer()
         except (TypeError, ValueError) as error:  # TypeError: a value of another type
-            sys.exit(f"{setting.name} cannot be measured: {error}")
+            options = f" with {written(setting.options)}" if setting.options else ""
+            sys.exit(f"{setting.name}{options} cannot be measured: {error}")
 
 
 if __name__ == "__main__":

@@ -102,8 +102,11 @@ def test_what_is_recomputed_is_not_counted() -> None:
     ("arguments", "message"),
     [
         ("--names ropes", "ropes cannot be measured: .*'rope'"),
-        ("--names rope --options top_k=2", "rope cannot be measured: .*top_k"),
-        ("--names moh --options shared=2 top_k=two", "moh cannot be measured: "),
+        ("--names rope --options top_k=2", "rope with top_k=2 cannot be measured: .*option"),
+        (
+            "--names moh --options shared=2 top_k=two",
+            "moh with shared=2 top_k=two cannot be",
+        ),
         ("--embed-dim 10 --heads 4", "cannot be measured: "),
         ("--lengths 4 0", "--lengths must be at least 1; got 0"),
         ("--impls quick", "cannot be measured: unknown impl: 'quick'"),
