@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All that needs a GPU. Without arguments everything, in under fifty minutes; or the parts named:
+# All that needs a GPU. Without arguments everything, in under an hour; or the parts named:
 #
-#     OUT=bench/results/h100 bench/gpu.sh [tests] [kernels] [layers] [routing] [train]
+#     OUT=bench/results/h100 bench/gpu.sh [tests] [kernels] [layers] [routing] [memory] [train]
 #
 # Each part takes less than ten.
 #
@@ -10,6 +10,7 @@
 #   kernels  kernels.jsonl: every kernel beside its peers; kernels.log: targets and ratios
 #   layers   layers.jsonl: time and memory of whole attention layers, eager and fused; layers.log
 #   routing  routing.jsonl, .png: MoH that skips dropped heads against the share of active ones
+#   memory   memory.jsonl: peak, activations and decoding state of layers beside the cost model; .log
 #   train    train.jsonl: tokens per second and memory of GPT-2 124M, T=1024, bf16, compiled
 #
 # A step that fails is reported and the next one runs; then the exit code is 1. Needs the extras
@@ -67,7 +68,7 @@ export -f train
 export OUT
 
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(tests kernels layers routing train)
+[ ${#parts[@]} -gt 0 ] || parts=(tests kernels layers routing memory train)
 for part in "${parts[@]}"; do
   case $part in
     tests)
@@ -89,6 +90,9 @@ for part in "${parts[@]}"; do
     routing)
       step routing 590 bash -c \
         'logged "$OUT/routing.log" python3 -m bench.routing --out "$OUT/routing.jsonl"' ;;
+    memory)
+      step memory 590 bash -c 'logged "$OUT/memory.log" python3 -m bench.memory --device cuda \
+        --dtype bfloat16 --embed-dim 768 --heads 12 --out "$OUT/memory.jsonl"' ;;
     train)
       for name in rope carope cmha moh rcmha; do
         for impl in sdpa fused; do
@@ -96,7 +100,7 @@ for part in "${parts[@]}"; do
         done
       done ;;
     *)
-      echo "unknown part: $part; expected tests, kernels, layers, routing or train"
+      echo "unknown part: $part; expected tests, kernels, layers, routing, memory or train"
       worst=1 ;;
   esac
 done

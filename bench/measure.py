@@ -139,6 +139,29 @@ def peak_mib(run: Callable[[], Any], device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
+def bytes_saved(
+    module: torch.nn.Module,
+    run: Callable[[], Any],
+    counts: Callable[[Tensor], bool] = lambda tensor: True,
+) -> int:
+    """What `run` keeps for the backward pass: each storage once, without the module's parameters.
+
+    Args:
+        counts: which tensors do.
+    """
+    known = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, Tensor] = {}  # tensors, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        if counts(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in known)
+
+
 def timing(
     mode: str, metric: str, unit: str, p20: float, p50: float, p80: float, **about: Any
 ) -> Row:

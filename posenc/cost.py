@@ -23,7 +23,8 @@ from which sizes on it is skipped; with relative terms nothing is.
 Bytes that the backward pass keeps are those of `impl="fused"`, without autocast or dropout: every
 tensor of C or more numbers a token, the log-sum-exp and the statistics of LayerNorms, each storage
 once. Gates, rates and positions, of H numbers a token or fewer, are left out. Of q, k and v, views
-of one product, all stay while one does. `sdpa` agrees where the encoding leaves q and k alone.
+of one product, all stay while one does. `sdpa` agrees without rotation, relative term and router;
+elsewhere it keeps more: `python -m bench.memory`.
 
 A new encoding adds one function under `encoding_cost`.
 """

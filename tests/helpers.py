@@ -340,20 +340,3 @@ def rounded(layer: posenc.Attention, dtype: torch.dtype) -> Iterator[None]:
         del layer.encoding.rotate
         for handle in handles:
             handle.remove()
-
-
-def bytes_saved(module: nn.Module, run: Callable[[], object], least: int = 2) -> int:
-    """What `run` keeps for the backward pass: each storage once, without parameters, integers and
-    what has fewer than `least` numbers.
-    """
-    known = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point() and tensor.numel() >= least:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in known)
