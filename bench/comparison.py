@@ -122,11 +122,8 @@ def tables(rows: Sequence[Row], baseline: str = "rope") -> Iterator[str]:
         baseline: a method's label, for rows that do not say.
 
     Raises:
-        ValueError: for other rows, for runs that cannot be compared, and without a baseline.
+        ValueError: for runs that cannot be compared, and without a baseline.
     """
-    for row in rows:
-        if row.kind not in ("perplexity", "run"):
-            raise ValueError(f"a row of kind {row.kind!r} is no training run's: {row.name}.")
     for match in dict.fromkeys(map(match_of, rows)):
         own = [row for row in rows if match_of(row) == match]
         wanted = recipe(own[0]).get("baseline", baseline)

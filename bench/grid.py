@@ -232,7 +232,14 @@ class Plan:
         return Cell(parse(argv), argv)
 
     def cells(self, match: str, symbols: int) -> list[Cell]:
-        """The cells of a match, by seed: the mix of fast and slow methods stays the same."""
+        """The cells of a match, by seed: the mix of fast and slow methods stays the same.
+
+        Raises:
+            ValueError: for a model that cannot be built, or matched.
+        """
+        for method in self.methods:
+            with torch.device("meta"):
+                GPT(self.cell(method, self.seeds[0]).config.model(symbols))
         found = []
         for seeds in self.seeds:
             baseline = self.cell(self.baseline, seeds)

@@ -207,16 +207,16 @@ def compare(compared: Comparison, resamples: int) -> list[tuple[Row, dict[str, A
     return found
 
 
-def check_out(path: Path | None) -> None:
-    """Raise ValueError for a file that holds anything but rows of this benchmark."""
-    if path is None or not path.exists():
-        return
-    for number, values in enumerate(read(path), start=1):
-        if values["kind"] != KIND:
+def read_rows(path: Path, *kinds: str) -> list[Row]:
+    """The rows of a file. Raises ValueError for one that is none, or of another kind."""
+    rows = [row_of(values) for values in read(path)]
+    for number, row in enumerate(rows, start=1):
+        if row.kind not in kinds:
             raise ValueError(
-                f"{path}:{number} is a row of kind {values['kind']!r}, and --out is written anew. "
+                f"{path}:{number} is a row of kind {row.kind!r}; expected {' or '.join(kinds)}. "
                 "Choose another file."
             )
+    return rows
 
 
 def parser() -> argparse.ArgumentParser:
@@ -271,7 +271,8 @@ def train_and_compare(args: argparse.Namespace, flags: Sequence[str]) -> int:
         ValueError: for what cannot be compared.
         Stopped: by a signal.
     """
-    check_out(args.out)
+    if args.out is not None and args.out.exists():
+        read_rows(args.out, KIND)  # it is written anew: not over rows of others
     baseline, plan = method(args.baseline), None
     if args.finished:
         if flags:
@@ -335,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_args(args)
         if args.rows:
-            rows = [row_of(values) for values in read(*args.rows)]
+            rows = [row for path in args.rows for row in read_rows(path, KIND, "run")]
             print(*tables(rows, args.baseline), sep="\n")
             return 0
         return train_and_compare(args, flags)
