@@ -26,7 +26,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from bench.comparison import label
 from bench.losses import Losses, Question, losses
+from bench.rows import written
 from posenc.cost import model_cost, model_flops_per_token
 from posenc.gpt import GPT
 from posenc.training.cli import check_flags, parse
@@ -59,7 +61,7 @@ class Method:
         return parse_options(self.options)
 
     def __str__(self) -> str:
-        return f"{self.name}:{','.join(self.options)}" if self.options else self.name
+        return label(self.name, written(self.values))
 
 
 def method(text: str) -> Method:
