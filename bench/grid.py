@@ -37,7 +37,6 @@ from posenc.training.precision import autocast, choose_device, choose_dtype
 from posenc.training.run_folder import CONFIG, SUMMARY, RunFolder
 from posenc.training.signals import StopSignals
 
-MATCHES = ("tokens", "parameters", "flops")
 CLOSE = 1e-3  # relative: what counts as matched
 LOSSES = "losses.json"
 #: Of a cell where the user says nothing else: it is scored by this benchmark, not by the trainer.
@@ -185,7 +184,7 @@ def matched(config: TrainConfig, baseline: TrainConfig, match: str, symbols: int
         return ["--mlp-dim", str(own.mlp_width + added)]
     if match == "flops":
         ratio = model_flops_per_token(other).exact / model_flops_per_token(own).exact
-        if abs(ratio - 1) > CLOSE:
+        if abs(ratio - 1) > CLOSE and round(config.steps * ratio) != config.steps:
             scaled = {name: getattr(config, name) for name in ("steps", "warmup", "decay_steps")}
             return [
                 word

@@ -261,7 +261,8 @@ def losses(
         shapes.setdefault((place.stop - place.start, place.stop - at), []).append(place)
 
     model.eval()
-    device, nats = model.wte.weight.device, {}
+    device = model.wte.weight.device
+    nats: dict[Place, npt.NDArray[np.float64]] = {}
     for (length, scored), places in shapes.items():
         rows = max(1, tokens_per_batch // length)
         for start in range(0, len(places), rows):

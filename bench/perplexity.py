@@ -13,12 +13,12 @@ steps). Flags after `--` are those of train.py, for every run.
 
 A run that is trained and scored is kept: after an interruption the same command goes on.
 
-All ten names on books, of which train.parquet and validation.parquet hold one a row, in 16 minutes
-on two cores: 1.1 M tokens a run, scored on 18 blocks of 4096 tokens from 9 books.
+All ten names on books, of which train.parquet and validation.parquet hold one a row, in 15 minutes
+on two cores: 1.0 M tokens a run, scored on 18 blocks of 4096 tokens from 9 books.
 
     python -m bench.perplexity --runs runs/books --out books.jsonl -- \\
         --data PATH/train.parquet --val-data PATH/validation.parquet --vocab-size 1024 \\
-        --layers 3 --heads 4 --embed-dim 128 --context 128 --batch-size 16 --steps 550 --warmup 55
+        --layers 3 --heads 4 --embed-dim 128 --context 128 --batch-size 16 --steps 500 --warmup 50
 """
 
 import argparse
@@ -34,8 +34,8 @@ import numpy as np
 import torch
 
 import posenc
-from bench.comparison import gap_of, tables
-from bench.grid import MATCHES, Cell, Plan, Stopped, finished, method, run
+from bench.comparison import MATCHES, gap_of, match_of, recipe, tables
+from bench.grid import Cell, Plan, Stopped, finished, method, run
 from bench.losses import Losses, Question, ask
 from bench.rows import Row, RowFile, read, row_of, written
 from bench.statistics import paired_bootstrap
@@ -44,6 +44,7 @@ from posenc.data import Corpus, load_corpus
 from posenc.errors import unknown
 from posenc.files import atomic_file
 from posenc.training.config import TrainConfig
+from posenc.training.precision import choose_device
 from posenc.training.run_folder import ENVIRONMENT, SUMMARY
 
 KIND = "perplexity"
@@ -107,7 +108,9 @@ def bytes_of(question: Question, corpus: Corpus) -> float | None:
 def read_result(cell: Cell, question: Question) -> Result | None:
     """A cell's result, None while there is none."""
     found = cell.losses(question)
-    return found and Result(cell, found, cell.read(SUMMARY), cell.read(ENVIRONMENT))
+    if found is None:
+        return None
+    return Result(cell, found, cell.read(SUMMARY), cell.read(ENVIRONMENT))
 
 
 def shared_columns(result: Result, compared: Comparison) -> dict[str, Any]:
@@ -186,9 +189,9 @@ def gap_rows(name: str, compared: Comparison, resamples: int) -> list[Row]:
             if gap.needed is not None:
                 values |= {"gap 2.5% over seeds": gap.seeds.low}
                 values |= {"gap 97.5% over seeds": gap.seeds.high}
-            middle = {"p20": drawn.p20, "p50": drawn.p50, "p80": drawn.p80}
             at = {"mode": protocol, "T": length, **about}
-            found.append(Row(metric="gap", unit="nats", **middle, **at))
+            _, p20, p50, p80, _ = drawn
+            found.append(Row(metric="gap", unit="nats", p20=p20, p50=p50, p80=p80, **at))
             found += [single(metric=key, unit="nats", value=v, **at) for key, v in values.items()]
             if gap.needed is not None and math.isfinite(gap.needed):
                 found.append(single(metric="seeds needed", unit="seeds", value=gap.needed, **at))
@@ -222,6 +225,11 @@ def read_rows(path: Path, *kinds: str) -> list[Row]:
         if row.kind not in kinds:
             raise ValueError(
                 f"{path}:{number} is a row of kind {row.kind!r}; expected {' or '.join(kinds)}. "
+                "Choose another file."
+            )
+        if match_of(row) not in MATCHES or "targets" not in recipe(row):
+            raise ValueError(
+                f"{path}:{number} has no recipe of a comparison: {row.recipe!r}. "
                 "Choose another file."
             )
     return rows
@@ -307,7 +315,9 @@ def train_and_compare(args: argparse.Namespace, flags: Sequence[str]) -> int:
     else:
         grids = {match: plan.cells(match, corpus.vocab_size) for match in dict.fromkeys(args.match)}
     cells = list({str(cell): cell for grid in grids.values() for cell in grid}.values())
-    jobs = args.jobs or (1 if torch.cuda.is_available() else cores())
+    # On two cores, two runs of one thread do 1.35 times the tokens of one run of two.
+    on_gpu = choose_device(first.config.device).type == "cuda"
+    jobs = args.jobs or (1 if on_gpu else min(cores(), len(cells)))
     print(f"{len(cells)} runs, {jobs} at a time; scored on {question.text}", flush=True)
     failed = run(cells, question, jobs=jobs, threads=max(1, cores() // jobs))
 

@@ -139,6 +139,9 @@ def test_foreign_and_broken_rows_are_named(tmp_path: Path) -> None:
     broken.write_text("\n".join([lines[0], lines[1][:-9]]))
     with pytest.raises(ValueError, match=r"rows\.jsonl:2 is no row of measurements"):
         read_rows(broken, "run")
+    broken.write_text(lines[0] + "\n" + lines[1].replace("targets=", "tokens="))
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2 has no recipe of a comparison"):
+        read_rows(broken, "run")
 
 
 def test_rows_of_older_runs_have_the_interval_over_seeds(

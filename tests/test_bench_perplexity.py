@@ -97,6 +97,8 @@ def test_flops_are_matched_by_the_steps(name: str) -> None:
     assert sized.warmup == round(500 * each[0] / each[1])
     assert sized.decay_steps == 0
     assert (extra == []) == (name == "cmha")  # whose extra work is no product
+    few = [parse(["--context", "64", "--steps", "5", "--attention", x]) for x in (name, "rope")]
+    assert matched(few[0], few[1], "flops", 300) == []  # rounds to the same steps
 
 
 def test_what_needs_no_match_is_not_trained_twice(tmp_path: Path) -> None:
