@@ -295,7 +295,8 @@ def train_and_compare(args: argparse.Namespace, flags: Sequence[str]) -> int:
     if args.finished:
         if flags:
             raise ValueError(f"--finished trains nothing; got the flags {' '.join(flags)}.")
-        first = finished(args.finished)[0]
+        grids = {"tokens": finished(args.finished)}
+        first = grids["tokens"][0]
     else:
         seeds = [(args.first_seed + i, args.first_data_seed + i) for i in range(args.seeds)]
         plan = Plan(args.runs, [method(name) for name in args.attention], baseline, flags, seeds)
@@ -308,13 +309,11 @@ def train_and_compare(args: argparse.Namespace, flags: Sequence[str]) -> int:
         size=args.block,
         wanted=args.blocks,
     )
-    if plan is None:
-        grids = {"tokens": finished(args.finished)}
-        for cell in grids["tokens"]:
-            check_corpus(cell, corpus)
-    else:
+    if plan is not None:
         grids = {match: plan.cells(match, corpus.vocab_size) for match in dict.fromkeys(args.match)}
     cells = list({str(cell): cell for grid in grids.values() for cell in grid}.values())
+    for cell in cells:
+        check_corpus(cell, corpus)
     # On two cores, two runs of one thread do 1.35 times the tokens of one run of two.
     on_gpu = choose_device(first.config.device).type == "cuda"
     jobs = args.jobs or (1 if on_gpu else min(cores(), len(cells)))
@@ -342,9 +341,11 @@ def train_and_compare(args: argparse.Namespace, flags: Sequence[str]) -> int:
 
 def check_corpus(cell: Cell, corpus: Corpus) -> None:
     """Raise ValueError for a finished run of other text, or whose text has changed since."""
-    trained = cell.read(ENVIRONMENT)["corpus"]["fingerprint"]
-    if trained != corpus.fingerprint:
-        raise ValueError(f"{cell} was trained on other text or tokens than the first run's now.")
+    if cell.trained and cell.read(ENVIRONMENT)["corpus"]["fingerprint"] != corpus.fingerprint:
+        raise ValueError(
+            f"{cell} was trained on other text than {corpus.description['data']} is now. "
+            "Restore the text, or train it again elsewhere."
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -102,7 +102,7 @@ def test_flops_are_matched_by_the_steps(name: str) -> None:
 
 
 def test_what_needs_no_match_is_not_trained_twice(tmp_path: Path) -> None:
-    sizes = {"embed_dim": 32, "heads": 4}
+    sizes = {"embed_dim": 32, "heads": 4, "steps": 5000}
     made = plan(tmp_path, "rope", "nope", "rcmha", **sizes)
     plain = {str(cell) for cell in made.cells("tokens", 300)}
     for match in ("parameters", "flops"):
@@ -326,7 +326,12 @@ def test_an_interrupted_grid_goes_on(
         assert perplexity.main([*source, *more]) == 0
         assert capfd.readouterr().out.splitlines()[-3:] == printed.splitlines()[-3:]
 
-    # Another grid in the same folders, and a row file of somebody else's.
+    # Other text under the same name; another grid; a row file of somebody else's.
+    text = (tmp_path / "text.txt").read_text()
+    (tmp_path / "text.txt").write_text(text[::-1])
+    assert perplexity.main(words) == 1
+    assert "rope-s0 was trained on other text than" in capfd.readouterr().err
+    (tmp_path / "text.txt").write_text(text)
     assert perplexity.main(command(tmp_path, lr=1e-3)) == 1
     assert "rope-s0 holds a run with --lr 0.01; this grid asks for 0.001" in capfd.readouterr().err
     rows[3]["kind"] = "memory"
