@@ -10,6 +10,8 @@ from bench.statistics import MOST_SEEDS, Interval, seeds_needed, student
 
 #: Keys of a recipe in which a match lets methods differ.
 TURNED = {"parameters": {"mlp_dim"}, "flops": {"steps", "warmup"}}
+#: What is equal under a match.
+MATCHES = {"tokens": "tokens", "parameters": "parameters", "flops": "training FLOPs"}
 #: Modes that get a table a length, and those that get one in all.
 LONG, SHORT = ("evaluate", "windows", "sliding"), ("tail", "positions")
 TITLES = {
@@ -122,11 +124,8 @@ def tables(rows: Sequence[Row], baseline: str = "rope") -> Iterator[str]:
         baseline: a method's label, for rows that do not say.
 
     Raises:
-        ValueError: for other rows, for runs that cannot be compared, and without a baseline.
+        ValueError: for runs that cannot be compared, and without a baseline.
     """
-    for row in rows:
-        if row.kind not in ("perplexity", "run"):
-            raise ValueError(f"a row of kind {row.kind!r} is no training run's: {row.name}.")
     for match in dict.fromkeys(map(match_of, rows)):
         own = [row for row in rows if match_of(row) == match]
         wanted = recipe(own[0]).get("baseline", baseline)
@@ -147,7 +146,7 @@ def _one_length(rows: Sequence[Row], baseline: str) -> Iterator[str]:
     about, width = recipe(first), max(map(len, [*losses, "method"]))
     text = f", {about['units']} {about['unit']}s" if "units" in about else ""
     yield (
-        f"\nequal {match_of(first)}, {TITLES[first.mode].format(first.T)}; "
+        f"\nequal {MATCHES[match_of(first)]}, {TITLES[first.mode].format(first.T)}; "
         f"{int(about['targets']):,} targets{text}; 95% intervals"
     )
     yield (
@@ -189,7 +188,7 @@ def _all_lengths(rows: Sequence[Row]) -> Iterator[str]:
     lengths = sorted({row.T or 0 for row in losses})
     count = min(COLUMNS, len(lengths))
     chosen = [lengths[(i + 1) * len(lengths) // count - 1] for i in range(count)]
-    yield f"\nequal {match_of(losses[0])}, {TITLES[losses[0].mode]}"
+    yield f"\nequal {MATCHES[match_of(losses[0])]}, {TITLES[losses[0].mode]}"
     names = list(dict.fromkeys(label(row.name, row.options) for row in losses))
     width = max(map(len, [*names, "method"]))
     yield f"  {'method':{width}}" + "".join(f"{length:9}" for length in chosen)

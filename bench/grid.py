@@ -26,7 +26,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from bench.comparison import label
 from bench.losses import Losses, Question, losses
+from bench.rows import written
 from posenc.cost import model_cost, model_flops_per_token
 from posenc.gpt import GPT
 from posenc.training.cli import check_flags, parse
@@ -35,7 +37,6 @@ from posenc.training.precision import autocast, choose_device, choose_dtype
 from posenc.training.run_folder import CONFIG, SUMMARY, RunFolder
 from posenc.training.signals import StopSignals
 
-MATCHES = ("tokens", "parameters", "flops")
 CLOSE = 1e-3  # relative: what counts as matched
 LOSSES = "losses.json"
 #: Of a cell where the user says nothing else: it is scored by this benchmark, not by the trainer.
@@ -59,7 +60,7 @@ class Method:
         return parse_options(self.options)
 
     def __str__(self) -> str:
-        return f"{self.name}:{','.join(self.options)}" if self.options else self.name
+        return label(self.name, written(self.values))
 
 
 def method(text: str) -> Method:
@@ -183,7 +184,7 @@ def matched(config: TrainConfig, baseline: TrainConfig, match: str, symbols: int
         return ["--mlp-dim", str(own.mlp_width + added)]
     if match == "flops":
         ratio = model_flops_per_token(other).exact / model_flops_per_token(own).exact
-        if abs(ratio - 1) > CLOSE:
+        if abs(ratio - 1) > CLOSE and round(config.steps * ratio) != config.steps:
             scaled = {name: getattr(config, name) for name in ("steps", "warmup", "decay_steps")}
             return [
                 word
@@ -232,7 +233,14 @@ class Plan:
         return Cell(parse(argv), argv)
 
     def cells(self, match: str, symbols: int) -> list[Cell]:
-        """The cells of a match, by seed: the mix of fast and slow methods stays the same."""
+        """The cells of a match, by seed: the mix of fast and slow methods stays the same.
+
+        Raises:
+            ValueError: for a model that cannot be built, or matched.
+        """
+        for method in self.methods:
+            with torch.device("meta"):
+                GPT(self.cell(method, self.seeds[0]).config.model(symbols))
         found = []
         for seeds in self.seeds:
             baseline = self.cell(self.baseline, seeds)

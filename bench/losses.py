@@ -15,10 +15,9 @@ changes nothing but the context.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -131,11 +130,6 @@ class Question(NamedTuple):
             found.update(repr(block.lead).encode() + block.ids.tobytes())
         return found.hexdigest()
 
-    @property
-    def tail(self) -> int:
-        """R: targets scored at each place of the tail."""
-        return self.context // 2
-
 
 def ask(
     text: tuple[TokenSequence, int | None], *, context: int, times: Sequence[int], size: int,
@@ -163,75 +157,56 @@ def ask(
 
 
 class Window(NamedTuple):
-    """Inputs ids[start:stop] of a block, of whose targets the last ones are scored."""
+    """Inputs ids[start:stop] of a block, of whose targets those of ids[first:last] are scored."""
 
     start: int
     stop: int
+    first: int
+    last: int
 
 
-def windows(block: Block, length: int, seen: int | None = None) -> list[Window]:
-    """Windows of `length` side by side, of each its first `seen` inputs."""
+def windows(block: Block, length: int) -> list[Window]:
+    """Windows of `length` side by side."""
     starts = range(block.lead, len(block.ids) - 1, length)
-    return [Window(start, start + (seen or length)) for start in starts]
+    return [Window(start, start + length, start, start + length) for start in starts]
 
 
 def sliding(block: Block, length: int) -> list[Window]:
     """Windows half a length apart; one that would begin before its document is shorter."""
     half = length // 2
     starts = range(block.lead, len(block.ids) - 1, half)
-    return [Window(max(0, start - half), start + half) for start in starts]
+    return [Window(max(0, at - half), at + half, at, at + half) for at in starts]
 
 
-def tails(block: Block, longest: int, length: int) -> list[Window]:
-    """The last `length` inputs of some of the windows of the longest length."""
+def positions(block: Block, longest: int, limit: int, first: int, last: int) -> list[Window]:
+    """Positions first .. last - 1 of the longest windows, of which a model sees `limit` inputs."""
+    starts = range(block.lead, len(block.ids) - 1, longest)
+    return [Window(start, start + limit, start + first, start + last) for start in starts]
+
+
+def tails(block: Block, longest: int, length: int, scored: int) -> list[Window]:
+    """The last `length` inputs of some of the longest windows."""
     found = windows(block, longest)
     places = min(PLACES, len(found))
     ends = [found[(i + 1) * len(found) // places - 1].stop for i in range(places)]
-    return [Window(end - length, end) for end in ends]
+    return [Window(end - length, end, end - scored, end) for end in ends]
 
 
-@torch.no_grad()
-def token_losses(model: GPT, windows: Tensor, scored: int) -> Tensor:
-    """Nats of the last `scored` targets, in fp32 or better: (N, scored).
-
-    Args:
-        windows: (N, T + 1), inputs and the last target.
-    """
-    h, _ = model.hidden(windows[:, :-1])
-    logits = model.head(h[:, -scored:])
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(precise.transpose(1, 2), windows[:, -scored:], reduction="none")
-
-
-def scores(
-    model: GPT,
-    text: Text,
-    cut: Callable[[Block], Sequence[Window]],
-    scored: int,
-    *,
-    tokens_per_batch: int,
-    autocast: Callable[[], AbstractContextManager[None]],
-) -> npt.NDArray[np.float64]:
-    """Nats of every scored target: (blocks, windows, scored)."""
-    places = [
-        (number, which, window)
-        for number, block in enumerate(text.blocks)
-        for which, window in enumerate(cut(block))
-    ]
-    count = len(places) // len(text.blocks)
-    found = np.empty((len(text.blocks), count, scored))
-    device = model.wte.weight.device
-    for length in sorted({window.stop - window.start for _, _, window in places}):
-        alike = [place for place in places if place[2].stop - place[2].start == length]
-        rows = max(1, tokens_per_batch // length)
-        for first in range(0, len(alike), rows):
-            batch = alike[first : first + rows]
-            ids = np.stack([text.blocks[i].ids[w.start : w.stop + 1] for i, _, w in batch])
-            with autocast():
-                nats = token_losses(model, torch.from_numpy(ids).to(device), scored)
-            for (number, which, _), row in zip(batch, nats.double().cpu().numpy(), strict=True):
-                found[number, which] = row
-    return found
+def protocols(
+    block: Block, question: Question, limit: int
+) -> Iterator[tuple[str, int, list[Window]]]:
+    """What a model that sees `limit` tokens is asked of a block: protocol, length, windows."""
+    longest, scored = question.lengths[-1], question.context // 2
+    for length in question.lengths:
+        if length <= limit:
+            yield "windows", length, windows(block, length)
+            yield "sliding", length, sliding(block, length)
+    width = bucket(longest)
+    for first in range(0, limit, width):
+        last = min(first + width, limit)
+        yield "positions", last, positions(block, longest, limit, first, last)
+    for length in range(scored, limit + 1, scored):
+        yield "tail", length, tails(block, longest, length, scored)
 
 
 def bucket(longest: int) -> int:
@@ -239,36 +214,72 @@ def bucket(longest: int) -> int:
     return 64 if longest >= 2048 else max(1, longest // 32)
 
 
+class Place(NamedTuple):
+    """Inputs ids[start:stop] of the block of that number."""
+
+    block: int
+    start: int
+    stop: int
+
+
+@torch.no_grad()
+def token_losses(model: GPT, ids: Tensor, scored: int) -> Tensor:
+    """Nats of the last `scored` targets, in fp32 or better: (N, scored).
+
+    Args:
+        ids: (N, T + 1), inputs and the last target.
+    """
+    h, _ = model.hidden(ids[:, :-1])
+    logits = model.head(h[:, -scored:])
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(precise.transpose(1, 2), ids[:, -scored:], reduction="none")
+
+
 def losses(
     model: GPT,
     question: Question,
     *,
-    tokens_per_batch: int = 4096,
+    tokens_per_batch: int,
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> Losses:
-    """All protocols. Lengths beyond a learned table are left out."""
-    text, longest = question.text, question.lengths[-1]
+    """All protocols. Lengths beyond a learned table are left out.
+
+    Protocols share windows: the last halves of `windows` are half of `sliding`. Each is computed
+    once, from the first target on that any protocol scores.
+    """
+    blocks, longest = question.text.blocks, question.lengths[-1]
     limit = longest if model.max_length is None else min(longest, model.max_length)
-    lengths = [length for length in question.lengths if length <= limit]
+    asked = [list(protocols(block, question, limit)) for block in blocks]
+    first: dict[Place, int] = {}
+    for number, of_block in enumerate(asked):
+        for _, _, cut in of_block:
+            for window in cut:
+                place = Place(number, window.start, window.stop)
+                first[place] = min(window.first, first.get(place, window.first))
+    shapes: dict[tuple[int, int], list[Place]] = {}  # by inputs and targets
+    for place, at in first.items():
+        shapes.setdefault((place.stop - place.start, place.stop - at), []).append(place)
+
     model.eval()
+    device = model.wte.weight.device
+    nats: dict[Place, npt.NDArray[np.float64]] = {}
+    for (length, scored), places in shapes.items():
+        rows = max(1, tokens_per_batch // length)
+        for start in range(0, len(places), rows):
+            batch = places[start : start + rows]
+            ids = np.stack([blocks[i].ids[begin : end + 1] for i, begin, end in batch])
+            with autocast():
+                found = token_losses(model, torch.from_numpy(ids).to(device), scored)
+            nats.update(zip(batch, found.double().cpu().numpy(), strict=True))
 
-    def nats(cut: Callable[[Block], Sequence[Window]], scored: int) -> npt.NDArray[np.float64]:
-        how = {"tokens_per_batch": tokens_per_batch, "autocast": autocast}
-        return scores(model, text, cut, scored, **how)
-
-    found: Losses = {"windows": {}, "sliding": {}, "positions": {}, "tail": {}}
-    for length in lengths:
-        whole = nats(partial(windows, length=length), length)
-        found["windows"][length] = whole.mean((1, 2)).tolist()
-        half = nats(partial(sliding, length=length), length // 2)
-        found["sliding"][length] = half.mean((1, 2)).tolist()
-    if limit < longest:  # else the last windows were the longest
-        whole = nats(partial(windows, length=longest, seen=limit), limit)
-    width = bucket(longest)
-    for first in range(0, limit, width):
-        part = whole[:, :, first : first + width]
-        found["positions"][first + part.shape[2]] = part.mean((1, 2)).tolist()
-    for length in range(question.tail, limit + 1, question.tail):
-        end = nats(partial(tails, longest=longest, length=length), question.tail)
-        found["tail"][length] = end.mean((1, 2)).tolist()
-    return found
+    answers: Losses = {}
+    for number, of_block in enumerate(asked):
+        for protocol, length, cut in of_block:
+            parts = []
+            for window in cut:
+                place = Place(number, window.start, window.stop)
+                at = first[place]
+                parts.append(nats[place][window.first - at : window.last - at])
+            mean = float(np.concatenate(parts).mean())
+            answers.setdefault(protocol, {}).setdefault(length, []).append(mean)
+    return answers
