@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that needs a GPU. Without arguments everything, in under an hour; or the parts named:
 #
-#     OUT=bench/results/h100 bench/gpu.sh [tests] [kernels] [layers] [routing] [memory] [train]
+#     OUT=bench/results/h100 bench/gpu.sh [tests] [kernels] [layers] [routing] [memory] [throughput] [train]
 #
 # Each part takes less than ten.
 #
@@ -11,6 +11,7 @@
 #   layers   layers.jsonl: time and memory of whole attention layers, eager and fused; layers.log
 #   routing  routing.jsonl, .png: MoH that skips dropped heads against the share of active ones
 #   memory   memory.jsonl: peak, activations and decoding state of layers beside the cost model; .log
+#   throughput  throughput.jsonl: tokens per second of layers and their peers, by length; .log
 #   train    train.jsonl: tokens per second and memory of GPT-2 124M, T=1024, bf16, compiled
 #
 # A step that fails is reported and the next one runs; then the exit code is 1. Needs the extras
@@ -68,7 +69,7 @@ export -f train
 export OUT
 
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(tests kernels layers routing memory train)
+[ ${#parts[@]} -gt 0 ] || parts=(tests kernels layers routing memory throughput train)
 for part in "${parts[@]}"; do
   case $part in
     tests)
@@ -93,6 +94,9 @@ for part in "${parts[@]}"; do
     memory)
       step memory 590 bash -c 'logged "$OUT/memory.log" python3 -m bench.memory --device cuda \
         --dtype bfloat16 --embed-dim 768 --heads 12 --out "$OUT/memory.jsonl"' ;;
+    throughput)
+      step throughput 590 bash -c \
+        'logged "$OUT/throughput.log" python3 -m bench.throughput --out "$OUT/throughput.jsonl"' ;;
     train)
       for name in rope carope cmha moh rcmha; do
         for impl in sdpa fused; do
@@ -100,7 +104,7 @@ for part in "${parts[@]}"; do
         done
       done ;;
     *)
-      echo "unknown part: $part; expected tests, kernels, layers, routing, memory or train"
+      echo "unknown part: $part; expected tests, kernels, layers, routing, memory, throughput or train"
       worst=1 ;;
   esac
 done

@@ -9,7 +9,6 @@ All providers of a case run in the same process on the same inputs, behind the g
 """
 
 import argparse
-import copy
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import posenc
+from bench.layers import Compile, as_is, zoo_case
 from bench.measure import Case, Function, measure, one_head, timed
 from bench.rows import Row, RowFile
 from posenc.convolution import depthwise_conv
@@ -164,11 +164,6 @@ def everything(x: Tensor) -> Tensor:
     return x
 
 
-def one_row(x: Tensor) -> Tensor:
-    """The last row of a batch (B, T, C): rows do not meet."""
-    return x[-1:]
-
-
 def layers(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Case]:
@@ -179,32 +174,16 @@ def layers(
     for name in ("mha", "rope", "carope", "cmha", "rmha", "mdha", "rcmha", "moh"):
         if heads < 4 and name == "moh":
             continue
-        options = {"max_distance": length} if name in ("rmha", "rcmha") else {}
-        module = posenc.attention(name, heads * dim, heads, impl="reference", **options).to(device)
-        with torch.no_grad():  # tables that begin at zero would hide what is wrong with them
-            for parameter in module.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        precise = copy.deepcopy(module).double()
-        module = module.to(dtype)
-
-        def definition(x: Tensor, module: Any = module, precise: Any = precise) -> Tensor:
-            return (precise if x.dtype == torch.float64 else module)(x)
-
-        def by(impl: str, wrap: Function = lambda m: m, module: Any = module) -> Function:
-            other = copy.deepcopy(module)
-            other.impl = impl
-            return wrap(other)  # type: ignore[return-value]
-
-        providers: dict[str, Callable[[], Function]] = {
-            OURS: partial(by, "fused"),
-            EAGER: partial(by, "reference"),
-            "sdpa": partial(by, "sdpa"),
+        implementations: dict[str, tuple[str, Compile]] = {
+            OURS: ("fused", as_is),
+            EAGER: ("reference", as_is),
+            "sdpa": ("sdpa", as_is),
         }
         if device.type == "cuda":
-            providers["torch.compile sdpa"] = partial(by, "sdpa", torch.compile)
-            providers[f"torch.compile {OURS}"] = partial(by, "fused", torch.compile)
+            implementations["torch.compile sdpa"] = ("sdpa", torch.compile)
+            implementations[f"torch.compile {OURS}"] = ("fused", torch.compile)
         x = torch.randn(batch, length, heads * dim, device=device, dtype=dtype, requires_grad=True)
-        yield Case("layer", f"{name} layer", (x,), definition, providers, one_row)
+        yield zoo_case("layer", f"{name} layer", name, implementations, x, heads)
 
 
 def relative(

@@ -8,7 +8,7 @@ reason.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from torch import Tensor
 from bench.rows import Row
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
+#: Short calls are repeated up to so many times as often as long ones.
+MORE = 20
 
 
 class Case(NamedTuple):
@@ -29,6 +31,7 @@ class Case(NamedTuple):
     definition: Function
     providers: dict[str, Callable[[], Function]]  # built when their turn comes
     part: Callable[[Tensor], Tensor]  # of inputs and results: what the gate compares
+    slack: float = 0.0  # error that the method of the providers is known for
 
 
 def one_head(x: Tensor) -> Tensor:
@@ -67,6 +70,12 @@ def errors(actual: list[Tensor], exact: list[Tensor]) -> list[float]:
     ]
 
 
+def allowed(plain: list[float], case: Case) -> list[float]:
+    """The errors that a case excuses, for those of the definition in the inputs' own dtype."""
+    rounding = max(torch.finfo(case.inputs[0].dtype).eps, 1e-6)  # fp32 sums in another order
+    return [2 * error + rounding + case.slack for error in plain]
+
+
 class Gate:
     """What a provider must compute: one part in fp64, and the error that its dtype excuses."""
 
@@ -76,8 +85,7 @@ class Gate:
         precise = tuple(x.detach().double().requires_grad_() for x in own)
         self.exact = outputs_and_gradients(case.definition, precise, self.dtype, self.part)
         plain = outputs_and_gradients(case.definition, own, self.dtype, self.part)
-        rounding = max(torch.finfo(self.dtype).eps, 1e-6)  # fp32 sums in another order
-        self.allowed = [2 * error + rounding for error in errors(plain, self.exact)]
+        self.allowed = allowed(errors(plain, self.exact), case)
 
     def check(self, function: Function) -> float:
         """The error of the first output; ValueError where anything is worse than allowed."""
@@ -103,6 +111,35 @@ def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float, f
         taken.append((time.perf_counter() - start) * 1e3)
     low, middle, high = sorted(taken)
     return low, middle, high
+
+
+def take_turns(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, seconds: float = 0.0
+) -> dict[str, tuple[float, float, float]]:
+    """p20, p50 and p80 in milliseconds over rounds, on CPU.
+
+    The candidates take turns within every round, so that a slow moment of the machine hits all of
+    them.
+
+    Args:
+        seconds: to go on for, where the rounds take less, up to `MORE` times as many.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(2):  # warm-up
+        begin = time.perf_counter()
+        for run in runs.values():
+            run()
+    once = time.perf_counter() - begin
+    for _ in range(max(rounds, min(int(seconds / once), MORE * rounds))):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            taken[name].append((time.perf_counter() - start) * 1e3)
+    found = {}
+    for name, values in taken.items():
+        low, middle, high = (sorted(values)[int(len(values) * p)] for p in (0.2, 0.5, 0.8))
+        found[name] = (low, middle, high)
+    return found
 
 
 def modes(function: Function, inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], Any]]:
@@ -192,7 +229,7 @@ def measure(
             error = gate.check(function)
             runs = modes(function, case.inputs)
         except Exception as failure:  # whatever a peer raises, the others are still measured
-            yield f"{case.name}: no row of {provider}: {_reason(failure)}"
+            yield f"{case.name}: no row of {provider}: {reason(failure)}"
             continue
         about = {"kind": case.kind, "name": case.name, "implementation": provider}
         row = partial(timing, **about, **sizes, error_vs_fp64=error)
@@ -200,7 +237,7 @@ def measure(
             try:
                 yield row(mode, "time", "ms", *timed(run, device))
             except Exception as failure:
-                yield f"{case.name}: no {mode} of {provider}: {_reason(failure)}"
+                yield f"{case.name}: no {mode} of {provider}: {reason(failure)}"
         try:
             if device.type == "cuda":
                 for mode in ("fwd", "fwd+bwd"):
@@ -208,8 +245,9 @@ def measure(
                 peak = peak_mib(runs["fwd+bwd"], device)
                 yield row("fwd+bwd", "memory", "MiB", peak, peak, peak)
         except Exception as failure:
-            yield f"{case.name}: no graph of {provider}: {_reason(failure)}"
+            yield f"{case.name}: no graph of {provider}: {reason(failure)}"
 
 
-def _reason(failure: Exception) -> str:
+def reason(failure: Exception) -> str:
+    """The first line of what went wrong."""
     return str(failure).strip().partition("\n")[0] or type(failure).__name__

@@ -32,8 +32,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import posenc
-from bench import layer as layer_bench
-from bench.measure import Case, Function, Gate, graphed, modes, one_head, peak_mib, timed, timing
+from bench.measure import (
+    Case,
+    Function,
+    Gate,
+    graphed,
+    modes,
+    one_head,
+    peak_mib,
+    take_turns,
+    timed,
+    timing,
+)
 from bench.rows import Row, RowFile, read, written
 from posenc import core
 from posenc import skipping as skipping_on_cpu
@@ -265,11 +275,7 @@ def measure(
     if device.type == "cuda":
         times = {name: timed(run, device) for name, run in runs.items()}
     else:
-        rounds = layer_bench.measure(runs, args.rounds)
-        times = {
-            name: tuple(1e3 * seconds[int(len(seconds) * p)] for p in (0.2, 0.5, 0.8))
-            for name, seconds in rounds.items()
-        }
+        times = take_turns(runs, args.rounds)
     for name, run in runs.items():
         error = errors.get(name)
         row = partial(timing, mode, implementation=name, options=options, error_vs_fp64=error)

@@ -217,7 +217,7 @@ class Attention(nn.Module):
         if self.impl == "fused":
             fused.check_case(where.real, dropout_p)
 
-        router, gates, aux = self.router, None, x.new_zeros((), dtype=torch.float32)
+        router, gates, aux = self.router, None, None
         if router is not None and not router.reads_queries:
             gates, aux = _route(router, x, None, here)
         kept = gates if gates is not None and self._skips_projections(x, gates) else None
@@ -231,12 +231,14 @@ class Attention(nn.Module):
         phase = x if phase is None else phase
         y = self._attend(q, k, v, gates, where, phase, cache, dropout_p)  # (B, H, T, D)
         if kept is None:
-            y = self.c_proj(rearrange(y, "b h t d -> b t (h d)"))
+            y = self.c_proj(y.transpose(1, 2).flatten(2))
         else:
             y = merge_kept(y, self.c_proj.weight, self.c_proj.bias, kept)
         if cache is not None:
             cache.advance(length)
-        return (y, aux) if return_aux else y
+        if not return_aux:
+            return y
+        return y, x.new_zeros((), dtype=torch.float32) if aux is None else aux
 
     def _skips_projections(self, x: Tensor, gates: Gates) -> bool:
         """Whether q and y are projected for the kept heads alone, with the bare weights."""
@@ -253,10 +255,11 @@ class Attention(nn.Module):
 
     def _project(self, x: Tensor, kept: Gates | None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v (B, H, T, D); with `kept`, the rows of q that it drops are 0."""
-        # Split before the heads are: the three gradients then meet again in one copy, not in two.
+        # Apart before the heads are: the three gradients then meet again in one copy, not in two.
         if kept is None:
-            parts = self.c_attn(x).split(self.embed_dim, dim=-1)
-            return tuple(rearrange(z, "b t (h d) -> b h t d", h=self.num_heads) for z in parts)
+            parts = self.c_attn(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+            q, k, v = (z.transpose(1, 2) for z in parts)
+            return q, k, v
         sizes, bias = (self.embed_dim, 2 * self.embed_dim), self.c_attn.bias
         for_q, for_kv = self.c_attn.weight.split(sizes)
         bias_q, bias_kv = (None, None) if bias is None else bias.split(sizes)

@@ -76,14 +76,17 @@ class Cache:
         self._given = self._ragged = False
         self._next = (False, False)
         self._history = {name: stream.history for name, stream in self.streams.items()}
+        # What lies beyond the length is never read; only the rows in front of it must be zeros.
         self._rows = {
-            name: torch.zeros(
+            name: torch.empty(
                 (batch_size, *stream.shape[:-1], stream.history + max_length, stream.shape[-1]),
                 dtype=stream.dtype or dtype,
                 device=device,
             )
             for name, stream in self.streams.items()
         }
+        for name, history in self._history.items():
+            self._rows[name].narrow(-2, 0, history).zero_()
 
     def __len__(self) -> int:
         return self.length
@@ -135,9 +138,9 @@ class Cache:
         """
         stored, start = self._rows[name], self._history[name] + self.length
         count = rows.shape[-2]
-        stored.narrow(-2, start, count).copy_(rows.detach())
-        past = self._history[name]
-        if torch.is_grad_enabled():
+        past, with_graph = self._history[name], torch.is_grad_enabled()
+        stored.narrow(-2, start, count).copy_(rows.detach() if with_graph else rows)
+        if with_graph:
             # A copy: what autograd saves must not be overwritten by the next call.
             before = stored.narrow(-2, past, self.length).to(rows.dtype)
             return torch.cat((before, rows.to(stored.dtype).to(rows.dtype)), dim=-2)

@@ -17,6 +17,7 @@ from posenc.phase import (
     pairs,
     phase_dtype,
     position_phases,
+    sines,
     turn,
     wrap,
 )
@@ -91,8 +92,11 @@ def test_pairs_and_join_are_inverses(pairing: str) -> None:
 @pytest.mark.parametrize("width", [2, 4, 6])
 def test_turn_is_the_oracle(pairing: str, width: int) -> None:
     x, angle = randn(2, 3, 5, 6), randn(5, width // 2)
-    close(turn(x, angle.cos(), angle.sin(), pairing), oracles.rotate(x, angle, pairing))
-    assert torch.equal(turn(x, angle.cos(), angle.sin(), pairing)[..., width:], x[..., width:])
+    y = turn(x, *sines(angle, pairing=pairing), pairing)
+    close(y, oracles.rotate(x, angle, pairing))
+    assert torch.equal(
+        turn(x, *sines(angle, pairing=pairing), pairing)[..., width:], x[..., width:]
+    )
 
 
 @PAIRED
@@ -100,7 +104,7 @@ def test_rotations_keep_norms_compose_and_start_at_the_identity(pairing: str) ->
     x, a, b = randn(2, 3, 5, 6), randn(5, 3), randn(5, 3)
 
     def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-        return turn(x, angle.cos(), angle.sin(), pairing)
+        return turn(x, *sines(angle, pairing=pairing), pairing)
 
     close(rotate(x, a).norm(dim=-1), x.norm(dim=-1))
     close(rotate(rotate(x, a), b), rotate(x, a + b))
@@ -110,7 +114,7 @@ def test_rotations_keep_norms_compose_and_start_at_the_identity(pairing: str) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_rounds_once(dtype: torch.dtype) -> None:
     x, angle = randn(2, 3, 50, 64).to(dtype), 3 * randn(50, 32)
-    y = turn(x, angle.float().cos(), angle.float().sin())
+    y = turn(x, *sines(angle.float()))
     assert y.dtype == dtype
     exact = oracles.rotate(x.double(), angle)
     # half a unit in the last place of the result, and the fp32 sines' own error
@@ -121,14 +125,14 @@ def test_low_precision_rounds_once(dtype: torch.dtype) -> None:
 def test_turn_leaves_its_input_alone() -> None:
     x, angle = randn(2, 3, 5, 6).requires_grad_(), randn(5, 3)
     before = x.detach().clone()
-    turn(x, angle.cos(), angle.sin()).sum().backward()
+    turn(x, *sines(angle)).sum().backward()
     assert torch.equal(x, before)
     assert x.grad is not None
 
 
 def test_turn_differentiates_angles_and_features() -> None:
     x, angle = randn(1, 2, 3, 6).requires_grad_(), randn(2, 3, 3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, a: turn(x, a.cos(), a.sin()), (x, angle))
+    assert torch.autograd.gradcheck(lambda x, a: turn(x, *sines(a)), (x, angle))
 
 
 def test_float32_parameters_refuse_lower_precision_only() -> None:

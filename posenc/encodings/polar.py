@@ -32,6 +32,7 @@ from posenc.phase import (
     pairs,
     phase_dtype,
     position_phases,
+    sines,
     turn,
 )
 from posenc.scores import Scores
@@ -52,7 +53,7 @@ def turn_by_content(
     """
     q_angle = content_angle(q, delta) + (b.unsqueeze(-2) + turns)
     k_angle = content_angle(k, delta) + turns
-    return turn(q, q_angle.cos(), q_angle.sin()), turn(k, k_angle.cos(), k_angle.sin())
+    return turn(q, *sines(q_angle)), turn(k, *sines(k_angle))
 
 
 class Polar(Float32Parameters, Encoding):
