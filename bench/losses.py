@@ -210,8 +210,8 @@ def protocols(
 
 
 def bucket(longest: int) -> int:
-    """Positions that are averaged: 32 buckets, of 64 from 2048 positions on."""
-    return 64 if longest >= 2048 else max(1, longest // 32)
+    """Positions that are averaged: 16 buckets, of 64 from 1024 positions on."""
+    return 64 if longest >= 1024 else max(1, longest // 16)
 
 
 class Place(NamedTuple):

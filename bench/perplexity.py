@@ -50,7 +50,8 @@ from posenc.training.run_folder import ENVIRONMENT, SUMMARY
 KIND = "perplexity"
 RECIPE = ("layers", "heads", "embed_dim", "mlp_dim", "context", "batch_size", "grad_accum", "steps",
           "lr", "min_lr", "warmup", "weight_decay", "beta2", "dropout", "bias")  # fmt: skip
-GAPS = ("windows", "sliding", "tail")  # protocols that are compared
+GAPS = ("windows", "sliding")  # protocols that are compared
+SHAPES = ("positions", "tail")  # those whose shape matters, which a match hardly changes
 
 
 class Result(NamedTuple):
@@ -60,10 +61,17 @@ class Result(NamedTuple):
     losses: Losses
     summary: Mapping[str, Any]
     about: Mapping[str, Any]  # environment.json
+    metrics: Sequence[Mapping[str, Any]]
 
     @property
     def config(self) -> TrainConfig:
         return self.cell.config
+
+    @property
+    def speeds(self) -> list[float]:
+        """Tokens a second of its steps but the first fifth, which compile and warm up."""
+        found = [row["tokens_per_second"] for row in self.metrics if "tokens_per_second" in row]
+        return found[len(found) // 5 :]
 
     @property
     def name(self) -> str:
@@ -110,7 +118,8 @@ def read_result(cell: Cell, question: Question) -> Result | None:
     found = cell.losses(question)
     if found is None:
         return None
-    return Result(cell, found, cell.read(SUMMARY), cell.read(ENVIRONMENT))
+    files = (cell.read(SUMMARY), cell.read(ENVIRONMENT), cell.folder.read_metrics())
+    return Result(cell, found, *files)
 
 
 def shared_columns(result: Result, compared: Comparison) -> dict[str, Any]:
@@ -121,7 +130,7 @@ def shared_columns(result: Result, compared: Comparison) -> dict[str, Any]:
     own |= {"mlp_dim": config.mlp_dim or 4 * config.embed_dim}
     own |= {"data_seeds": ",".join(str(data_seeds[seed]) for seed in sorted(data_seeds))}
     own |= {"dtype": result.about["dtype"], "data": Path(config.data or "").name}
-    own |= {"fingerprint": result.about["corpus"]["fingerprint"]}
+    own |= {"fingerprint": result.about["corpus"]["fingerprint"][:12]}
     own |= {"match": compared.match, "baseline": compared.baseline}
     own |= {"targets": len(text.targets), "units": len(text.blocks), "unit": text.unit}
     own |= {"documents": text.documents}
@@ -148,6 +157,8 @@ def cell_rows(result: Result, compared: Comparison) -> list[Row]:
     about = shared_columns(result, compared) | {"seed": config.seed}
     found = []
     for protocol, by_length in result.losses.items():
+        if protocol in SHAPES and compared.match != "tokens":
+            continue
         for length, values in by_length.items():
             loss = float(np.mean(values))
             found.append(single(protocol, "loss", "nats", loss, T=length, **about))
@@ -156,12 +167,14 @@ def cell_rows(result: Result, compared: Comparison) -> list[Row]:
                 found.append(single(protocol, "bits per byte", "bits", bits, T=length, **about))
     summary, model = result.summary, config.model(compared.symbols)
     flops = summary["tokens"] * model_flops_per_token(model).exact
-    for metric, unit, value in (
-        ("parameters", "parameters", summary["parameters"]),
-        ("training FLOPs", "FLOP", flops),
-        ("throughput", "tokens/s", summary["tokens_per_second"]),
-    ):
-        found.append(single("train", metric, unit, value, T=config.context, **about))
+    about |= {"mode": "train", "T": config.context}
+    found.append(
+        single(metric="parameters", unit="parameters", value=summary["parameters"], **about)
+    )
+    found.append(single(metric="training FLOPs", unit="FLOP", value=flops, **about))
+    low, middle, high = np.quantile(result.speeds, (0.2, 0.5, 0.8)).tolist()
+    speed = {"p20": low, "p50": middle, "p80": high}
+    found.append(Row(metric="throughput", unit="tokens/s", **speed, **about))
     return found
 
 

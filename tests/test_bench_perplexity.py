@@ -204,8 +204,11 @@ def compared(tmp_path: Path, gap: float = 0.1) -> tuple[Comparison, np.ndarray]:
             }
             about = {"dtype": "float32", "corpus": {"fingerprint": "f"}, "device": "d",
                      "threads": 3, "versions": {"torch": "2", "python": "3"}}  # fmt: skip
-            summary = {"parameters": 77, "tokens": 640, "tokens_per_second": 9.0}
-            results.append(Result(Cell(config), losses, summary, about))
+            summary = {"parameters": 77, "tokens": 640}
+            speeds = [1.0, 30.0, 10.0, 20.0, 40.0]  # the first compiles
+            metrics = [{"step": i, "tokens_per_second": speeds[i]} for i in range(5)]
+            metrics.append({"step": 4, "val_loss": 3.0})
+            results.append(Result(Cell(config), losses, summary, about, metrics))
     return Comparison("tokens", "rope", results, question, 300, 1000.0), noise
 
 
@@ -221,6 +224,8 @@ def test_rows_of_a_cell(tmp_path: Path) -> None:
     expected = by_metric["loss"].p50 * targets / math.log(2) / 1000
     assert by_metric["bits per byte"].p50 == pytest.approx(expected)
     assert by_metric["parameters"].p50 == 77
+    speed = by_metric["throughput"]
+    assert (speed.p20, speed.p50, speed.p80) == pytest.approx((16, 25, 34))
     flops = model_flops_per_token(found.results[1].config.model(300)).exact
     assert by_metric["training FLOPs"].p50 == 640 * flops
     for row in rows:
@@ -230,13 +235,19 @@ def test_rows_of_a_cell(tmp_path: Path) -> None:
             assert word in row.recipe.split()
 
 
+def test_the_shape_over_positions_is_that_of_equal_tokens_alone(tmp_path: Path) -> None:
+    found, _ = compared(tmp_path)
+    rows = cell_rows(found.results[1], found._replace(match="flops"))
+    assert {row.mode for row in rows} == {"windows", "sliding", "train"}
+
+
 def test_rows_of_a_gap(tmp_path: Path) -> None:
     found, noise = compared(tmp_path)
     rows = gap_rows("carope", found, 500)
     assert gap_rows("rope", found, 500) == []
     places = {(row.mode, row.T) for row in rows}
-    assert places == {(mode, t) for mode in ("windows", "sliding", "tail") for t in (8, 16)}
-    own = {row.metric: row for row in rows if (row.mode, row.T) == ("tail", 16)}
+    assert places == {(mode, t) for mode in ("windows", "sliding") for t in (8, 16)}
+    own = {row.metric: row for row in rows if (row.mode, row.T) == ("sliding", 16)}
     drawn = paired_bootstrap(noise[:2] + 0.1, 500)
     assert (own["gap"].p20, own["gap"].p80) == pytest.approx((drawn.p20, drawn.p80))
     assert own["gap 2.5%"].p50 == pytest.approx(drawn.low)
