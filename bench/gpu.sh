@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that needs a GPU. Without arguments everything, in under an hour; or the parts named:
+# All that needs a GPU. Without arguments everything, in about an hour; or the parts named:
 #
 #     OUT=bench/results/h100 bench/gpu.sh [tests] [kernels] [layers] [routing] [memory] [throughput] [train]
 #
