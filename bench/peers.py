@@ -177,7 +177,7 @@ class XTransformers(Layer):
 def x_attention(
     embed_dim: int, heads: int, device: torch.device, dtype: torch.dtype, **options: Any
 ) -> Any:
-    """x-transformers' causal attention by SDPA, and its projection (3C, C) of q, k and v."""
+    """x-transformers' causal attention by SDPA."""
     from x_transformers.x_transformers import Attention
 
     size = {"dim": embed_dim, "heads": heads, "dim_head": embed_dim // heads}

@@ -337,10 +337,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="append the rows to this file")
     args = parser.parse_args(arguments)
-    kind = torch.device(args.device).type
+    kind = args.device.partition(":")[0]
+    if kind not in DEFAULTS:
+        raise ValueError(unknown("device", args.device, DEFAULTS))
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device} needs a CUDA device; there is none. Use cpu.")
-    for option, value in DEFAULTS["cuda" if kind == "cuda" else "cpu"].items():
+    for option, value in DEFAULTS[kind].items():
         if getattr(args, option) is None:
             setattr(args, option, value)
     for option, given, known in (

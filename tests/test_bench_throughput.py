@@ -152,6 +152,7 @@ def test_forgetting_sums_the_gates_in_between() -> None:
     [
         ("--names rpoe", "rope"),
         ("--impls flash", "implementation"),
+        ("--device gpu", "unknown device"),
         ("--impls fused", "Triton"),
         ("--lengths 1", "--lengths must be at least 2; got 1"),
         ("--tokens 0", "--tokens must be at least 1"),
