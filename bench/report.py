@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 #: A table of the README: its name and the file, below the results, that it is made of.
-MARKED = re.compile(r"(<!-- table: ([\w ]+), ([\w/.-]+) -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- table: ([\w ]+), ([\w/.-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 class Section(NamedTuple):
@@ -290,7 +290,7 @@ def readme(text: str) -> str:
                 f"the README asks for the table {name!r} of {file}; there are "
                 f"{', '.join(tables.TABLES)}, and files below {RESULTS.relative_to(ROOT)}."
             )
-        return begin + tables.TABLES[name](read(path)).markdown() + end
+        return begin + tables.TABLES[name](read(path)).markdown() + "\n" + end
 
     return MARKED.sub(filled, text)
 
