@@ -7,6 +7,7 @@ dtype, or there is no row. A provider that is not installed or does not fit is l
 reason.
 """
 
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -119,7 +120,8 @@ def take_turns(
     """p20, p50 and p80 in milliseconds over rounds, on CPU.
 
     The candidates take turns within every round, so that a slow moment of the machine hits all of
-    them.
+    them, in an order drawn anew: a call after one that runs the same code finds it cached, which
+    makes a step of decoding 15% faster.
 
     Args:
         seconds: to go on for, where the rounds take less, up to `MORE` times as many.
@@ -130,8 +132,11 @@ def take_turns(
         for run in runs.values():
             run()
     once = time.perf_counter() - begin
+    order, draw = list(runs), random.Random(0)
     for _ in range(max(rounds, min(int(seconds / once), MORE * rounds))):
-        for name, run in runs.items():
+        draw.shuffle(order)
+        for name in order:
+            run = runs[name]
             start = time.perf_counter()
             run()
             taken[name].append((time.perf_counter() - start) * 1e3)

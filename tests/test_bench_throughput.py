@@ -130,8 +130,11 @@ def test_rates_rise_as_times_fall() -> None:
 
 def test_candidates_take_turns() -> None:
     calls: list[str] = []
-    found = take_turns({name: lambda name=name: calls.append(name) for name in "ab"}, 3)
-    assert calls == ["a", "b"] * 5  # two of them to warm up
+    found = take_turns({name: lambda name=name: calls.append(name) for name in "abc"}, 9)
+    rounds = ["".join(calls[start : start + 3]) for start in range(0, len(calls), 3)]
+    assert len(rounds) == 11  # two of them to warm up
+    assert {"".join(sorted(one)) for one in rounds} == {"abc"}
+    assert len(set(rounds)) > 2  # in another order
     assert all(low <= middle <= high for low, middle, high in found.values())
 
 
