@@ -2,9 +2,9 @@
 
     y[h,m] = g[h,m] sum_n softmax_n(scale q[h,m].k[h,n]) v[h,n]        where g is not 0; else 0
 
-Shared heads take dense attention. Of the others the kept rows are gathered, and go in blocks
-through the keys up to their last row; the backward pass makes the weights of a block anew, so
-memory is linear in the length. Logits and softmax are fp32 whatever the inputs are.
+Shared heads take dense attention. Of the others the kept rows are gathered, and go in blocks of
+several heads through the keys up to their last row; the backward pass makes the weights of a block
+anew, so memory is linear in the length. Logits and softmax are fp32 whatever the inputs are.
 """
 
 import math
@@ -22,7 +22,9 @@ from posenc.autocast import no_autocast
 from posenc.routing import Gates, weigh
 
 #: Kept rows of a block; of 64, 96 and 128 the fastest on CPU.
-ROWS = 128
+ROWS = 96
+#: Logits of a block, over all of its heads: 4 MB in fp32.
+SPACE = 1 << 20
 #: Rows of a product come in such multiples, and keys in those: otherwise MKL adds up in another
 #: order, and rounding would tell a row how many come after it.
 ROW_STEP, KEY_STEP = 16, 192
@@ -145,48 +147,99 @@ def _rows_by_head(gates: Gates) -> Iterator[tuple[int, Tensor]]:
 
 def _linear(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """These rows of x through a projection."""
-    return F.linear(x.index_select(0, _in_steps(rows)), weight, bias)[: len(rows)]
+    taken = _padded(rows, -(-len(rows) // ROW_STEP) * ROW_STEP)
+    return F.linear(x.index_select(0, taken), weight, bias)[: len(rows)]
 
 
-def _in_steps(rows: Tensor) -> Tensor:
-    """The rows, and the last of them again up to a multiple of `ROW_STEP`."""
-    return torch.cat((rows, rows[-1:].expand(-len(rows) % ROW_STEP)))
+def _padded(rows: Tensor, length: int) -> Tensor:
+    """So many rows: the last of them again and again."""
+    return torch.cat((rows, rows[-1:].expand(length - len(rows))))
 
 
-class _Head:
-    """The kept rows of one head of one sequence, and what they meet."""
+Part = tuple[slice, slice]  # heads of a group, and rows or keys
+
+
+class _Group:
+    """The kept rows of some heads of one sequence, as many of each as the first has, and what they
+    meet: products of several heads at once, whose threads wait for each other less often.
+    """
 
     def __init__(
-        self, rows: Tensor, q: Tensor, k: Tensor, gates: Tensor, columns: Tensor, scale: float
+        self,
+        rows: dict[int, Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Tensor,
+        columns: Tensor,
+        scale: float,
     ) -> None:
-        self.rows = rows
-        self.taken = _in_steps(rows)
+        self.rows, self.columns = rows, columns
+        self.counts = [len(taken) for taken in rows.values()]
+        length = -(-self.counts[0] // ROW_STEP) * ROW_STEP
+        self.taken = {h: _padded(taken, length) for h, taken in rows.items()}
+        self.heads = torch.tensor(list(rows))
         self.query = self.take(q) * scale
-        self.keys = _precise(k)
-        self.gates = self.take(gates.unsqueeze(-1)).to(self.query.dtype)
-        self.gates[len(rows) :] = 0  # repeated rows leave no trace
-        at = (self.taken + (k.shape[0] - q.shape[0])).int()  # among the keys
-        self.columns = columns
-        self.at, self.ends = at.unsqueeze(-1), (at + 1).tolist()
+        self.keys, self.values = (_precise(x.index_select(0, self.heads)) for x in (k, v))
+        self.gates = self.take(gates).to(self.query.dtype).unsqueeze(-1)
+        for gate, count in zip(self.gates, self.counts, strict=True):
+            gate[count:] = 0  # repeated rows leave no trace
+        at = torch.stack(list(self.taken.values())) + (k.shape[1] - q.shape[1])  # among the keys
+        self.at, self.ends = at.int().unsqueeze(-1), (at + 1).tolist()
 
     def take(self, x: Tensor) -> Tensor:
-        """The kept rows of x (T, ..), precise."""
-        return _precise(x.index_select(0, self.taken))
+        """The kept rows of x (H, T, ..), precise."""
+        return _precise(torch.stack([x[h].index_select(0, at) for h, at in self.taken.items()]))
 
     def put(self, x: Tensor, made: Tensor) -> None:
-        """Write what was made of the kept rows to x (T, ..)."""
-        x.index_copy_(0, self.rows, made[: len(self.rows)].to(x.dtype))
+        """Write what was made of the kept rows to x (H, T, ..)."""
+        for (h, rows), own in zip(self.rows.items(), made.to(x.dtype), strict=True):
+            x[h].index_copy_(0, rows, own[: len(rows)])
 
-    def blocks(self) -> Iterator[tuple[slice, int, Tensor]]:
-        """Rows, the keys that they see between them, and their weights."""
-        for start in range(0, len(self.ends), ROWS):
-            block = slice(start, min(start + ROWS, len(self.ends)))
-            first, last = self.ends[start], self.ends[block.stop - 1]
-            seen = min(-(-last // KEY_STEP) * KEY_STEP, len(self.keys))
-            logits = self.query[block] @ self.keys[:seen].T
-            hidden = self.columns[first:seen] > self.at[block]
-            logits[:, first:].masked_fill_(hidden, -math.inf)
-            yield block, seen, torch.softmax(logits, dim=-1, out=logits)
+    def blocks(self, space: Tensor) -> Iterator[tuple[Part, Part, Tensor]]:
+        """Heads and rows, heads and the keys that they see between them, and the weights, which lie
+        in `space` until the next block.
+        """
+        for start in range(0, self.counts[0], ROWS):
+            heads = slice(0, sum(count > start for count in self.counts))
+            rows = slice(start, min(start + ROWS, self.query.shape[1]))
+            first = min(ends[start] for ends in self.ends[heads])
+            last = max(ends[rows.stop - 1] for ends in self.ends[heads])
+            seen = (heads, slice(0, min(-(-last // KEY_STEP) * KEY_STEP, self.keys.shape[1])))
+            logits = _product(self.query[heads, rows], self.keys[seen].mT, space)
+            hidden = self.columns[first : seen[1].stop] > self.at[heads, rows]
+            logits[:, :, first:].masked_fill_(hidden, -math.inf)
+            yield (heads, rows), seen, torch.softmax(logits, dim=-1, out=logits)
+
+
+def _groups(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float
+) -> Iterator[tuple[int, _Group]]:
+    """The heads that keep a row, of each sequence: those that keep as many go together."""
+    columns = torch.arange(k.shape[2], dtype=torch.int32)
+    together = _heads_at_once(k)
+    for b in range(q.shape[0]):
+        rows = {h: gates[b, h].nonzero().flatten() for h in range(q.shape[1])}
+        falling = sorted((h for h in rows if len(rows[h])), key=lambda h: -len(rows[h]))
+        for start in range(0, len(falling), together):
+            own = {h: rows[h] for h in falling[start : start + together]}
+            yield b, _Group(own, q[b], k[b], v[b], gates[b], columns, scale)
+
+
+def _heads_at_once(k: Tensor) -> int:
+    return max(1, SPACE // (ROWS * k.shape[2]))
+
+
+def _spaces(k: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Room for blocks of logits, which would otherwise be fresh memory each."""
+    size = min(_heads_at_once(k), k.shape[1]) * ROWS * k.shape[2]
+    return _precise(k.new_empty(0)).new_empty(count, size).unbind()
+
+
+def _product(a: Tensor, b: Tensor, space: Tensor) -> Tensor:
+    """a @ b (N, rows, columns), in the first numbers of `space`."""
+    shape = (*a.shape[:2], b.shape[2])
+    return torch.bmm(a, b, out=space[: math.prod(shape)].view(shape))
 
 
 class _Kept(torch.autograd.Function):
@@ -204,12 +257,13 @@ class _Kept(torch.autograd.Function):
         # Laid out (B, T, H, D): merging the heads then copies nothing.
         y = q.new_zeros(batch, length, n + heads, dim).transpose(1, 2)
         y[:, :n] = shared
+        (space,) = _spaces(k, 1)
         with no_autocast(q.device):
-            for (b, h), head in _heads(q, k, gates, scale):
-                values, made = _precise(v[b, h]), torch.empty_like(head.query)
-                for block, seen, weights in head.blocks():
-                    torch.mm(weights, values[:seen], out=made[block])
-                head.put(y[b, n + h], made.mul_(head.gates))
+            for b, group in _groups(q, k, v, gates, scale):
+                made = torch.empty_like(group.query)
+                for block, seen, weights in group.blocks(space):
+                    made[block] = weights @ group.values[seen]
+                group.put(y[b, n:], made.mul_(group.gates))
         return y
 
     @staticmethod
@@ -218,36 +272,28 @@ class _Kept(torch.autograd.Function):
         q, k, v, gates = ctx.saved_tensors
         to_shared, dy = dy.split((dy.shape[1] - q.shape[1], q.shape[1]), dim=1)
         dq, dk, dv, d_gates = (torch.zeros_like(x) for x in (q, k, v, gates))
+        space, other, third = _spaces(k, 3)
         with no_autocast(q.device):
-            for i, head in _heads(q, k, gates, ctx.scale):
-                values, grads = _precise(v[i]), head.take(dy[i])
-                to_keys, to_values = torch.zeros_like(head.keys), torch.zeros_like(values)
-                to_queries, to_gates = torch.empty_like(head.query), torch.empty_like(head.gates)
-                for block, seen, weights in head.blocks():
-                    products = grads[block] @ values[:seen].T
-                    delta = (weights * products).sum(-1, keepdim=True)  # of the gates: <dy, o>
+            for b, group in _groups(q, k, v, gates, ctx.scale):
+                grads = group.take(dy[b])
+                to_keys, to_values = (torch.zeros_like(x) for x in (group.keys, group.values))
+                to_queries, to_gates = (torch.empty_like(x) for x in (group.query, group.gates))
+                for block, seen, weights in group.blocks(space):
+                    products = _product(grads[block], group.values[seen].mT, other)
+                    both = third[: weights.numel()].view_as(weights)
+                    torch.mul(weights, products, out=both)
+                    delta = both.sum(-1, keepdim=True)  # of the gates: <dy, o>
                     to_gates[block] = delta
-                    weights.mul_(head.gates[block])
-                    to_values[:seen].addmm_(weights.T, grads[block])
+                    weights.mul_(group.gates[block])
+                    to_values[seen].baddbmm_(weights.mT, grads[block])
                     logits = products.sub_(delta).mul_(weights)
-                    to_keys[:seen].addmm_(logits.T, head.query[block])
-                    torch.mm(logits, head.keys[:seen], out=to_queries[block])
-                dk[i], dv[i] = to_keys, to_values
-                head.put(dq[i], to_queries.mul_(ctx.scale))
-                head.put(d_gates[i], to_gates.squeeze(-1))
+                    to_keys[seen].baddbmm_(logits.mT, group.query[block])
+                    to_queries[block] = logits @ group.keys[seen]
+                dk[b].index_copy_(0, group.heads, to_keys.to(k.dtype))
+                dv[b].index_copy_(0, group.heads, to_values.to(v.dtype))
+                group.put(dq[b], to_queries.mul_(ctx.scale))
+                group.put(d_gates[b], to_gates.squeeze(-1))
         return to_shared, dq, dk, dv, d_gates, None
-
-
-def _heads(
-    q: Tensor, k: Tensor, gates: Tensor, scale: float
-) -> Iterator[tuple[tuple[int, int], _Head]]:
-    """The heads (b, h) that keep a row."""
-    columns = torch.arange(k.shape[2], dtype=torch.int32)
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            rows = gates[b, h].nonzero().flatten()
-            if len(rows):
-                yield (b, h), _Head(rows, q[b, h], k[b, h], gates[b, h], columns, scale)
 
 
 def _precise(x: Tensor) -> Tensor:
