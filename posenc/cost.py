@@ -308,15 +308,12 @@ def phase_cost(encoding: CARoPE, s: Sizes) -> Part:
 def shared_phase_cost(encoding: SharedPhase, s: Sizes) -> Part:
     """A layer's share of CARoPE(source="token"): sine and cosine of the phase, and the rotation.
 
-    No kernel does it. In fp32 or better it keeps the phase (C/2 a token; fp64 layers share it),
-    sine and cosine for whole heads, and q and k with the features of each pair exchanged; in half
-    precision also copies of q and k.
+    No kernel does it: it keeps phase, sine and cosine, fp32 or better, and q and k in that dtype.
     """
-    kept = 9 if s.e < 8 else 8
-    copies = 4 if s.e < 4 else 0
+    angles = (3 if s.e < 8 else 2) * s.N * s.C // 2  # fp64 layers share the phase
+    copies = 2 * s.N * s.C if s.e < 4 else 0
     return rotation(s, s.D) + Part(
-        elementwise=2 * s.N * s.C // 2,
-        saved_bytes=(kept + copies) * (s.N * s.C // 2) * s.precise,
+        elementwise=2 * s.N * s.C // 2, saved_bytes=(angles + copies) * s.precise
     )
 
 

@@ -68,20 +68,36 @@ def sines(angle: Tensor, factor: float = 1.0, pairing: Pairing = "half") -> tupl
 def turn(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing = "half") -> Tensor:
     """Rotate the first cos.shape[-1] features of x, in cos's precision; the result has x's dtype.
 
-    x (B, H, T, D); cos, sin of `sines`, broadcastable to (B, H, T, R) with R <= D. Features beyond
-    R pass through.
+    x (B, H, T, D); cos, sin of `sines`, without a gradient, broadcastable to (B, H, T, R) with R <=
+    D. Features beyond R pass through.
     """
     width = cos.shape[-1]
     rotated, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
     rotated = rotated.to(cos.dtype)
     first, second = pairs(rotated, pairing)
     partners = join(second, first, pairing)
-    # Whole rows, not halves: on CPU 2x faster. In place where autograd allows it: fresh memory is
-    # what costs. No fused multiply-add, whose rounding depends on how the operands are laid out:
-    # schemes that meet at the same angles agree bit for bit.
-    partners = partners * sin if sin.requires_grad else partners.mul_(sin)
-    y = partners.add_(rotated * cos).to(x.dtype)
+    # Whole rows, not halves: on CPU 2x faster. In place: fresh memory is what costs. No fused
+    # multiply-add, whose rounding depends on how the operands are laid out: schemes that meet at
+    # the same angles agree bit for bit.
+    y = partners.mul_(sin).add_(rotated * cos).to(x.dtype)
     return y if rest is None else torch.cat((y, rest), dim=-1)
+
+
+def turn_by(angle: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Rotate tensors (B, H, T, D) by an angle (.., D/2) that may have a gradient; bit for bit as
+    `turn` does.
+    """
+    if not angle.requires_grad:
+        cos, sin = sines(angle)
+        return tuple(turn(x, cos, sin) for x in tensors)
+    # By halves: in the same time the backward pass of the angle keeps half as much.
+    cos, sin = angle.cos(), angle.sin()
+    turned = []
+    for x in tensors:
+        first, second = pairs(x.to(cos.dtype))
+        y = join((first * cos).sub_(second * sin), (second * cos).add_(first * sin))
+        turned.append(y.to(x.dtype))
+    return tuple(turned)
 
 
 class Float32Parameters(nn.Module):

@@ -30,7 +30,7 @@ from posenc.cache import Stream
 from posenc.checks import check_base, check_head_dim, check_heads, check_pair, check_sizes
 from posenc.encodings.base import Encoding
 from posenc.errors import unknown
-from posenc.phase import Float32Parameters, phase_dtype, sines, turn, wrap
+from posenc.phase import Float32Parameters, phase_dtype, turn_by, wrap
 from posenc.routing import Gates
 
 
@@ -218,8 +218,8 @@ class CARoPE(Float32Parameters, Encoding):
 
 def turn_by_phase(q: Tensor, k: Tensor, phase: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate q and k by one phase (B, H, T, D/2), rounded to the dtype of sines first."""
-    cos, sin = sines(phase.to(phase_dtype(q)))
-    return turn(q, cos, sin), turn(k, cos, sin)
+    q, k = turn_by(phase.to(phase_dtype(q)), q, k)
+    return q, k
 
 
 class SharedPhase(Encoding):

@@ -32,8 +32,7 @@ from posenc.phase import (
     pairs,
     phase_dtype,
     position_phases,
-    sines,
-    turn,
+    turn_by,
 )
 from posenc.scores import Scores
 
@@ -53,7 +52,8 @@ def turn_by_content(
     """
     q_angle = content_angle(q, delta) + (b.unsqueeze(-2) + turns)
     k_angle = content_angle(k, delta) + turns
-    return turn(q, *sines(q_angle)), turn(k, *sines(k_angle))
+    (q,), (k,) = turn_by(q_angle, q), turn_by(k_angle, k)
+    return q, k
 
 
 class Polar(Float32Parameters, Encoding):
