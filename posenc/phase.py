@@ -79,9 +79,18 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing = "half") -> Tens
     # Whole rows, not halves: on CPU 2x faster. In place where autograd allows it: fresh memory is
     # what costs. No fused multiply-add, whose rounding depends on how the operands are laid out:
     # schemes that meet at the same angles agree bit for bit.
-    partners = partners * sin if sin.requires_grad else partners.mul_(sin)
+    partners = partners.mul_(sin) if _may_write(sin) else partners * sin
     y = partners.add_(rotated * cos).to(x.dtype)
     return y if rest is None else torch.cat((y, rest), dim=-1)
+
+
+def _may_write(factor: Tensor) -> bool:
+    """Whether a fresh tensor may be multiplied in place: not where its old values are needed, nor
+    under torch.func.vmap, whose batch `factor` alone may have. A compiler sees to it itself.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not factor.requires_grad
 
 
 class Float32Parameters(nn.Module):
