@@ -227,12 +227,13 @@ def memory(rows: Rows) -> Figure:
         (found[1], "decoding state", "cache"),
     ):
         own = {row["name"]: row["p50"] for row in where(rows, metric=metric, implementation=by)}
-        ratios = where(rows, metric=f"{metric} over predicted", implementation=by)
+        over = where(rows, metric=f"{metric} over predicted", implementation=by)
+        ratios = {row["name"]: row["p50"] for row in over}  # as above, at the longest text
         names = [name for name in posenc.names() if name in own]
         axes.barh(names, [own[name] for name in names], color=COLOURS[0], alpha=0.75)
-        for row in ratios:
-            predicted = own[row["name"]] / row["p50"]
-            axes.plot(predicted, row["name"], "|", color="black", markersize=14, markeredgewidth=2)
+        for name, ratio in ratios.items():
+            predicted = own[name] / ratio
+            axes.plot(predicted, name, "|", color="black", markersize=14, markeredgewidth=2)
         axes.invert_yaxis()
         axes.set(title=f"{metric}, {by}", xlabel="bytes a token (black: predicted)")
     for name in posenc.names():
