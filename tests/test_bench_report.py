@@ -202,6 +202,15 @@ def test_the_kernel_table_has_the_share_of_the_roofline(folder: Path) -> None:
     assert line[:6] == ["rope", "posenc", "fwd", "2x3x5x8", "time", "1.0000"]
 
 
+def test_whole_layers_have_a_table(tmp_path: Path) -> None:
+    about = {"kind": "layer", "name": "rope layer"}
+    rows = [kernel_row(2.0, **about), kernel_row(9.0, metric="memory", unit="MiB", **about)]
+    report.main([str(write(tmp_path, layers=iter(rows)))])
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<td>rope layer</td><td>posenc</td>" in html
+    assert html.count("<tr><td>rope layer") == 1
+
+
 def test_what_nothing_beats_in_both() -> None:
     points = [(1.0, 5.0), (2.0, 4.0), (3.0, 4.5), (3.0, 6.0), (0.5, 4.0)]
     assert figures.front(points) == [(3.0, 4.5), (2.0, 4.0)]
