@@ -13,6 +13,9 @@ import posenc
 from bench.comparison import label
 from bench.tables import Rows, baseline, gaps, is_peer, lengths, matches, of_match, where
 
+#: Of a loss: by seed.
+Seeds = dict[int, float]
+
 #: Okabe and Ito's colours, which the colour-blind tell apart, black and a grey; markers besides.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000",
            "#999999", "#7B3294")  # fmt: skip
@@ -33,10 +36,11 @@ def panels(
 
 
 def style(name: str) -> dict[str, Any]:
-    """The same colour and marker for a name of the zoo in every figure, its options aside."""
-    names = posenc.names()
-    number = names.index(name.partition(":")[0]) if name.partition(":")[0] in names else 7
-    return {"color": COLOURS[number], "marker": MARKERS[number], "markersize": 4}
+    """The same colour and marker for a name of the zoo in every figure; hollow with options."""
+    names, (plain, _, options) = posenc.names(), name.partition(":")
+    number = names.index(plain) if plain in names else 7
+    look = {"color": COLOURS[number], "marker": MARKERS[number], "markersize": 4}
+    return look | ({"fillstyle": "none"} if options else {})
 
 
 def legend_beside(figure: Figure, axes: Axes) -> None:
@@ -51,25 +55,39 @@ def ticks(axes: Axes, at: Sequence[int]) -> None:
     axes.minorticks_off()
 
 
-def by_seed(rows: Rows, match: str, mode: str) -> dict[str, dict[int, list[float]]]:
-    """Losses by method and length, one a seed."""
-    found: dict[str, dict[int, list[float]]] = {}
+def by_seed(rows: Rows, match: str, mode: str) -> dict[str, dict[int, Seeds]]:
+    """Losses by method and length."""
+    found: dict[str, dict[int, Seeds]] = {}
     for row in of_match(rows, match):
         if (row.mode, row.metric) == (mode, "loss") and row.T is not None:
+            assert row.seed is not None
             name = label(row.name, row.options)
-            found.setdefault(name, {}).setdefault(row.T, []).append(row.p50)
+            found.setdefault(name, {}).setdefault(row.T, {})[row.seed] = row.p50
     return found
 
 
-def lines(axes: Axes, found: dict[str, dict[int, list[float]]], shown: Any = float) -> None:
+def beside(found: dict[str, dict[int, Seeds]], baseline: str) -> dict[str, dict[int, Seeds]]:
+    """The same less the baseline's, by seed, at the lengths that it has too."""
+    paired = {}
+    for name, by_length in found.items():
+        gaps = {
+            length: {seed: own[seed] - other[seed] for seed in own if seed in other}
+            for length, own in by_length.items()
+            if (other := found.get(baseline, {}).get(length))
+        }
+        paired[name] = {length: each for length, each in gaps.items() if each}
+    return paired
+
+
+def lines(axes: Axes, found: dict[str, dict[int, Seeds]], shown: Any = float) -> None:
     """Means over seeds, with a band from the least to the greatest."""
     for name, by_length in found.items():
         at = sorted(by_length)
-        mean = [shown(fmean(by_length[n])) for n in at]
+        mean = [shown(fmean(by_length[n].values())) for n in at]
         look = style(name)
         axes.plot(at, mean, label=name, linewidth=1.5, **look)
-        least = [shown(min(by_length[n])) for n in at]
-        most = [shown(max(by_length[n])) for n in at]
+        least = [shown(min(by_length[n].values())) for n in at]
+        most = [shown(max(by_length[n].values())) for n in at]
         axes.fill_between(at, least, most, color=look["color"], alpha=0.15, linewidth=0)
 
 
@@ -132,12 +150,7 @@ def by_context(rows: Rows) -> Figure:
     found, of = by_seed(rows, "tokens", "positions"), baseline(rows)
     right.set(title="by position in the longest window", xlabel="position, up to")
     right.set_ylabel(f"loss minus {of}'s, nats")
-    beside = {
-        name: {t: [x - y for x, y in zip(by_t[t], found[of][t], strict=True)] for t in by_t}
-        for name, by_t in found.items()
-        if len(by_t[min(by_t)]) == len(found[of][min(by_t)])
-    }
-    lines(right, beside)
+    lines(right, beside(found, of))
     for axes in (left, right):
         axes.axvline(lengths(rows, "windows")[0], color="0.4", linewidth=1, linestyle=":")
     legend_beside(figure, left)
@@ -156,7 +169,7 @@ def pareto(rows: Rows) -> Figure:
             for row in own
             if row.metric == "throughput" and label(row.name, row.options) == name
         ]
-        points[name] = (fmean(speeds), math.exp(fmean(by_length[at])))
+        points[name] = (fmean(speeds), math.exp(fmean(by_length[at].values())))
     for name, (x, y) in points.items():
         axes.plot(x, y, linestyle="none", **style(name) | {"markersize": 8})
         axes.annotate(name, (x, y), xytext=(7, 4), textcoords="offset points", fontsize=9)
@@ -214,12 +227,13 @@ def memory(rows: Rows) -> Figure:
         (found[1], "decoding state", "cache"),
     ):
         own = {row["name"]: row["p50"] for row in where(rows, metric=metric, implementation=by)}
-        ratios = where(rows, metric=f"{metric} over predicted", implementation=by)
+        over = where(rows, metric=f"{metric} over predicted", implementation=by)
+        ratios = {row["name"]: row["p50"] for row in over}  # as above, at the longest text
         names = [name for name in posenc.names() if name in own]
         axes.barh(names, [own[name] for name in names], color=COLOURS[0], alpha=0.75)
-        for row in ratios:
-            predicted = own[row["name"]] / row["p50"]
-            axes.plot(predicted, row["name"], "|", color="black", markersize=14, markeredgewidth=2)
+        for name, ratio in ratios.items():
+            predicted = own[name] / ratio
+            axes.plot(predicted, name, "|", color="black", markersize=14, markeredgewidth=2)
         axes.invert_yaxis()
         axes.set(title=f"{metric}, {by}", xlabel="bytes a token (black: predicted)")
     for name in posenc.names():

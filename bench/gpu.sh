@@ -14,10 +14,11 @@
 #   memory      memory.jsonl: peak, activations and decoding state of layers beside the cost model
 #   train       train.jsonl: loss and tokens a second of GPT-2 124M, T=1024, bf16, compiled
 #   quick       outputs and gradients of every kernel, memcheck, S1 of kernels, one length of
-#               throughput, routing and memory, short pretraining of RoPE by sdpa and fused
+#               throughput, routing and memory, short pretraining of RoPE by sdpa and fused, eager
 #
 # What the steps say is in gpu.log. One that fails is reported and the next one runs; then the exit
-# code is 1. Rows are written as they are measured: a limit that ends a step keeps those before it.
+# code is 1. Rows are written as they are measured: a limit that ends a step keeps those before it;
+# but those of train, which compare runs, all at its end.
 # Needs the extras train, test and bench; liger-kernel and flash-linear-attention are measured where
 # they are installed. `python -m bench.report $OUT` makes a page of the rows.
 set -uo pipefail
@@ -33,7 +34,7 @@ step() { # name, seconds, command ..: all it says goes to gpu.log, its last line
   shift 2
   said=$(mktemp)
   echo "== $name" | tee -a "$OUT/gpu.log"
-  timeout --kill-after 5 "$limit" "$@" >"$said" 2>&1
+  timeout --kill-after 2 "$limit" "$@" >"$said" 2>&1
   local code=$?
   cat "$said" >>"$OUT/gpu.log"
   tail -n 25 "$said"
@@ -47,14 +48,14 @@ rows() { # name, seconds, arguments ..: a benchmark that writes NAME.jsonl
   step "$name" "$limit" python3 -m "bench.$name" "$@" --out "$OUT/$name.jsonl"
 }
 
-train() { # seconds, steps, methods ..: pretraining at the shape of GPT-2 124M
-  local limit=$1 steps=$2
-  shift 2
+train() { # seconds, steps, --compile or --no-compile, methods ..: at the shape of GPT-2 124M
+  local limit=$1 steps=$2 compile=$3
+  shift 3
   step train "$limit" python3 -m bench.perplexity --attention "$@" \
     --baseline "$1" --seeds 1 --contexts 1 --runs "$(mktemp -d)" --out "$OUT/train.jsonl" -- \
     --data stdlib --tokenizer byte --vocab-size 50304 --layers 12 --heads 12 --embed-dim 768 \
     --context 1024 --batch-size 32 --steps "$steps" --warmup 10 --save-every 0 --dtype bfloat16 \
-    --compile
+    "$compile"
 }
 
 sanitized() { # tool, seconds, expression: which tests run under compute-sanitizer
@@ -80,7 +81,8 @@ for part in "${parts[@]}"; do
       rows throughput 80 --lengths 1024 --impls auto fused
       rows routing 50 --lengths 2048 --levels core layer --modes fwd+bwd decode
       rows memory 30 --lengths 1024 "${MEMORY[@]}"
-      train 110 40 rope:impl=sdpa rope:impl=fused ;;
+      # Compiling training and evaluation of two models takes longer than their steps.
+      train 100 40 --no-compile rope:impl=sdpa rope:impl=fused ;;
     tests)
       step tests 330 "${TESTS[@]}"
       for tool in memcheck racecheck; do sanitized "$tool" 120 "$SMALL"; done ;;
@@ -91,7 +93,7 @@ for part in "${parts[@]}"; do
     throughput | routing) rows "$part" 590 ;;
     memory) rows memory 590 "${MEMORY[@]}" ;;
     train)
-      train 590 60 rope:impl=sdpa rope:impl=fused carope:impl=fused cmha:impl=fused \
+      train 590 60 --compile rope:impl=sdpa rope:impl=fused carope:impl=fused cmha:impl=fused \
         moh:impl=fused rcmha:impl=fused ;;
     *)
       echo "unknown part: $part; expected quick, tests, kernels, layers, throughput, routing," \

@@ -102,7 +102,10 @@ class Cell:
 
     @property
     def trained(self) -> bool:
-        return (self.folder.path / SUMMARY).exists()
+        """Whether it took all its steps: a run may go on after its summary, to more of them."""
+        return (self.folder.path / SUMMARY).exists() and (
+            self.read(SUMMARY).get("steps") == self.config.steps
+        )
 
     def __str__(self) -> str:
         return str(self.folder.path)
@@ -128,9 +131,12 @@ class Cell:
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
     def losses(self, question: Question) -> Losses | None:
-        """What it answered, None if it was not asked this question."""
+        """What it answered, None if it was not asked this question since it was trained."""
+        answered, trained = self.folder.path / LOSSES, self.folder.path / SUMMARY
         try:
-            found = json.loads((self.folder.path / LOSSES).read_text(encoding="utf-8"))
+            found = json.loads(answered.read_text(encoding="utf-8"))
+            if not self.trained or answered.stat().st_mtime_ns < trained.stat().st_mtime_ns:
+                return None  # of the run as it was before it went on
             if found["question"] != question.digest():
                 return None
             return {
@@ -262,7 +268,10 @@ def finished(folders: Sequence[Path]) -> list[Cell]:
         stored = from_mapping(RunFolder(folder).read_config())
         cell = Cell(dataclasses.replace(stored, out=str(folder)))
         if not cell.trained:
-            raise ValueError(f"{folder} is not a finished run: no {SUMMARY}. Train it to its end.")
+            raise ValueError(
+                f"{folder} is not a finished run: no {SUMMARY} of its {stored.steps} steps. "
+                "Train it to its end."
+            )
         cells.append(cell)
     check_one_recipe(cells)
     return cells

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 import posenc
 from bench.comparison import MATCHES, gap_of, match_of, recipe, tables
@@ -328,7 +327,8 @@ def train_and_compare(args: argparse.Namespace, flags: Sequence[str]) -> int:
     for cell in cells:
         check_corpus(cell, corpus)
     # On two cores, two runs of one thread do 1.35 times the tokens of one run of two.
-    on_gpu = choose_device(first.config.device).type == "cuda"
+    device = choose_device(first.config.device)
+    on_gpu = device.type == "cuda"
     jobs = args.jobs or (1 if on_gpu else min(cores(), len(cells)))
     print(f"{len(cells)} runs, {jobs} at a time; scored on {question.text}", flush=True)
     failed = run(cells, question, jobs=jobs, threads=max(1, cores() // jobs))
@@ -346,9 +346,9 @@ def train_and_compare(args: argparse.Namespace, flags: Sequence[str]) -> int:
         return 1
     if args.out is not None:
         with atomic_file(args.out) as temporary:
-            file = RowFile(temporary, torch.device("cpu"))
+            file = RowFile(temporary, device)
             for row, where in found:
-                file.add(row, **where)
+                file.add(row, **where | ({"threads": None} if on_gpu else {}))
     return 0
 
 

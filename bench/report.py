@@ -65,17 +65,20 @@ def verdicts(rows: Rows) -> Iterator[str]:
             found = tables.gaps(rows, match, "windows", length)
             lower = [name for name, gap in found.items() if gap.verdict == "lower"]
             higher = [name for name, gap in found.items() if gap.verdict == "higher"]
-            rest = [name for name in found if name not in (*lower, *higher)]
+            single = [name for name, gap in found.items() if gap.needed is None]
+            rest = [name for name in found if name not in (*lower, *higher, *single)]
             parts = [
                 f"{what}: {', '.join(names)}"
                 for what, names in (
                     (f"better than {of}", lower),
                     (f"worse than {of}", higher),
                     ("no difference seen", rest),
+                    ("one seed only, which says nothing of the method", single),
                 )
                 if names
             ]
-            yield f"Equal {match}, windows of {length} tokens: {'; '.join(parts)}."
+            if parts:
+                yield f"Equal {match}, windows of {length} tokens: {'; '.join(parts)}."
 
 
 def printed(rows: Rows) -> str:
@@ -140,6 +143,12 @@ def kernels(rows: Rows) -> Section:
     )
 
 
+def layers(rows: Rows) -> Section:
+    """Whole layers by kernels, eager and compiled."""
+    return Section("Layers on a GPU", "<p>Attention layers with their projections.</p>",
+                   below=tables.kernel_table(rows).html())  # fmt: skip
+
+
 #: By the kind of its rows, in the order of the page.
 SECTIONS: dict[str, Callable[[Rows], Section]] = {
     "perplexity": perplexity,
@@ -147,6 +156,7 @@ SECTIONS: dict[str, Callable[[Rows], Section]] = {
     "memory": memory,
     "routing": savings,
     "kernel": kernels,
+    "layer": layers,
     "run": runs,
 }
 
@@ -183,7 +193,7 @@ def provenance(rows: Rows) -> str:
     text = "; ".join(f"{column} {value}" for column, value in values.items())
     times = sorted(row["time"] for row in rows)
     span = times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}"
-    return f"<p class=note>{len(rows)} rows; {escape(text)}; {span}.</p>"
+    return f"<p class=note>{len(rows)} rows; {escape(text)}; {escape(span)}.</p>"
 
 
 def png(figure: Figure) -> bytes:

@@ -301,20 +301,22 @@ def share(row: dict[str, Any]) -> float:
 def ratios(
     rows: Sequence[dict[str, Any]], level: str, mode: str, metric: str
 ) -> dict[int, dict[str, list[tuple[float, float]]]]:
-    """By length and provider: (share, median over the dense median), falling."""
+    """By length and provider: (share, median over the dense median), falling. Of what a file holds
+    twice, the last counts.
+    """
     wanted = [
         row
         for row in rows
         if (row["name"], row["mode"], row["metric"]) == (f"moh {level}", mode, metric)
     ]
     dense = {row["S"]: row["p50"] for row in wanted if row["implementation"] == DENSE}
-    found: dict[int, dict[str, list[tuple[float, float]]]] = {}
+    found: dict[int, dict[str, dict[float, float]]] = {}
     for row in wanted:
         if row["implementation"] != DENSE and row["S"] in dense:
-            lines = found.setdefault(row["S"], {}).setdefault(row["implementation"], [])
-            lines.append((share(row), row["p50"] / dense[row["S"]]))
+            line = found.setdefault(row["S"], {}).setdefault(row["implementation"], {})
+            line[share(row)] = row["p50"] / dense[row["S"]]
     return {
-        length: {name: sorted(points, reverse=True) for name, points in by_name.items()}
+        length: {name: sorted(line.items(), reverse=True) for name, line in by_name.items()}
         for length, by_name in sorted(found.items())
     }
 

@@ -81,7 +81,8 @@ def power(gap: float, sd: float, n: int) -> float:
     centre, critical = abs(gap) * math.sqrt(n) / sd, float(t.ppf(0.975, n - 1))
     if centre > 50 * critical:  # certain, and beyond what the noncentral t computes
         return 1.0
-    return float(nct.sf(critical, n - 1, centre) + nct.cdf(-critical, n - 1, centre))
+    # The lower tail is the upper one of the mirror image; its cdf gives NaN from a centre of 8 on.
+    return float(nct.sf(critical, n - 1, centre) + nct.sf(critical, n - 1, -centre))
 
 
 def seeds_needed(gap: float, sd: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import posenc
 from bench import routing
-from bench.comparison import Gap, gap_of, label, losses_of, match_of
+from bench.comparison import Gap, gap_of, label, losses_of, match_of, recipe
 from bench.roofline import percent_of_roofline
 from bench.rows import Row, row_of
 from bench.statistics import MOST_SEEDS
@@ -55,7 +55,18 @@ def where(rows: Rows, **columns: Any) -> list[dict[str, Any]]:
 
 
 def measured_on(rows: Rows) -> str:
-    """Device and number format of rows that share them."""
+    """Device and number format of the rows of one table.
+
+    Raises:
+        ValueError: they do not share them.
+    """
+    for column in ("device", "dtype"):
+        found = list(dict.fromkeys(row[column] for row in rows))
+        if len(found) > 1:
+            raise ValueError(
+                f"rows of kind {rows[0]['kind']} are of {' and '.join(found)}: one table cannot "
+                "show both. Keep them in folders of their own."
+            )
     first = rows[0]
     threads = "" if first["threads"] is None else f", {first['threads']} threads"
     return f"{first['device']}{threads}, {first['dtype']}"
@@ -81,8 +92,7 @@ def gaps(rows: Rows, match: str, mode: str, length: int) -> dict[str, Gap]:
 
 def baseline(rows: Rows) -> str:
     """What the methods of perplexity rows were compared with."""
-    row = where(rows, kind="perplexity")[0]
-    return dict(word.partition("=")[::2] for word in row["recipe"].split())["baseline"]
+    return recipe(row_of(where(rows, kind="perplexity")[0]))["baseline"]
 
 
 def matches(rows: Rows) -> list[str]:
@@ -117,8 +127,17 @@ def gap_cell(gap: Gap | None) -> str:
 
 
 def perplexity_table(rows: Rows) -> Table:
-    """Mean perplexity by length, and the gap at the training length under every match."""
+    """Mean perplexity by length, and the gap at the training length under every match.
+
+    Raises:
+        ValueError: nothing was trained on equal tokens.
+    """
     rows = where(rows, kind="perplexity")
+    if "tokens" not in matches(rows):
+        raise ValueError(
+            f"rows of kind perplexity are of equal {', '.join(matches(rows))} alone. "
+            "Measure with --match tokens too."
+        )
     own, at = of_match(rows, "tokens"), lengths(rows, "windows")
     losses = {
         length: losses_of(
@@ -152,12 +171,21 @@ THROUGHPUT = {"train": "training", "prefill": "prefill", "decode": "decoding",
 
 
 def throughput_table(rows: Rows) -> Table:
-    """Thousands of tokens a second of the layers chosen by auto and of all peers, at 1024 tokens
-    or the nearest length.
+    """Thousands of tokens a second of the layers chosen by auto, of those by kernels and of all
+    peers, at 1024 tokens or the nearest length.
+
+    Raises:
+        ValueError: none of them was timed.
     """
     rows = where(rows, kind="throughput", metric="throughput")
+    rows = [row for row in rows if is_peer(row) or row["implementation"] in ("auto", "fused")]
+    if not rows:
+        raise ValueError(
+            "rows of kind throughput hold no layer by auto, and no peer's. Measure with "
+            "--impls auto."
+        )
     at = min({row["S"] for row in rows}, key=lambda length: abs(length - 1024))
-    shown = [row for row in where(rows, S=at) if is_peer(row) or row["implementation"] == "auto"]
+    shown = where(rows, S=at)
     cells = {(row["name"], row["implementation"], row["mode"]): row["p50"] for row in shown}
     lines = []
     for name, by in dict.fromkeys((row["name"], row["implementation"]) for row in shown):
@@ -165,9 +193,12 @@ def throughput_table(rows: Rows) -> Table:
         rates = [cells.get((name, by, mode)) for mode in THROUGHPUT]
         lines.append([who, *("" if rate is None else thousands(rate) for rate in rates)])
     first, width = shown[0], shown[0]["H"] * shown[0]["D"]
+    batches = sorted({row["B"] for row in where(shown, mode="decode")})
+    counts = " or ".join(map(str, batches))
+    whose = "one sequence" if batches in ([], [1]) else f"each of {counts} sequences"
     note = (
         f"One attention layer, C={width}, H={first['H']}, {at} tokens; decoding is one token of "
-        f"one sequence after {at - 1}. {measured_on(shown)}."
+        f"{whose} after {at - 1}. {measured_on(shown)}."
     )
     return Table(["layer", *(f"{title}, k tokens/s" for title in THROUGHPUT.values())], lines, note)
 
@@ -184,8 +215,14 @@ def thousands(rate: float) -> str:
 
 
 def memory_table(rows: Rows) -> Table:
-    """Bytes a token and peaks of a layer; measured over predicted where a formula covers it."""
+    """Bytes a token and peaks of a layer; measured over predicted where a formula covers it.
+
+    Raises:
+        ValueError: every layer was measured with options, which the table does not name.
+    """
     rows = where(rows, kind="memory", options="")
+    if not rows:
+        raise ValueError("rows of kind memory all have options. Measure without --options.")
     longest = max(row["T"] for row in rows)
 
     def cell(name: str, metric: str, implementation: str) -> str:
@@ -218,7 +255,7 @@ def memory_table(rows: Rows) -> Table:
 
 def kernel_table(rows: Rows) -> Table:
     """Times of kernels beside their peers, and how much of the device's ceilings they reach."""
-    own = [row for row in where(rows, kind="kernel") if row["metric"] in ("time", "graph time")]
+    own = [row for row in rows if row["metric"] in ("time", "graph time")]
     lines = []
     for row in own:
         share = percent_of_roofline(row, rows)

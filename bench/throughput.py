@@ -234,8 +234,13 @@ def timings(
         # Texts of a batch for training and prefill, few sequences where tokens come one by one.
         count = batch if mode in ("train", "prefill") else args.decode_batch
         given = x if count == batch else torch.randn_like(x[:1].expand(count, -1, -1))
-        runs = [(one, call(mode, one.layer, given)) for one in ready if mode in one.errors]
-        for result in time_all(runs, x.device, args.rounds):
+        runs = []
+        for one in (one for one in ready if mode in one.errors):
+            try:
+                runs.append((one, call(mode, one.layer, given)))
+            except Exception as failure:  # at another batch than that of its gate
+                yield f"{one.name}: no {mode} of {one.implementation}: {reason(failure)}"
+        for result in time_all(runs, x.device, args.rounds) if runs else ():
             if isinstance(result, str):
                 yield result
                 continue

@@ -68,19 +68,29 @@ def sines(angle: Tensor, factor: float = 1.0, pairing: Pairing = "half") -> tupl
 def turn(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing = "half") -> Tensor:
     """Rotate the first cos.shape[-1] features of x, in cos's precision; the result has x's dtype.
 
-    x (B, H, T, D); cos, sin of `sines`, without a gradient, broadcastable to (B, H, T, R) with R <=
-    D. Features beyond R pass through.
+    x (B, H, T, D); cos, sin of `sines`, broadcastable to (B, H, T, R) with R <= D. Features beyond
+    R pass through.
     """
     width = cos.shape[-1]
     rotated, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
     rotated = rotated.to(cos.dtype)
     first, second = pairs(rotated, pairing)
     partners = join(second, first, pairing)
-    # Whole rows, not halves: on CPU 2x faster. In place: fresh memory is what costs. No fused
-    # multiply-add, whose rounding depends on how the operands are laid out: schemes that meet at
-    # the same angles agree bit for bit.
-    y = partners.mul_(sin).add_(rotated * cos).to(x.dtype)
+    # Whole rows, not halves: on CPU 2x faster. In place where autograd allows it: fresh memory is
+    # what costs. No fused multiply-add, whose rounding depends on how the operands are laid out:
+    # schemes that meet at the same angles agree bit for bit.
+    partners = partners.mul_(sin) if _may_write(sin) else partners * sin
+    y = partners.add_(rotated * cos).to(x.dtype)
     return y if rest is None else torch.cat((y, rest), dim=-1)
+
+
+def _may_write(factor: Tensor) -> bool:
+    """Whether a fresh tensor may be multiplied in place: not where its old values are needed, nor
+    under torch.func.vmap, whose batch `factor` alone may have. A compiler sees to it itself.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not factor.requires_grad
 
 
 def turn_by(angle: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

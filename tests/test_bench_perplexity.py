@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -175,9 +176,30 @@ def test_finished_runs_that_cannot_be_compared_are_refused(
     with pytest.raises(ValueError, match="a is not a finished run"):
         grid.finished(folders)
     for folder in folders:
-        (folder / "summary.json").write_text("{}")
+        steps = json.loads((folder / "config.json").read_text())["steps"]
+        (folder / "summary.json").write_text(json.dumps({"steps": steps}))
     with pytest.raises(ValueError, match=message):
         grid.finished(folders)
+
+
+def test_a_run_that_goes_on_is_not_finished_and_is_scored_anew(tmp_path: Path) -> None:
+    question = compared(tmp_path)[0].question
+    cell = Cell(dataclasses.replace(parse([]), out=str(tmp_path / "a"), steps=6))
+    cell.folder.path.mkdir()
+    cell.folder.write_config(cell.config)
+    cell.folder.write_json("summary.json", {"steps": 6})
+    cell.folder.write_json("losses.json", {"question": question.digest(), "losses": {}})
+    assert cell.losses(question) == {}
+    more = Cell(dataclasses.replace(cell.config, steps=9))
+    more.folder.write_config(more.config)
+    with pytest.raises(ValueError, match=r"no summary\.json of its 9 steps"):
+        grid.finished([more.folder.path])
+    assert more.losses(question) is None
+    more.folder.write_json("summary.json", {"steps": 9})
+    later = time.time() + 9
+    os.utime(more.folder.path / "summary.json", (later, later))
+    assert grid.finished([more.folder.path])
+    assert more.losses(question) is None
 
 
 # Rows

@@ -4,6 +4,7 @@ import base64
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -201,6 +202,15 @@ def test_the_kernel_table_has_the_share_of_the_roofline(folder: Path) -> None:
     assert line[:6] == ["rope", "posenc", "fwd", "2x3x5x8", "time", "1.0000"]
 
 
+def test_whole_layers_have_a_table(tmp_path: Path) -> None:
+    about = {"kind": "layer", "name": "rope layer"}
+    rows = [kernel_row(2.0, **about), kernel_row(9.0, metric="memory", unit="MiB", **about)]
+    report.main([str(write(tmp_path, layers=iter(rows)))])
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<td>rope layer</td><td>posenc</td>" in html
+    assert html.count("<tr><td>rope layer") == 1
+
+
 def test_what_nothing_beats_in_both() -> None:
     points = [(1.0, 5.0), (2.0, 4.0), (3.0, 4.5), (3.0, 6.0), (0.5, 4.0)]
     assert figures.front(points) == [(3.0, 4.5), (2.0, 4.0)]
@@ -231,6 +241,69 @@ def test_percent_of_the_roofline(tmp_path: Path) -> None:
     assert percent_of_roofline(rows[0], rows) == pytest.approx(100 * moved / 2e12 / 1e-3)
     assert percent_of_roofline(rows[0], rows[:1]) is None
     assert percent_of_roofline(rows[0] | {"name": "direct"}, rows) is None
+
+
+def test_differences_by_position_are_paired_by_seed() -> None:
+    rope = {8: {0: 3.0, 1: 4.0}, 16: {0: 2.0, 1: 2.0}}
+    other = {8: {1: 4.5, 2: 9.0}, 12: {1: 1.0}, 16: {2: 1.0}}
+    found = figures.beside({"moh": other, "rope": rope}, "rope")
+    assert found["moh"] == {8: {1: 0.5}}
+    assert found["rope"] == {8: {0: 0.0, 1: 0.0}, 16: {0: 0.0, 1: 0.0}}
+
+
+@pytest.mark.parametrize("of", ["rope", "mha"])
+def test_the_context_is_drawn_for_seeds_in_any_order(of: str, tmp_path: Path) -> None:
+    """And for a baseline, mha, that has no second length."""
+    rows = [row for row in perplexity_rows() if row.seed is not None]
+    rows = [replace(row, recipe=row.recipe.replace("=rope", f"={of}")) for row in rows]
+    rows.sort(key=lambda row: (row.name, -row.seed if row.name == "nope" else row.seed))
+    found = read(write(tmp_path, perplexity=iter(rows)) / "perplexity.jsonl")
+    right = figures.by_context(found).axes[1]
+    drawn = {line.get_label(): line.get_ydata() for line in right.get_lines()}
+    at = 1 if of == "mha" else 2
+    gap = sum(GAPS["nope"]) / 3 - sum(GAPS[of]) / 3
+    assert list(drawn["nope"]) == pytest.approx([gap] * at)
+
+
+def test_methods_of_one_name_look_unlike() -> None:
+    assert figures.style("moh") != figures.style("moh:top_k=1")
+    assert figures.style("moh")["color"] == figures.style("moh:top_k=1")["color"]
+
+
+def test_one_seed_is_no_verdict(tmp_path: Path) -> None:
+    rows = [row for row in perplexity_rows() if row.seed in (0, None)]
+    found = read(write(tmp_path, perplexity=iter(rows)) / "perplexity.jsonl")
+    assert next(iter(report.verdicts(found))) == (
+        "Equal tokens, windows of 8 tokens: one seed only, which says nothing of the method: "
+        "carope, nope, mha."
+    )
+
+
+def test_what_a_table_cannot_show_is_refused(folder: Path) -> None:
+    every = {kind: read(folder / f"{kind}.jsonl") for kind in ("throughput", "memory")}
+    every["perplexity"] = read(folder / "perplexity.jsonl")
+    for kind, change, message in (
+        ("throughput", {"device": "another"}, "rows of kind throughput are of .* and another"),
+        ("memory", {"dtype": "bfloat16"}, "are of float32 and bfloat16: one table cannot"),
+    ):
+        (*rest, last) = every[kind]
+        with pytest.raises(ValueError, match=message):
+            getattr(tables, f"{kind}_table")([*rest, last | change])
+    peak = [row | {"metric": "FLOP/s"} for row in every["throughput"]]
+    with pytest.raises(ValueError, match="no layer by auto"):
+        tables.throughput_table(peak)
+    with pytest.raises(ValueError, match="all have options"):
+        tables.memory_table([row | {"options": "shared=2"} for row in every["memory"]])
+    of_flops = [row for row in every["perplexity"] if "match=flops" in row["recipe"]]
+    with pytest.raises(ValueError, match="of equal flops alone"):
+        tables.perplexity_table(of_flops)
+
+
+def test_the_batch_of_decoding_is_said(folder: Path) -> None:
+    rows = read(folder / "throughput.jsonl")
+    assert "one token of one sequence after 511" in tables.throughput_table(rows).note
+    several = tables.throughput_table([row | {"B": 8} for row in rows])
+    assert "one token of each of 8 sequences after 511" in several.note
 
 
 def test_an_empty_folder_and_a_foreign_file_are_refused(tmp_path: Path) -> None:

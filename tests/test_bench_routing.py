@@ -47,6 +47,9 @@ def test_ratios_are_to_dense_of_the_same_length() -> None:
     rows += [row("skipping", "shared=2 top_k=5", 2.2), row("masked", "shared=2 top_k=2", 2.1)]
     found = routing.ratios(rows, "core", "fwd", "time")
     assert found == {512: {"skipping": [(0.875, 1.1), (0.5, 0.75)], "masked": [(0.5, 1.05)]}}
+    again = [row("dense", "", 4.0), row("skipping", "shared=2 top_k=2", 3.2)]
+    found = routing.ratios([*rows, *again], "core", "fwd", "time")
+    assert found[512]["skipping"] == [(0.875, 0.55), (0.5, 0.8)]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,9 @@ def test_the_bootstrap_is_the_same_in_chunks_and_by_seed(monkeypatch: pytest.Mon
     assert chunked == pytest.approx(whole, abs=4 * d.std() / math.sqrt(d.size) / math.sqrt(999) * 3)
 
 
-@pytest.mark.parametrize(("gap", "n"), [(0.5, 3), (-1.0, 5), (0.0, 4), (0.3, 40)])
+@pytest.mark.parametrize(
+    ("gap", "n"), [(0.5, 3), (-1.0, 5), (0.0, 4), (0.3, 40), (9.0, 2), (5.0, 4), (2.0, 20)]
+)
 def test_power_is_that_of_the_definition(gap: float, n: int) -> None:
     """Z + gap sqrt(n) over chi / sqrt(n-1), integrated over chi."""
     critical, centre = stats.t.ppf(0.975, n - 1), gap * math.sqrt(n)
@@ -58,7 +60,7 @@ def test_power_is_that_of_the_definition(gap: float, n: int) -> None:
         share = stats.norm.sf(bound - centre) + stats.norm.cdf(-bound - centre)
         return float(share * stats.chi.pdf(chi, n - 1))
 
-    expected, _ = integrate.quad(rejected, 0, math.inf)
+    expected, _ = integrate.quad(rejected, 0, math.sqrt(n - 1) + 12)
     assert power(gap, 1.0, n) == pytest.approx(expected, abs=1e-6)
     assert power(2 * gap, 2.0, n) == pytest.approx(expected, abs=1e-6)
 
@@ -71,7 +73,7 @@ def test_power_keeps_its_word_in_simulation() -> None:
     assert abs(found - expected) < 4 * math.sqrt(expected * (1 - expected) / 20_000)
 
 
-@pytest.mark.parametrize("ratio", [100.0, 3.0, 1.0, 0.3, 0.05])
+@pytest.mark.parametrize("ratio", [100.0, 6.5, 4.7, 3.0, 1.0, 0.3, 0.05])
 def test_seeds_needed_is_the_first_that_suffices(ratio: float) -> None:
     n = seeds_needed(ratio * 0.01, 0.01)
     assert n == seeds_needed(-ratio * 0.01, 0.01)
@@ -84,5 +86,7 @@ def test_seeds_needed_at_the_ends() -> None:
     assert seeds_needed(0.001, 1.0) == math.inf  # (2.8 / 0.001)^2 of them
     assert seeds_needed(1e6, 1.0) == seeds_needed(1e300, 1.0) == seeds_needed(0.1, 0.0) == 2
     assert seeds_needed(0.0, 0.0) == math.inf
+    # Of 2 seeds half would find six standard deviations, t(1, 0.975) being 12.7.
+    assert seeds_needed(6.0, 1.0) == 3
     # A textbook's: an effect of half a standard deviation needs 34 pairs.
     assert seeds_needed(0.5, 1.0) == 34

@@ -124,6 +124,24 @@ def test_a_wrong_cache_is_refused() -> None:
     assert set(found[1].errors) == {"train", "recompute", "prefill"}
 
 
+@pytest.mark.usefixtures("quick")
+def test_what_fails_at_the_batch_of_decoding_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = throughput.one_token
+
+    def failing(layer: Layer, x: Tensor) -> object:
+        if layer.module.impl == "sdpa":
+            raise RuntimeError("out of memory")
+        return right(layer, x)
+
+    monkeypatch.setattr(throughput, "one_token", failing)
+    words = "--names rope --impls auto sdpa --modes decode --lengths 5 --no-peers --out"
+    throughput.main([*SIZES.split(), *words.split(), str(tmp_path / "rows.jsonl")])
+    assert [row["implementation"] for row in read(tmp_path / "rows.jsonl")] == ["auto"]
+    assert "rope: no decode of sdpa: out of memory" in capsys.readouterr().out
+
+
 def test_rates_rise_as_times_fall() -> None:
     assert throughput.rates(6, (1.0, 2.0, 3.0)) == {"p20": 2000.0, "p50": 3000.0, "p80": 6000.0}
 

@@ -135,6 +135,17 @@ def test_turn_differentiates_angles_and_features() -> None:
     assert torch.autograd.gradcheck(lambda x, a: turn(x, *sines(a)), (x, angle))
 
 
+@PAIRED
+def test_angles_alone_may_be_mapped_over(pairing: str) -> None:
+    x, angles = randn(2, 3, 5, 6), randn(4, 5, 3)
+
+    def rotate(angle: torch.Tensor) -> torch.Tensor:
+        return turn(x, *sines(angle, pairing=pairing), pairing)
+
+    for mapped, angle in zip(torch.func.vmap(rotate)(angles), angles, strict=True):
+        assert torch.equal(mapped, rotate(angle))
+
+
 def test_float32_parameters_refuse_lower_precision_only() -> None:
     class Part(Float32Parameters):
         def __init__(self) -> None:

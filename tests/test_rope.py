@@ -104,6 +104,21 @@ def test_million_positions_in_float32_are_those_in_float64() -> None:
         close(ours, oracles.rope_rotate(x.double(), positions), 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("heads", "batch", "dtype"),
+    [(1, B, torch.float64), (2, 1, torch.float64), (H, B, torch.float32), (1, 1, torch.bfloat16)],
+)
+def test_a_single_token_turns_as_among_others(heads: int, batch: int, dtype: torch.dtype) -> None:
+    """Keys of fewer heads, of one sequence for all, or of another dtype too."""
+    rope, q, k = RoPE(D), randn(B, H, T, D), randn(batch, heads, T, D).to(dtype)
+    whole = rope.rotate(q, k)
+    for t in (0, T - 1):
+        one = rope.rotate(q[..., t : t + 1, :], k[..., t : t + 1, :], torch.tensor([t]))
+        for single, among in zip(one, whole, strict=True):
+            assert torch.equal(single, among[..., t : t + 1, :])
+            assert single.dtype == among.dtype
+
+
 def test_row_permutations_of_projections_are_inverses() -> None:
     weight = randn(H * D, 7)
     assert torch.equal(interleaved_to_half(half_to_interleaved(weight, H), H), weight)
