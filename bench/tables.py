@@ -68,7 +68,8 @@ def measured_on(rows: Rows) -> str:
                 "show both. Keep them in folders of their own."
             )
     first = rows[0]
-    threads = "" if first["threads"] is None else f", {first['threads']} threads"
+    count = first["threads"]
+    threads = "" if count is None else f", {count} thread{'' if count == 1 else 's'}"
     return f"{first['device']}{threads}, {first['dtype']}"
 
 

@@ -10,7 +10,8 @@ import posenc
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ROWS = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", README, re.MULTILINE))
+METHODS = README[README.index("\n## The methods\n") : README.index("\n## Measure\n")]
+ROWS = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", METHODS, re.MULTILINE))
 
 
 def test_python_blocks_run() -> None:
