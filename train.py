@@ -16,12 +16,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from posenc.data import Corpus, StreamError, load_corpus
+from posenc.data import Corpus, StreamError
 from posenc.gpt import GPT
 from posenc.training import checkpoint
 from posenc.training.cli import parse
@@ -41,6 +42,7 @@ from posenc.training.run_folder import ENVIRONMENT, SUMMARY, RunFolder
 from posenc.training.schedule import learning_rate
 from posenc.training.signals import StopSignals
 from posenc.training.step import train_step
+from posenc.training.text import corpus_of
 from posenc.training.tracker import check_tracker, make_tracker
 
 PROMPT = 32  # tokens of the validation text that the sample continues
@@ -92,19 +94,7 @@ def prepare(config: TrainConfig, parallel: Parallel) -> Job:
 
 def prepare_corpus(config: TrainConfig, parallel: Parallel) -> Corpus:
     """Load the corpus, first on rank 0, which fills the cache for the others."""
-
-    def load() -> Corpus:
-        assert config.data is not None
-        return load_corpus(
-            config.data,
-            val_data=config.val_data,
-            tokenizer=config.tokenizer,
-            vocab_size=config.bpe_symbols,
-            context=config.context,
-            cache_dir=config.cache_dir,
-            progress=parallel.is_main,
-        )
-
+    load = partial(corpus_of, config, progress=parallel.is_main)
     return parallel.on_main(load) or load()
 
 

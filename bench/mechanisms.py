@@ -405,8 +405,8 @@ def of_run(folder: Path) -> tuple[posenc.GPT, Tensor]:
     Raises:
         ValueError: for a folder that is no finished run, or whose text is gone or another.
     """
-    from posenc.data import load_corpus
     from posenc.training.config import from_mapping
+    from posenc.training.text import corpus_of
 
     run = RunFolder(folder)
     for path in (folder / CONFIG, folder / ENVIRONMENT, run.model):
@@ -414,15 +414,7 @@ def of_run(folder: Path) -> tuple[posenc.GPT, Tensor]:
             raise ValueError(f"{folder} is no finished run of train.py: it holds no {path.name}.")
     config = from_mapping(run.read_config())
     model = posenc.GPT.from_pretrained(run.model)
-    assert config.data is not None
-    corpus = load_corpus(
-        config.data,
-        val_data=config.val_data,
-        tokenizer=config.tokenizer,
-        vocab_size=config.bpe_symbols,
-        context=config.context,
-        cache_dir=config.cache_dir,
-    )
+    corpus = corpus_of(config)
     about = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
     if corpus.fingerprint != about["corpus"]["fingerprint"]:
         raise ValueError(f"{config.data} is no longer the text that {folder} was trained on.")

@@ -39,12 +39,13 @@ from bench.losses import Losses, Question, ask
 from bench.rows import Row, RowFile, read, row_of, written
 from bench.statistics import paired_bootstrap
 from posenc.cost import model_flops_per_token
-from posenc.data import Corpus, load_corpus
+from posenc.data import Corpus
 from posenc.errors import unknown
 from posenc.files import atomic_file
 from posenc.training.config import TrainConfig
 from posenc.training.precision import choose_device
 from posenc.training.run_folder import ENVIRONMENT, SUMMARY
+from posenc.training.text import corpus_of
 
 KIND = "perplexity"
 RECIPE = ("layers", "heads", "embed_dim", "mlp_dim", "context", "batch_size", "grad_accum", "steps",
@@ -86,19 +87,6 @@ class Comparison(NamedTuple):
     question: Question
     symbols: int  # of the vocabulary
     bytes: float | None  # of text behind all targets
-
-
-def corpus_of(config: TrainConfig) -> Corpus:
-    """The corpus of a run, from the cache where it is there."""
-    assert config.data is not None
-    return load_corpus(
-        config.data,
-        val_data=config.val_data,
-        tokenizer=config.tokenizer,
-        vocab_size=config.bpe_symbols,
-        context=config.context,
-        cache_dir=config.cache_dir,
-    )
 
 
 def bytes_of(question: Question, corpus: Corpus) -> float | None:
