@@ -5,6 +5,7 @@ benchmark calls layers of ours and of peers.
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,16 +18,16 @@ from bench.measure import Case
 Compile = Callable[[nn.Module], nn.Module]
 
 
-class Layer(nn.Module):
-    """What is measured of a layer: `forward`, and decoding with whatever it remembers."""
+class Layer(nn.Module, ABC):
+    """A layer that decodes with whatever it remembers; of others `forward` alone is measured."""
 
+    @abstractmethod
     def prefill(self, x: Tensor, max_length: int) -> tuple[Tensor, Any]:
         """The forward pass, and its state with room for `max_length` tokens."""
-        raise NotImplementedError("decodes without a cache")
 
+    @abstractmethod
     def decode(self, token: Tensor, state: Any) -> Tensor:
         """The output of one more token (B, 1, C); the state stays as it was."""
-        raise NotImplementedError
 
 
 class ZooLayer(Layer):

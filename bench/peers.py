@@ -20,7 +20,7 @@ import posenc
 from bench.layers import Layer, Reference
 from bench.measure import Function
 
-Built = tuple[Layer, Function]
+Built = tuple[nn.Module, Function]
 Rotation = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]  # q, k, the first position
 
 
@@ -322,7 +322,7 @@ def hf_llama(embed_dim: int, heads: int, device: torch.device, dtype: torch.dtyp
 # flash-linear-attention.
 
 
-class Fla(Layer):
+class Fla(nn.Module):
     """An attention layer of flash-linear-attention."""
 
     def __init__(self, attend: nn.Module) -> None:

@@ -137,9 +137,20 @@ def test_what_fails_at_the_batch_of_decoding_does_not_stop_the_others(
 
     monkeypatch.setattr(throughput, "one_token", failing)
     words = "--names rope --impls auto sdpa --modes decode --lengths 5 --no-peers --out"
-    throughput.main([*SIZES.split(), *words.split(), str(tmp_path / "rows.jsonl")])
+    with pytest.raises(SystemExit, match="a layer of posenc was refused or failed"):
+        throughput.main([*SIZES.split(), *words.split(), str(tmp_path / "rows.jsonl")])
     assert [row["implementation"] for row in read(tmp_path / "rows.jsonl")] == ["auto"]
     assert "rope: no decode of sdpa: out of memory" in capsys.readouterr().out
+
+
+def test_of_a_layer_without_a_cache_the_forward_pass_is_measured() -> None:
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    case = zoo_case("throughput", "rope", "rope", {"auto": ("auto", as_is)}, x, 4)
+    plain = case.providers["auto"]().module
+    said, found = throughput.candidates(case._replace(providers={"plain": lambda: plain}))
+    assert said == "rope: no prefill and decode of plain: it is measured without a cache"
+    assert isinstance(found, throughput.Candidate)
+    assert found.errors.keys() == {"train", "recompute"}
 
 
 def test_rates_rise_as_times_fall() -> None:
