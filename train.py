@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from posenc.data import Corpus, StreamError
-from posenc.gpt import GPT
+from posenc.models.gpt import GPT
 from posenc.training import checkpoint
 from posenc.training.cli import parse
 from posenc.training.config import TrainConfig

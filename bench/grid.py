@@ -30,7 +30,7 @@ from bench.comparison import label
 from bench.losses import Losses, Question, losses
 from bench.rows import written
 from posenc.cost import model_cost, model_flops_per_token
-from posenc.gpt import GPT
+from posenc.models.gpt import GPT
 from posenc.training.cli import check_flags, parse
 from posenc.training.config import TrainConfig, flag, format_options, from_mapping, parse_options
 from posenc.training.precision import autocast, choose_device, choose_dtype

@@ -26,8 +26,8 @@ import posenc
 from bench.layers import Compile, as_is, zoo_case
 from bench.measure import Case, Function, measure, one_head, timed
 from bench.rows import Row, RowFile
+from posenc.backends.choice import attend
 from posenc.convolution import depthwise_conv
-from posenc.core import attend
 from posenc.encodings.carope import running_phase, turn_by_phase
 from posenc.encodings.polar import turn_by_content
 from posenc.kernels.carope import carope

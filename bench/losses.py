@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from posenc.data.batches import TokenSequence
-from posenc.gpt import GPT
+from posenc.models.gpt import GPT
 
 ENOUGH_DOCUMENTS = 30  # to resample them; fewer are resampled by the block
 PLACES = 4

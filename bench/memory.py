@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 import posenc
 from bench.measure import bytes_saved, peak_mib, timing
 from bench.rows import Row, RowFile, written
-from posenc.blockwise import RECOMPUTE_FROM
+from posenc.backends.blockwise import RECOMPUTE_FROM
 
 QUANTITIES = ("activations", "state", "peak")
 #: A prediction further off is marked.

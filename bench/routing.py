@@ -46,8 +46,8 @@ from bench.measure import (
 )
 from bench.rows import Row, RowFile, read, written
 from posenc import core
-from posenc import skipping as skipping_on_cpu
-from posenc.routing import Gates, weigh
+from posenc.backends import skipping as skipping_on_cpu
+from posenc.routing.moh import Gates, weigh
 
 #: Shared and selected heads of eight; the share of active heads.
 SPLITS = {(2, 6): 1.0, (2, 4): 0.75, (2, 2): 0.5, (0, 3): 0.375, (0, 2): 0.25}

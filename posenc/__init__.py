@@ -4,9 +4,9 @@ from posenc.attention import Attention
 from posenc.convolution import DepthwiseConv
 from posenc.cost import attention_cost, model_cost
 from posenc.encodings import CARoPE, Encoding, Learned, NoPE, Polar, Relative, RoPE, Sinusoidal
-from posenc.gpt import GPT, GPTConfig
-from posenc.routing import MoH
-from posenc.routing_stats import record_routing
+from posenc.models.gpt import GPT, GPTConfig
+from posenc.routing.moh import MoH
+from posenc.routing.stats import record_routing
 from posenc.zoo import attention, names
 
 __version__ = "0.1.0"

@@ -17,14 +17,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posenc import fused
+from posenc.backends import fused
+from posenc.backends.choice import attend, check_impl
+from posenc.backends.skipping import merge_kept, project_kept, projections_pay
 from posenc.cache import Cache, Placement, Stream, cache_dtype, check_cache, place
 from posenc.checks import check_heads, check_positions
 from posenc.convolution import DepthwiseConv
-from posenc.core import attend, check_impl
 from posenc.encodings.base import Encoding
-from posenc.routing import Gates, MoH, weigh
-from posenc.skipping import merge_kept, project_kept, projections_pay
+from posenc.routing.moh import Gates, MoH, weigh
 
 
 class Attention(nn.Module):
@@ -38,7 +38,7 @@ class Attention(nn.Module):
         router: weighs each head's output per token.
         bias: of both projections.
         dropout: of the attention weights, in training.
-        impl: "auto", "reference", "sdpa" or "fused", see `posenc.core`.
+        impl: "auto", "reference", "sdpa" or "fused", see `posenc.backends.choice`.
 
     Raises:
         ValueError: for sizes that do not divide, a dropout outside [0, 1), or an impl that cannot

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posenc import fused
+from posenc.backends import fused
 from posenc.cache import Stream
 from posenc.checks import check_sizes
 from posenc.errors import unknown

@@ -17,8 +17,8 @@ phase. Not counted: softmax, masks, biases, scales, norms, gates, GELU, loss.
 
 `kept_flops` leaves out what gates of 0 make needless: rows of queries, of the scores and of the
 output; keys and values stay whole, as a later token may select any head. Queries are all needed
-where a convolution mixes them or the router reads them. `posenc.core` and `posenc.skipping` say
-from which sizes on it is skipped; with relative terms nothing is.
+where a convolution mixes them or the router reads them. `posenc.backends.choice` and
+`posenc.backends.skipping` say from which sizes on it is skipped; with relative terms nothing is.
 
 Bytes that the backward pass keeps are those of `impl="fused"`, without autocast or dropout: every
 tensor of C or more numbers a token, the log-sum-exp and the statistics of LayerNorms, each storage
@@ -48,7 +48,7 @@ from posenc.encodings.polar import Polar
 from posenc.encodings.relative import Relative
 from posenc.encodings.rope import RoPE
 from posenc.encodings.sinusoidal import Sinusoidal
-from posenc.gpt import GPT, GPTConfig
+from posenc.models.gpt import GPT, GPTConfig
 
 
 @dataclass(frozen=True)

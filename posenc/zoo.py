@@ -21,7 +21,7 @@ from posenc.encodings.relative import Relative
 from posenc.encodings.rope import RoPE
 from posenc.encodings.sinusoidal import Sinusoidal
 from posenc.errors import unknown
-from posenc.routing import MoH
+from posenc.routing.moh import MoH
 
 
 def default_moh(num_heads: int, shared: int | None = None) -> dict[str, Any]:

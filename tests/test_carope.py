@@ -12,7 +12,7 @@ import oracles
 import posenc
 from helpers import HEAD_DIM, HEADS, WIDTH, build, close, copy_shared, differs, perturb, randn
 from posenc import CARoPE
-from posenc.core import attend
+from posenc.backends.choice import attend
 from posenc.encodings.carope import log_rates, running_phase
 
 B, T, PAIRS = 2, 12, HEAD_DIM // 2

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 import oracles
 from helpers import close, differs, randn, rms_error
-from posenc import blockwise
-from posenc.core import IMPLS, attend, causal_mask, check_impl, visible
+from posenc.backends import blockwise
+from posenc.backends.choice import IMPLS, attend, causal_mask, check_impl, visible
 from posenc.scores import RelativeTerm, Scores, relative_logits
 
 B, H, D = 2, 3, 6

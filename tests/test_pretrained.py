@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import posenc
 from helpers import NAMES, close, tiny_gpt
 from posenc import GPT, GPTConfig
-from posenc.pretrained import gpt2_state
+from posenc.models.checkpoints import gpt2_state
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in NAMES} | {
     "token": ("carope", {"source": "token", "init": "paper"}),

@@ -12,7 +12,7 @@ import oracles
 import posenc
 from helpers import HEAD_DIM, HEADS, WIDTH, build, close, differs, left_padded, perturb, randn
 from posenc import Attention, Relative
-from posenc.core import attend
+from posenc.backends.choice import attend
 from posenc.encodings.relative import factors, sinusoid
 
 B, S = 2, 13

@@ -11,7 +11,7 @@ import oracles
 import posenc
 from helpers import HEADS, WIDTH, close, differs, left_padded, perturb, randn
 from posenc import MoH
-from posenc.routing import balance_loss, select
+from posenc.routing.moh import balance_loss, select
 
 B, T, H, D = 2, 9, 7, 4
 C = 20

@@ -12,7 +12,7 @@ import oracles
 import posenc
 from helpers import HEADS, WIDTH, build, left_padded, perturb, randn, tiny_gpt
 from posenc import MoH, record_routing
-from posenc.routing_stats import RoutingStats
+from posenc.routing.stats import RoutingStats
 
 B, T, H, D, C = 3, 7, 7, 4, 20
 #: Splits of the heads: both groups, one shared head, none shared, none routed, all selected.

@@ -25,9 +25,15 @@ from helpers import (
     rms_error,
 )
 from posenc import MoH, core, skipping
-from posenc.routing import Gates, weigh
+from posenc.backends.skipping import (
+    attend_kept,
+    merge_kept,
+    progressions,
+    project_kept,
+    projections_pay,
+)
+from posenc.routing.moh import Gates, weigh
 from posenc.scores import RelativeTerm, Scores
-from posenc.skipping import attend_kept, merge_kept, progressions, project_kept, projections_pay
 
 LAYER = sys.modules[posenc.Attention.__module__]  # posenc.attention is the function
 SCALE = 0.7

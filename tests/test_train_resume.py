@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import posenc
 import training_runs
 from posenc.data import StreamError
-from posenc.gpt import GPT
+from posenc.models.gpt import GPT
 from posenc.training import checkpoint as checkpoints
 from training_runs import (
     checkpoint,

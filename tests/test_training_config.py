@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from posenc.gpt import GPT
+from posenc.models.gpt import GPT
 from posenc.training.cli import parse
 from posenc.training.config import PRESETS, TrainConfig, flag, from_mapping, preset_values
 from training_runs import train

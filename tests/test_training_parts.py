@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import posenc
 from posenc.data import Tokens
-from posenc.gpt import GPT, GPTConfig
+from posenc.models.gpt import GPT, GPTConfig
 from posenc.training.environment import environment, peak_memory
 from posenc.training.errors import Refused
 from posenc.training.evaluate import Evaluation, contexts, evaluate

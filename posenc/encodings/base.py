@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from posenc.routing import Gates
+from posenc.routing.moh import Gates
 from posenc.scores import Scores
 
 if TYPE_CHECKING:

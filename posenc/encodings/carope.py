@@ -31,7 +31,7 @@ from posenc.checks import check_base, check_head_dim, check_heads, check_pair, c
 from posenc.encodings.base import Encoding
 from posenc.errors import unknown
 from posenc.phase import Float32Parameters, phase_dtype, turn_by, wrap
-from posenc.routing import Gates
+from posenc.routing.moh import Gates
 
 
 def log_rates(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

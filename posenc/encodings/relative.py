@@ -25,7 +25,7 @@ from posenc.checks import check_even, check_sizes
 from posenc.encodings.base import Encoding
 from posenc.errors import unknown
 from posenc.phase import inverse_frequencies, pairs, position_phases
-from posenc.routing import Gates
+from posenc.routing.moh import Gates
 from posenc.scores import RelativeTerm, Scores, add_per_head
 
 
@@ -158,7 +158,7 @@ class Relative(Encoding):
         width = self.sinusoid_dim
         if self.kind == "learned" or width > self.head_dim:
             return None
-        from posenc.fused import attend_plain
+        from posenc.backends.fused import attend_plain
 
         turned, key = self._factors(q, positions, positions)
         content = add_per_head(q, self.u)

@@ -19,7 +19,7 @@ from posenc.encodings.base import Encoding
 from posenc.encodings.scaling import scaled_frequencies
 from posenc.errors import unknown
 from posenc.phase import PAIRINGS, Pairing, phase_dtype, position_phases, sines, turn
-from posenc.routing import Gates
+from posenc.routing.moh import Gates
 
 
 class RoPE(Encoding):

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from posenc.core import IMPLS
+from posenc.backends.choice import IMPLS
 from posenc.errors import unknown
-from posenc.gpt import GPTConfig
+from posenc.models.gpt import GPTConfig
 from posenc.zoo import names
 
 PARALLEL = ("none", "ddp", "fsdp")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from posenc.data import Corpus, Tokens, evaluation_windows
-from posenc.gpt import GPT
+from posenc.models.gpt import GPT
 from posenc.training.parallel import Parallel
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from posenc.data import Tokenizer
-from posenc.gpt import GPT
+from posenc.models.gpt import GPT
 from posenc.training.parallel import Parallel, whole
 
 

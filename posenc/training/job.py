@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from posenc.data import Batches, Corpus, StreamBatches
-from posenc.gpt import GPT
-from posenc.routing_stats import RoutingStats, record_routing, routers
+from posenc.models.gpt import GPT
+from posenc.routing.stats import RoutingStats, record_routing, routers
 from posenc.training import checkpoint
 from posenc.training.config import TrainConfig
 from posenc.training.errors import Diverged

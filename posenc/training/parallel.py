@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from posenc.gpt import GPT
+from posenc.models.gpt import GPT
 from posenc.training.errors import PeerFailed
 from posenc.training.precision import choose_device
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import oracles
 from helpers import outputs_and_gradients, replayed
-from posenc.core import attend
+from posenc.backends.choice import attend
 from posenc.kernels import relative
 from posenc.kernels.relative import relative_attention
 from posenc.scores import RelativeTerm, Scores

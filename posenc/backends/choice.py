@@ -7,9 +7,9 @@ Shapes: q (B, H, T, D), k and v (B, H, S, D) with T <= S; query row i sits at ke
 Back ends (`impl`):
     reference   materialises the definition, in fp32 or better
     sdpa        torch's scaled_dot_product_attention; a dense bias only where the logits need one
-    fused       Triton kernels, see `posenc.fused`
-    auto        the fastest measured: on CPU `posenc.blockwise` for relative terms and
-                `posenc.skipping` where gates drop enough, else sdpa
+    fused       Triton kernels, see `posenc.backends.fused`
+    auto        the fastest measured: on CPU `posenc.backends.blockwise` for relative terms and
+                `posenc.backends.skipping` where gates drop enough, else sdpa
 An explicit choice never falls back. The kernels have been timed on no GPU yet, so `auto` leaves
 them out.
 """
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from posenc import fused
 from posenc.autocast import no_autocast
-from posenc.blockwise import attend_blockwise
+from posenc.backends import fused
+from posenc.backends.blockwise import attend_blockwise
+from posenc.backends.skipping import attend_kept, runs_eagerly
 from posenc.errors import unknown
-from posenc.routing import Gates, weigh
+from posenc.routing.moh import Gates, weigh
 from posenc.scores import Scores, add_per_head, relative_logits
-from posenc.skipping import attend_kept, runs_eagerly
 
 IMPLS = ("auto", "reference", "sdpa", "fused")
 #: Up to this length torch's attention on CPU is faster in fp32 than in bf16, casts included:

@@ -9,7 +9,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from posenc.routing import Gates, weigh
+from posenc.routing.moh import Gates, weigh
 from posenc.scores import Scores, add_per_head
 
 REMEDY = "Use impl='sdpa' (torch's fused attention), 'reference' or 'auto'."

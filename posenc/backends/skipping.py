@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from posenc.autocast import no_autocast
-from posenc.routing import Gates, weigh
+from posenc.routing.moh import Gates, weigh
 
 #: Kept rows of a block; of 64, 96 and 128 the fastest on CPU.
 ROWS = 96

@@ -361,7 +361,7 @@ class GPT(nn.Module):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json and model.safetensors into the folder `path`."""
-        from posenc.pretrained import save
+        from posenc.models.checkpoints import save
 
         save(self, Path(path))
 
@@ -373,7 +373,7 @@ class GPT(nn.Module):
         Raises:
             ValueError: for a missing file, another architecture, or weights that do not fit.
         """
-        from posenc.pretrained import load
+        from posenc.models.checkpoints import load
 
         return load(path_or_hub_id)
 

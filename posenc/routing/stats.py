@@ -7,8 +7,8 @@
     balance      sum_i P_i f_i over all tokens as if in one batch: K/E where P or f is uniform,
                  1 when K heads take everything
 
-g, p, P, f, K, E and H are those of `posenc.routing`. All are means over the same tokens, made of
-sums in fp64, so that the statistics of several calls are those of their concatenation.
+g, p, P, f, K, E and H are those of `posenc.routing.moh`. All are means over the same tokens, made
+of sums in fp64, so that the statistics of several calls are those of their concatenation.
 """
 
 import math
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from posenc.routing import MoH, select
+from posenc.routing.moh import MoH, select
 
 
 class RoutingSums(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 from posenc.files import atomic_file
 
 if TYPE_CHECKING:
-    from posenc.gpt import GPT, GPTConfig
+    from posenc.models.gpt import GPT, GPTConfig
 
 #: GPT-2 stores these linear weights as (in, out).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -41,7 +41,7 @@ def load(path_or_hub_id: str | Path) -> "GPT":
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from posenc.gpt import GPT
+    from posenc.models.gpt import GPT
 
     folder = _folder(path_or_hub_id)
     raw = _read_config(folder)
@@ -116,7 +116,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def our_config(raw: Mapping[str, Any]) -> "GPTConfig":
     """The GPTConfig in a config.json of ours; unknown keys are an error, not ignored."""
-    from posenc.gpt import GPTConfig
+    from posenc.models.gpt import GPTConfig
 
     known = {field.name for field in fields(GPTConfig)}
     values = {key: value for key, value in raw.items() if key != "model_type"}
@@ -129,7 +129,7 @@ def our_config(raw: Mapping[str, Any]) -> "GPTConfig":
 
 def gpt2_config(raw: Mapping[str, Any]) -> "GPTConfig":
     """The GPTConfig of a Hugging Face GPT-2 configuration."""
-    from posenc.gpt import GPTConfig
+    from posenc.models.gpt import GPTConfig
 
     activations = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
     activation = raw.get("activation_function", "gelu_new")

@@ -1,0 +1,1 @@
+"""Whole models around the attention: GPT-2, and its checkpoints."""
