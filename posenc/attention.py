@@ -13,18 +13,19 @@ length, H heads, C embed_dim, D head dim = C/H.
 from typing import Literal, overload
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from posenc.backends import fused
-from posenc.backends.choice import attend, check_impl
-from posenc.backends.skipping import merge_kept, project_kept, projections_pay
-from posenc.cache import Cache, Placement, Stream, cache_dtype, check_cache, place
+from posenc.backends import choice
+from posenc.backends.case import Case
+from posenc.backends.mask import Mask
+from posenc.backends.projections import from_heads, kept_rows, to_heads
+from posenc.cache import Cache, Stream, cache_dtype, check_cache
 from posenc.checks import check_heads, check_positions
 from posenc.convolution import DepthwiseConv
 from posenc.encodings.base import Encoding
-from posenc.routing.moh import Gates, MoH, weigh
+from posenc.placement import Placement, place
+from posenc.routing.gates import Gates
+from posenc.routing.moh import MoH
 
 
 class Attention(nn.Module):
@@ -62,7 +63,7 @@ class Attention(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1); got {dropout}.")
         self.embed_dim, self.num_heads = embed_dim, num_heads
-        self.dropout, self.impl = dropout, check_impl(impl)
+        self.dropout, self.impl = dropout, choice.check_impl(impl, dropout, conv)
         self.c_attn = nn.Linear(embed_dim, 3 * embed_dim, bias=bias)
         self.c_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.encoding = Encoding() if encoding is None else encoding
@@ -88,13 +89,6 @@ class Attention(nn.Module):
                         f"{seam} {type(part).__name__} was built for {size}={got}; "
                         f"the attention has {expected}. Build both for the same sizes."
                     )
-        if self.impl == "fused":
-            fused.check_case(None, self.dropout)
-            if self.conv is not None and not self.conv.has_kernel:
-                raise ValueError(
-                    f"impl='fused' has no kernel for a convolution of kernel_size="
-                    f"{self.conv.kernel_size}. {fused.REMEDY}"
-                )
         if self.encoding.at_input:
             raise ValueError(
                 f"{type(self.encoding).__name__} acts where tokens enter the model, not in "
@@ -160,6 +154,7 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         return_aux: Literal[False] = False,
         phase: Tensor | None = None,
+        where: Placement | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -171,6 +166,7 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         return_aux: Literal[True],
         phase: Tensor | None = None,
+        where: Placement | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
@@ -181,6 +177,7 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         return_aux: bool = False,
         phase: Tensor | None = None,
+        where: Placement | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend causally over x, and over what `cache` holds before it.
 
@@ -193,6 +190,7 @@ class Attention(nn.Module):
             cache: from `make_cache`; extended by the T tokens.
             return_aux: also return the router's balance loss, a scalar (0 without a router).
             phase: what a model computed once for all layers, for `SharedPhase`.
+            where: placed by a model once for all layers; `positions` are then its own.
 
         Raises:
             ValueError: for wrong shapes, non-integer positions, a cache of another batch size or a
@@ -202,109 +200,51 @@ class Attention(nn.Module):
             raise ValueError(
                 f"x must have shape (B, T, {self.embed_dim}), T at least 1; got {tuple(x.shape)}."
             )
-        batch, length, _ = x.shape
-        given = positions is not None
-        if given:
-            positions = check_positions(positions, batch, length, x.device)
+        where = self._place(x, positions, cache) if where is None else where
         if cache is not None:
             check_cache(cache, Cache)
-            cache.check(self.streams(), batch, length)
-            where = cache.place(positions, length)
-        else:
-            where = place(check_positions(positions, batch, length, x.device), given=given)
-        here = None if where.real is None else where.real[:, -length:]  # (B, T)
+            cache.check(self.streams(), *x.shape[:2])
+            where = where.ending(cache.seen + x.shape[1])
         dropout_p = self.dropout if self.training else 0.0
-        if self.impl == "fused":
-            fused.check_case(where.real, dropout_p)
 
         router, gates, aux = self.router, None, None
         if router is not None and not router.reads_queries:
-            gates, aux = _route(router, x, None, here)
-        kept = gates if gates is not None and self._skips_projections(x, gates) else None
-        q, k, v = self._project(x, kept)
+            gates, aux = _route(router, x, None, where.here)
+        plain = self.conv is None
+        kept = kept_rows(x, gates, [self.c_attn, self.c_proj], self.impl) if plain else None
+        q, k, v = to_heads(x, self.c_attn, self.num_heads, self.num_heads, kept)
         if self.conv is not None:
-            convolve = self.conv.forward_fused if self.impl == "fused" else self.conv
-            q, k, v = convolve(q, k, v, real=here, state=cache)
+            q, k, v = choice.convolve(self.conv, q, k, v, where, cache, self.impl)
         # Before the rotation: it keeps the norms.
         if router is not None and router.reads_queries:
-            gates, aux = _route(router, x, q, here)
-        phase = x if phase is None else phase
-        y = self._attend(q, k, v, gates, where, phase, cache, dropout_p)  # (B, H, T, D)
-        if kept is None:
-            y = self.c_proj(y.transpose(1, 2).flatten(2))
-        else:
-            y = merge_kept(y, self.c_proj.weight, self.c_proj.bias, kept)
+            gates, aux = _route(router, x, q, where.here)
+        described = x if phase is None else phase
+        rotation = self.encoding.describe_rotation(where, described, cache)
         if cache is not None:
-            cache.advance(length)
+            if rotation is not None:  # cached keys have turned
+                q, k = choice.turn(rotation, q, k, self.impl)
+                rotation = None
+            k, v = cache.append("k", k), cache.append("v", v)
+        scores = self.encoding.scores(where, described, cache)
+        mask = Mask(where)
+        case = Case(q, k, v, mask, rotation, scores, gates, dropout_p)
+        y = from_heads(choice.attend(case, self.impl), self.c_proj, kept)
+        if cache is not None:
+            cache.advance(x.shape[1])
         if not return_aux:
             return y
         return y, x.new_zeros((), dtype=torch.float32) if aux is None else aux
 
-    def _skips_projections(self, x: Tensor, gates: Gates) -> bool:
-        """Whether q and y are projected for the kept heads alone, with the bare weights."""
-        if self.impl != "auto" or self.conv is not None or not projections_pay(x, gates):
-            return False
-        if nn.modules.module._has_any_global_hook():
-            return False
-        return all(
-            type(layer) is nn.Linear
-            and type(layer.weight) is nn.Parameter
-            and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
-            for layer in (self.c_attn, self.c_proj)
-        )
-
-    def _project(self, x: Tensor, kept: Gates | None) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v (B, H, T, D); with `kept`, the rows of q that it drops are 0."""
-        # Apart before the heads are: the three gradients then meet again in one copy, not in two.
-        if kept is None:
-            parts = self.c_attn(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-            q, k, v = (z.transpose(1, 2) for z in parts)
-            return q, k, v
-        sizes, bias = (self.embed_dim, 2 * self.embed_dim), self.c_attn.bias
-        for_q, for_kv = self.c_attn.weight.split(sizes)
-        bias_q, bias_kv = (None, None) if bias is None else bias.split(sizes)
-        pair = F.linear(x, for_kv, bias_kv)
-        k, v = rearrange(pair, "b t (n h d) -> n b h t d", n=2, h=self.num_heads)
-        return project_kept(x, for_q, bias_q, kept), k, v
-
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Gates | None,
-        where: Placement,
-        x: Tensor,
-        cache: Cache | None,
-        dropout_p: float,
-    ) -> Tensor:
-        """Position in q, k and the logits, attention over the cached keys too, and the gates:
-        (B, H, T, D).
-        """
-        rotate, state = self.encoding.rotate, cache
-        if self.impl == "fused":
-            # Gates that drop nothing only weigh what the kernels without gates give.
-            drops = {} if gates is None or gates.kept == 1 else {"gates": gates}
-            if cache is None:
-                whole = self.encoding.attend_fused(q, k, v, where.positions, x, **drops)
-                if whole is not None:
-                    return whole if gates is None or drops else weigh(whole, gates.values)
-            # Without state, for which a relative term would become a bias while decoding.
-            rotate, state = self.encoding.rotate_fused, None
-        q, k = rotate(q, k, where.positions, x, cache)
-        if cache is not None:
-            k, v = cache.append("k", k), cache.append("v", v)
-        scores = self.encoding.scores(q, k, where.positions, where.keys, x, state)
-        return attend(
-            q,
-            k,
-            v,
-            scores,
-            gates=gates,
-            real=where.real,
-            dropout_p=dropout_p,
-            impl=self.impl,
-        )
+    def _place(self, x: Tensor, positions: Tensor | None, cache: Cache | None) -> Placement:
+        """Where the tokens of x sit, after what `cache` holds."""
+        batch, length, device = *x.shape[:2], x.device
+        if cache is None:
+            return place(batch, length, device, positions=positions)
+        check_cache(cache, Cache)
+        if positions is not None:
+            positions = check_positions(positions, batch, length, device)
+        cache.check(self.streams(), batch, length)
+        return cache.place(positions, length)
 
     def extra_repr(self) -> str:
         sizes = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"

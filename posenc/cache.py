@@ -7,6 +7,9 @@ truncation moves it, and nothing syncs with the device.
 
 The past is a constant: rows are stored without their graph, and gradients flow through the current
 call only.
+
+Where no later query can see further back than a window, the rows before it are forgotten: memory is
+bounded by the window, and truncation reaches back as far as rows are kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from posenc.placement import Placement
 
 
 class Stream(NamedTuple):
@@ -27,21 +32,6 @@ class Stream(NamedTuple):
 POSITIONS = Stream((1,), torch.int64)
 
 
-class Placement(NamedTuple):
-    """Where the queries and keys of one call sit."""
-
-    positions: Tensor  # (T,) or (B, T)
-    keys: Tensor | None = None  # (S,) or (B, S); None: consecutive, ending with the queries
-    real: Tensor | None = None  # (B, S) bool, False for padding; None: no padding
-
-
-def place(positions: Tensor, *, given: bool = False) -> Placement:
-    """Placement without a past. A negative entry of given (B, T) positions marks padding."""
-    if not given:
-        return Placement(positions)
-    return Placement(positions, positions, positions >= 0 if positions.ndim == 2 else None)
-
-
 class Cache:
     """The decoding state of one attention module.
 
@@ -50,6 +40,7 @@ class Cache:
         max_length: the most tokens it can hold.
         streams: what to remember, by name.
         device, dtype: of the streams that name no dtype.
+        window: how many tokens a query sees, itself among them; None is all.
     """
 
     def __init__(
@@ -60,6 +51,7 @@ class Cache:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        window: int | None = None,
     ) -> None:
         self.streams = {"positions": POSITIONS, **streams}
         if dtype is not None and not dtype.is_floating_point:
@@ -71,15 +63,24 @@ class Cache:
             )
         self.batch_size, self.max_length = batch_size, max_length
         self.length = 0
+        #: Tokens in front that are forgotten.
+        self.start = 0
+        # Rows that a query may still read; as many again are kept for truncation, and room for as
+        # many more, so that rows move once in so many tokens.
+        self._history = {name: stream.history for name, stream in self.streams.items()}
+        self._keep = None if window is None else max(window - 1, *self._history.values(), 1)
+        self._room = max_length
+        if self._keep is not None:
+            self._room = min(max_length, 3 * self._keep)
+        self._pending: dict[str, Tensor] = {}
         # Whether the caller gave positions, and whether a row of them for each sequence: for the
         # tokens so far, and with those of the present call.
         self._given = self._ragged = False
         self._next = (False, False)
-        self._history = {name: stream.history for name, stream in self.streams.items()}
         # What lies beyond the length is never read; only the rows in front of it must be zeros.
         self._rows = {
             name: torch.empty(
-                (batch_size, *stream.shape[:-1], stream.history + max_length, stream.shape[-1]),
+                (batch_size, *stream.shape[:-1], stream.history + self._room, stream.shape[-1]),
                 dtype=stream.dtype or dtype,
                 device=device,
             )
@@ -112,64 +113,160 @@ class Cache:
                 "Make it with a larger max_length."
             )
 
-    def place(self, positions: Tensor | None, tokens: int) -> "Placement":
-        """Positions of the next `tokens` tokens and of all keys; None continues what is stored."""
-        rows = self._rows["positions"]  # (B, max_length, 1)
+    @property
+    def seen(self) -> int:
+        """How many past tokens the next call's queries can meet."""
+        kept = self.length - self.start
+        return kept if self._keep is None else min(kept, self._keep)
+
+    def place(self, positions: Tensor | None, tokens: int, mask: Tensor | None = None) -> Placement:
+        """Placement of the next `tokens` tokens among those stored.
+
+        Args:
+            positions: checked ones; None continues what is stored.
+            mask: bool (B, tokens), False for padding.
+        """
         self._next = (self._given, self._ragged)  # whatever a call that failed had left
-        if positions is None and not self._given:
-            return place(torch.arange(self.length, self.length + tokens, device=rows.device))
+        self._pending.clear()
+        rows = self._rows["positions"]  # (B, room, 1)
+        count = self.seen + tokens
+        if positions is None and mask is None and not self._given:
+            where = torch.arange(self.length, self.length + tokens, device=rows.device)
+            return Placement(where, length=tokens, key_length=count)
         if not self._given:
-            rows[:, : self.length, 0] = torch.arange(self.length, device=rows.device)
-        ragged = self._ragged or (positions is not None and positions.ndim == 2)
+            rows[:, : self.length - self.start, 0] = torch.arange(
+                self.start, self.length, device=rows.device
+            )
+        ragged = self._ragged or mask is not None or (positions is not None and positions.ndim == 2)
         if positions is None:
-            last = rows[:, self.length - 1]  # (B, 1)
-            positions = last + torch.arange(1, tokens + 1, device=rows.device)
+            past = rows[:, : self.length - self.start, 0]
+            last = (
+                past.amax(1, keepdim=True) if past.shape[1] else past.new_full((len(past), 1), -1)
+            )
+            real = torch.ones_like(last).expand(-1, tokens) if mask is None else mask.long()
+            positions = last + real.cumsum(1)
             positions = positions if ragged else positions[0]
+        if mask is not None:
+            positions = positions.expand(self.batch_size, tokens).masked_fill(~mask, -1)
         stored = positions.expand(self.batch_size, tokens).unsqueeze(-1)
         keys = self.append("positions", stored).squeeze(-1)
         self._next = (True, ragged)  # counts once the tokens do
-        return Placement(positions, keys, keys >= 0 if ragged else None)
+        return Placement(
+            positions,
+            length=tokens,
+            key_length=count,
+            keys=keys,
+            real=keys >= 0 if ragged else None,
+        )
 
     def append(self, name: str, rows: Tensor) -> Tensor:
-        """Store the new tokens' rows (B, *lead, T, F) and return those of all tokens so far, in
-        rows' dtype.
+        """Store the new tokens' rows (B, *lead, T, F) and return those of all tokens that the
+        queries can meet, in rows' dtype.
 
         The length moves when `advance` says that every stream has been appended to.
         """
-        stored, start = self._rows[name], self._history[name] + self.length
-        count = rows.shape[-2]
-        past, with_graph = self._history[name], torch.is_grad_enabled()
-        stored.narrow(-2, start, count).copy_(rows.detach() if with_graph else rows)
+        stored, count = self._rows[name], rows.shape[-2]
+        end = self._history[name] + self.length - self.start
+        seen, with_graph = self.seen, torch.is_grad_enabled()
+        if end + count > stored.shape[-2]:
+            # Forgetting waits for `advance`: a call that fails loses nothing.
+            self._pending[name] = rows.detach()
+            past = stored.narrow(-2, end - seen, seen).to(rows.dtype)
+            return torch.cat((past, rows.to(stored.dtype).to(rows.dtype)), dim=-2)
+        stored.narrow(-2, end, count).copy_(rows.detach() if with_graph else rows)
         if with_graph:
             # A copy: what autograd saves must not be overwritten by the next call.
-            before = stored.narrow(-2, past, self.length).to(rows.dtype)
+            before = stored.narrow(-2, end - seen, seen).to(rows.dtype)
             return torch.cat((before, rows.to(stored.dtype).to(rows.dtype)), dim=-2)
-        return stored.narrow(-2, past, self.length + count).to(rows.dtype)
+        return stored.narrow(-2, end - seen, seen + count).to(rows.dtype)
 
     def recent(self, name: str) -> Tensor:
         """The last `history` rows (B, *lead, history, F), zeros before the first token."""
-        return self._rows[name].narrow(-2, self.length, self._history[name]).clone()
+        at = self.length - self.start
+        return self._rows[name].narrow(-2, at, self._history[name]).clone()
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` appended tokens."""
+        if self.length - self.start + tokens > self._room:
+            self._forget(tokens)
         self.length += tokens
         self._given, self._ragged = self._next
 
-    def truncate(self, length: int) -> None:
-        """Forget every token from `length` on. Raises ValueError beyond the present length."""
+    def _forget(self, tokens: int) -> None:
+        """Make room for pending rows, keeping twice what a query may read."""
+        assert self._keep is not None
+        start = max(self.start, self.length + tokens - 2 * self._keep)
+        for name, stored in self._rows.items():
+            end = self._history[name] + self.length - self.start
+            past = stored.narrow(-2, 0, end)
+            if name in self._pending:
+                rows = self._pending[name].to(stored.dtype)
+                past = torch.cat((past, rows), dim=-2)
+            elif name == "positions":
+                continue  # nobody gave any
+            # Of each stream the rows from its history before `start` on.
+            past = past[..., start - self.start :, :].clone()
+            stored.narrow(-2, 0, past.shape[-2]).copy_(past)
+        self._pending.clear()
+        self.start = start
+
+    def check_truncation(self, length: int) -> None:
+        """Raise ValueError beyond the present length, or back to where a window has forgotten what
+        the next query would see.
+        """
         if not 0 <= length <= self.length:
             raise ValueError(
                 f"a cache of {self.length} tokens truncates to 0 .. {self.length}; got {length}."
             )
+        least = self.start + self._keep if self._keep is not None and self.start else 0
+        if 0 < length < least:
+            raise ValueError(
+                f"with its window this cache has forgotten the tokens before {self.start}: it "
+                f"truncates to {least} .. {self.length}, or to 0; got {length}. "
+                "Decode the text anew."
+            )
+
+    def truncate(self, length: int) -> None:
+        """Forget every token from `length` on; errors as `check_truncation`'s."""
+        self.check_truncation(length)
         self.length = length
         if length == 0:
+            self.start = 0
+            for name, history in self._history.items():
+                self._rows[name].narrow(-2, 0, history).zero_()
             self._given = self._ragged = False
         self._next = (self._given, self._ragged)
+
+    def reorder(self, index: Tensor) -> None:
+        """Let row b go on with what row index[b] holds (beam search).
+
+        Args:
+            index: integer (B,), rows of the batch.
+
+        Raises:
+            ValueError: for another shape or dtype.
+        """
+        check_index(index, self.batch_size)
+        index = index.to(self._rows["positions"].device)
+        for name, stored in self._rows.items():
+            used = stored.narrow(-2, 0, self._history[name] + self.length - self.start)
+            used.copy_(used.index_select(0, index))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all streams, at full length."""
         return sum(rows.nbytes for rows in self._rows.values())
+
+
+def check_index(index: Tensor, batch_size: int) -> None:
+    """Raise ValueError unless integer (B,)."""
+    whole = isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64)
+    if not whole or index.shape != (batch_size,):
+        got = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else repr(index)
+        raise ValueError(
+            f"reorder takes an integer tensor of shape ({batch_size},), a row of the batch each; "
+            f"got {got}."
+        )
 
 
 def cache_dtype(weight: Tensor) -> torch.dtype:
@@ -214,6 +311,13 @@ class ModelCache:
         return self.own.nbytes + sum(layer.nbytes for layer in self.layers)
 
     def truncate(self, length: int) -> None:
-        """Forget every token from `length` on, in every layer."""
+        """Forget every token from `length` on, in every layer; all or, with an error, none."""
+        for cache in (self.own, *self.layers):
+            cache.check_truncation(length)
         for cache in (self.own, *self.layers):
             cache.truncate(length)
+
+    def reorder(self, index: Tensor) -> None:
+        """Let row b go on with what row index[b] holds, in every layer (beam search)."""
+        for cache in (self.own, *self.layers):
+            cache.reorder(index)

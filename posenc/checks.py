@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def check_even(dim: int, who: str, remedy: str) -> None:
@@ -33,6 +34,20 @@ def check_heads(embed_dim: int, num_heads: int) -> int:
     return embed_dim // num_heads
 
 
+def check_kv_heads(num_heads: int, num_kv_heads: int | None) -> int:
+    """G, which must divide H; None is H. Or ValueError."""
+    if num_kv_heads is None:
+        return num_heads
+    whole = isinstance(num_kv_heads, int) and not isinstance(num_kv_heads, bool)
+    if not whole or num_kv_heads < 1 or num_heads % num_kv_heads:
+        divisors = [g for g in range(1, num_heads + 1) if num_heads % g == 0]
+        raise ValueError(
+            f"num_kv_heads must divide num_heads={num_heads}; got {num_kv_heads}. "
+            f"Choose one of {divisors}."
+        )
+    return num_kv_heads
+
+
 def check_sizes(who: str, **sizes: int) -> None:
     """Raise ValueError unless all sizes are integers of at least 1."""
     for name, size in sizes.items():
@@ -40,41 +55,134 @@ def check_sizes(who: str, **sizes: int) -> None:
             raise ValueError(f"{who} needs {name} of at least 1, an integer; got {size}.")
 
 
-def check_pair(q: Tensor, k: Tensor, head_dim: int) -> None:
-    """Raise ValueError unless q and k are (.., T, head_dim) of the same tokens."""
-    if q.shape[-1] != head_dim or k.shape[-1] != head_dim or q.shape[-2] != k.shape[-2]:
+def check_pair(
+    q: Tensor | None, k: Tensor | None, head_dim: int | None, *, apart: bool = False
+) -> None:
+    """Raise ValueError unless q and k are (B, H, T, head_dim), of the same tokens unless `apart`.
+
+    Either may be None; a head_dim of None is any.
+    """
+    given = [x for x in (q, k) if x is not None]
+    if not given:
+        raise ValueError("rotate needs q, k or both; got neither.")
+    fits = all(x.ndim >= 3 and x.shape[-1] == (head_dim or x.shape[-1]) for x in given)
+    if not fits or (not apart and len({x.shape[-2] for x in given}) > 1):
+        shapes = " and ".join(str(tuple(x.shape)) for x in given)
         raise ValueError(
-            f"q and k must have shape (B, H, T, {head_dim}) with the same T; got {tuple(q.shape)} "
-            f"and {tuple(k.shape)}. Rotate the keys of new tokens only, and cache them rotated."
+            f"q and k must have shape (B, H, T, {head_dim or 'D'}) with the same T; got {shapes}. "
+            "Give key_positions= for keys of their own, or None for one of the two."
         )
 
 
 def check_positions(
-    positions: Tensor | None, batch: int, length: int, device: torch.device
+    positions: Tensor | None,
+    batch: int,
+    length: int,
+    device: torch.device,
+    *,
+    axes: int | None = None,
+    continuous: bool = False,
 ) -> Tensor:
-    """Integer positions (length,) or (batch, length); None is 0 .. length-1. Or ValueError."""
+    """Positions (length,), (1, length) or (batch, length), with axes (.., A), or ValueError.
+
+    Integers, or with `continuous` floating-point numbers too. None is 0 .. length-1, with axes an
+    error.
+    """
+    tail = "" if axes is None else f", {axes}"
+    kind = "number" if continuous else "integer"
+    wanted = f"({length},{tail.removeprefix(',')}) or ({batch}, {length}{tail})"
     if positions is None:
+        if axes is not None:
+            raise ValueError(
+                f"an encoding of {axes} axes needs positions of shape {wanted}; got None. "
+                "Give every token its coordinates."
+            )
         return torch.arange(length, device=device)
     if not isinstance(positions, Tensor):
         raise ValueError(
-            f"positions must be an integer tensor of shape ({length},) or ({batch}, {length}); got "
+            f"positions must be an integer tensor of shape {wanted}; got "
             f"{type(positions).__name__}. Pass torch.arange(start, start + {length})."
         )
-    if (
-        positions.dtype.is_floating_point
-        or positions.dtype.is_complex
-        or positions.dtype == torch.bool
+    real = positions.dtype.is_floating_point
+    if positions.dtype.is_complex or positions.dtype == torch.bool or (real and not continuous):
+        raise ValueError(
+            f"positions must be {kind}s; got {positions.dtype}. Pass a torch.long tensor."
+        )
+    inner = () if axes is None else (axes,)
+    if positions.shape not in (
+        (length, *inner),
+        (1, length, *inner),
+        (batch, length, *inner),
     ):
         raise ValueError(
-            f"positions must be integers; got {positions.dtype}. Pass a torch.long tensor."
-        )
-    if positions.shape not in ((length,), (batch, length)):
-        raise ValueError(
-            f"positions must have shape ({length},) or ({batch}, {length}); "
-            f"got {tuple(positions.shape)}. "
+            f"positions must have shape {wanted}; got {tuple(positions.shape)}. "
             "Give one position per token."
         )
-    return positions.long()
+    return positions.double() if real else positions.long()
+
+
+def check_ascending(positions: Tensor, real: Tensor | None) -> None:
+    """Raise ValueError where positions (T,) or (B, T) fall: looked at on CPU alone."""
+    if positions.device.type != "cpu" or not concrete(positions):
+        return
+    counted = positions if real is None else positions.where(real, -1)
+    highest = counted.cummax(-1).values
+    falls = counted < highest if real is None else (counted < highest) & real
+    if falls.any():
+        raise ValueError(
+            "positions must not fall within a row: got "
+            f"{positions[falls][0].item()} after {highest[falls][0].item()}. Documents packed into "
+            "a row are kept apart by segments=posenc.segments(lengths), and need no positions."
+        )
+
+
+def check_mask(mask: object, batch: int, length: int) -> None:
+    """Raise ValueError unless bool (B, T)."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (batch, length):
+        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+        raise ValueError(
+            f"mask must be torch.bool of shape ({batch}, {length}), True for real tokens of this "
+            f"call; got {got}. An attention_mask of 0 and 1 becomes one by .bool()."
+        )
+
+
+def check_segments(segments: object, batch: int, length: int) -> None:
+    """Raise ValueError unless integer (B, T), each document in one piece (looked at on CPU)."""
+    if (
+        not isinstance(segments, Tensor)
+        or segments.dtype.is_floating_point
+        or segments.dtype.is_complex
+        or segments.dtype == torch.bool
+        or segments.shape != (batch, length)
+    ):
+        got = (
+            f"{segments.dtype} {tuple(segments.shape)}"
+            if isinstance(segments, Tensor)
+            else repr(segments)
+        )
+        raise ValueError(
+            f"segments must be integers of shape ({batch}, {length}), equal within a document; "
+            f"got {got}. posenc.segments(lengths) makes a row of them."
+        )
+    if segments.device.type != "cpu" or not concrete(segments):
+        return
+    for row in segments:
+        order = row.unique_consecutive()
+        if len(order) > len(order.unique()):
+            raise ValueError(
+                f"segments must not come back: got the documents {order.tolist()} in one row. "
+                "Number them in their order."
+            )
+
+
+def concrete(x: Tensor) -> bool:
+    """Whether the numbers of x can be looked at: not while traced, mapped or fake."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or _get_current_dispatch_mode() is not None
+        or x.is_meta
+    )
 
 
 def check_base(base: float) -> None:

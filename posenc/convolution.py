@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posenc.backends import fused
 from posenc.cache import Stream
 from posenc.checks import check_sizes
 from posenc.errors import unknown
@@ -121,6 +120,7 @@ class DepthwiseConv(nn.Module):
         v: Tensor,
         *,
         real: Tensor | None = None,
+        segments: Tensor | None = None,
         state: "Cache | None" = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Convolve q, k and v (B, H, T, D).
@@ -139,32 +139,6 @@ class DepthwiseConv(nn.Module):
         biases = [None] * 3 if self.bias is None else self.bias.unbind(0)
         q, k, v = map(depthwise_conv, inputs, self.weight.unbind(0), biases, past)
         return q, k, v
-
-    @property
-    def has_kernel(self) -> bool:
-        """Whether a kernel holds as many taps (`impl="fused"`). Needs Triton."""
-        from posenc.kernels.conv import MAX_TAPS
-
-        return self.kernel_size <= MAX_TAPS
-
-    def forward_fused(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        real: Tensor | None = None,
-        state: "Cache | None" = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`forward` by the kernel, q, k and v in one launch; padding is refused."""
-        from posenc.kernels.conv import conv
-
-        fused.check_case(real, 0.0)
-        past = None if state is None else state.recent("conv").to(q.dtype)
-        outputs = conv(q, k, v, self.weight, self.bias, past)
-        if state is not None:
-            state.append("conv", torch.stack((q, k, v), dim=1))
-        return outputs
 
     def streams(self) -> dict[str, Stream]:
         """The rows of q, k and v before the convolution."""

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 Pairing = Literal["half", "interleaved"]
 PAIRINGS: tuple[Pairing, ...] = ("half", "interleaved")
+#: How features pair up; widths are blocks side by side, half-split inside each.
+Layout = Pairing | tuple[int, ...]
 
 
 def inverse_frequencies(dim: int, base: float, device: torch.device | None = None) -> Tensor:
@@ -42,20 +44,32 @@ def phase_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def pairs(x: Tensor, pairing: Pairing = "half") -> tuple[Tensor, Tensor]:
+def repeat_heads(x: Tensor, heads: int, dim: int) -> Tensor:
+    """x with each of its G heads (along `dim`) repeated for the heads/G that share it."""
+    return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim=dim)
+
+
+def pairs(x: Tensor, pairing: Layout = "half") -> tuple[Tensor, Tensor]:
     """The two members of every pair of features, each (..., D/2)."""
+    if isinstance(pairing, tuple):
+        halves = [half for block in x.split(pairing, -1) for half in block.chunk(2, -1)]
+        return torch.cat(halves[::2], dim=-1), torch.cat(halves[1::2], dim=-1)
     first, second = x.chunk(2, -1) if pairing == "half" else x.unflatten(-1, (-1, 2)).unbind(-1)
     return first, second
 
 
-def join(first: Tensor, second: Tensor, pairing: Pairing = "half") -> Tensor:
+def join(first: Tensor, second: Tensor, pairing: Layout = "half") -> Tensor:
     """The inverse of `pairs`."""
+    if isinstance(pairing, tuple):
+        widths = [width // 2 for width in pairing]
+        halves = zip(first.split(widths, -1), second.split(widths, -1), strict=True)
+        return torch.cat([half for block in halves for half in block], dim=-1)
     if pairing == "half":
         return torch.cat((first, second), dim=-1)
     return torch.stack((first, second), dim=-1).flatten(-2)
 
 
-def sines(angle: Tensor, factor: float = 1.0, pairing: Pairing = "half") -> tuple[Tensor, Tensor]:
+def sines(angle: Tensor, factor: float = 1.0, pairing: Layout = "half") -> tuple[Tensor, Tensor]:
     """What `turn` multiplies each feature and its partner by, factor times: cos a for both, -sin a
     for the first of a pair and sin a for the second; angle (..., R/2) -> (..., R) each.
     """
@@ -65,7 +79,7 @@ def sines(angle: Tensor, factor: float = 1.0, pairing: Pairing = "half") -> tupl
     return join(cos, cos, pairing), join(-sin, sin, pairing)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing = "half") -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor, pairing: Layout = "half") -> Tensor:
     """Rotate the first cos.shape[-1] features of x, in cos's precision; the result has x's dtype.
 
     x (B, H, T, D); cos, sin of `sines`, broadcastable to (B, H, T, R) with R <= D. Features beyond

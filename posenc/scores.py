@@ -1,24 +1,44 @@
-"""How an encoding enters the logits.
+"""How an encoding enters the logits: data that it describes and a back end computes.
 
     logits[m, n] = scale * ((q[m] + content_h) . k[n] + relative[m, n]) + bias[m, n]
     relative     = (q[m] + query_h) . table[h, d] + offset[h, d],    d the distance of m and n
 
-The relative term stays factored until a back end needs it. Shapes: q (B, H, T, D), keys S >= T.
+The relative term stays factored and the bias a function until a back end needs them. Shapes: q
+(B, H, T, D), keys S >= T.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+#: An additive bias of some rows and some keys: broadcastable to (B, H, rows, keys).
+Bias = Callable[[slice, slice], Tensor]
+
 
 class RelativeTerm(NamedTuple):
-    """A query-dependent term of the distance; distances beyond the table use its last row."""
+    """A query-dependent term of the distance.
 
-    table: Tensor  # (H, P, D)
-    query: Tensor | None = None  # (H, D)
-    offset: Tensor | None = None  # (H, P)
-    distances: Tensor | None = None  # integer (T, S) or (B, 1, T, S); None: consecutive keys
+    Attributes:
+        rows: the table's rows of distances 0 .. N-1: (H, N or fewer, D); further ones are its last.
+            Two-sided, those of distances -(P-1) .. P-1, whatever N is.
+        query: (H, D), added to q.
+        offset: (H, P), without query.
+        distances: integer (T, S) or (B, 1, T, S); None: consecutive keys.
+        factors: of q + query (B, H, T, D) at the positions of the case: two tensors (.., T, E) and
+            (.., S, E) whose product is the term without offset; None: there are none.
+        width: E.
+        two_sided: whether keys after the query have rows too.
+    """
+
+    rows: Callable[[int], Tensor]
+    query: Tensor | None = None
+    offset: Tensor | None = None
+    distances: Tensor | None = None
+    factors: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    width: int = 0
+    two_sided: bool = False
 
 
 class Scores(NamedTuple):
@@ -26,12 +46,17 @@ class Scores(NamedTuple):
 
     scale: float | None = None  # None is 1/sqrt(D)
     content: Tensor | None = None  # (H, D)
-    bias: Tensor | None = None  # broadcastable to (B, H, T, S)
+    bias: Bias | None = None
     relative: RelativeTerm | None = None
 
     def factor(self, head_dim: int) -> float:
         """The scale as a number."""
         return head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def plain(self) -> bool:
+        """Whether the logits are scale * (q + content) . k."""
+        return self.bias is None and self.relative is None
 
 
 def add_per_head(q: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,9 +68,10 @@ def falling_table(
     term: RelativeTerm, key_length: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """The table (H, D, S + 1) and its offsets (H, 1, S + 1) at the distances S, S-1, .. 0."""
-    falling = torch.arange(key_length, -1, -1, device=term.table.device)
-    falling = falling.clamp(max=term.table.shape[-2] - 1)
-    columns = term.table[:, falling].to(dtype).transpose(1, 2)
+    table = term.rows(key_length)
+    falling = torch.arange(key_length, -1, -1, device=table.device)
+    falling = falling.clamp(max=table.shape[-2] - 1)
+    columns = table[:, falling].to(dtype).transpose(1, 2)
     if term.offset is None:
         return columns, None
     return columns, term.offset[:, falling].to(dtype).unsqueeze(1)
@@ -63,14 +89,25 @@ def skew(by_distance: Tensor) -> Tensor:
 
 
 def relative_logits(q: Tensor, term: RelativeTerm, key_length: int) -> Tensor:
-    """The relative term, unscaled: (B, H, T, S). Entries above the diagonal must be masked."""
-    query = add_per_head(q, term.query)
-    if term.distances is None:
+    """The relative term, unscaled: (B, H, T, S). Causal, entries after the query must be masked."""
+    query, length = add_per_head(q, term.query), q.shape[-2]
+    # For few queries two products with the factors cost less than a row for every distance.
+    few = length < key_length and length < q.shape[-1]
+    if term.factors is not None and (term.two_sided or term.distances is not None or few):
+        on_query, on_key = term.factors(query)
+        return on_query @ on_key.mT
+    distances = term.distances
+    if distances is None and not term.two_sided:
         columns, offset = falling_table(term, key_length, q.dtype)
         by_distance = query @ columns  # (B, H, T, S + 1)
         return skew(by_distance if offset is None else by_distance + offset)
-    by_distance = query @ term.table.to(q.dtype).transpose(-1, -2)  # (B, H, T, P)
+    if distances is None:
+        index = torch.arange(key_length, device=q.device)
+        distances = index[key_length - length :].unsqueeze(-1) - index
+    table = term.rows(key_length)
+    by_distance = query @ table.to(q.dtype).transpose(-1, -2)  # (B, H, T, P)
     if term.offset is not None:
         by_distance = by_distance + term.offset.to(q.dtype).unsqueeze(-2)
-    distances = term.distances.clamp(0, term.table.shape[-2] - 1)
-    return by_distance.gather(-1, distances.expand(*q.shape[:2], *distances.shape[-2:]))
+    last = table.shape[-2] - 1
+    at = distances + last // 2 if term.two_sided else distances
+    return by_distance.gather(-1, at.clamp(0, last).expand(*q.shape[:2], *at.shape[-2:]))

@@ -1,12 +1,19 @@
-"""Causal attention with a relative term in blocks of query rows: the fast path on CPU.
+"""Attention piece by piece: the fast path on CPU where T x S holds less than it spans.
 
-A block sees the keys up to its last row only, so the half of T x S above the diagonal is never
-formed, and the logits of one block at a time where blocks are recomputed in the backward pass.
-Forward + backward on 2 CPU cores, fp32, B=8 H=4 T=512 D=64: 63 ms; as a dense bias to torch's
-attention 170 ms. Logits and softmax are fp32 whatever the inputs are.
+With a relative term: blocks of query rows that see the keys up to their last row only, so the half
+of T x S above the diagonal is never formed, and the logits of one block at a time where blocks are
+recomputed in the backward pass. Forward + backward on 2 CPU cores, fp32, B=8 H=4 T=512 D=64: 63 ms;
+as a dense bias to torch's attention 170 ms. Logits and softmax are fp32 whatever the inputs are.
+
+Otherwise packed documents one by one and windows as a band of blocks, each by torch's attention; a
+padded text in blocks whose masks are small.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -14,66 +21,158 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from posenc.autocast import no_autocast
-from posenc.scores import RelativeTerm, Scores, add_per_head, falling_table, skew
+from posenc.backends.case import Case
+from posenc.backends.mask import Piece
+from posenc.backends.short import UPCAST_TO
+from posenc.backends.skipping import runs_eagerly
+from posenc.routing.gates import weighed
+from posenc.scores import add_per_head, falling_table, skew
 
-#: Rows of a block; of 64, 128, 256 and 512 the fastest on CPU.
+#: Rows of a block with a relative term; of 64, 128, 256 and 512 the fastest on CPU.
 ROWS = 128
 #: From this many queries on, a block is recomputed in the backward pass: memory linear in T.
 RECOMPUTE_FROM = 1024
+#: Rows of a block where a window or padding calls for blocks.
+BAND_ROWS = 256
+#: From so many queries on a padded text goes in blocks: below, one dense mask is as fast.
+PADDED_FROM = 1024
 
 
-def attend_blockwise(
-    q: Tensor, k: Tensor, v: Tensor, scores: Scores, term: RelativeTerm, *, dropout_p: float = 0.0
-) -> Tensor:
-    """Attention over consecutive keys without padding.
+def reason(case: Case) -> str | None:
+    """None where it can and pays, else why not."""
+    if torch.compiler.is_compiling():
+        return "a traced loop over pieces would make a graph of its own for every length"
+    mask, term = case.mask, case.scores.relative
+    if mask.length == 1:
+        return "a single query has no blocks"
+    if term is not None:
+        if term.distances is not None or term.two_sided or case.scores.bias is not None:
+            return "takes relative terms of consecutive keys, causal, without a further bias"
+        if mask.segments is not None and not runs_eagerly(case.q):
+            return "packed documents are cut by their numbers, which are not to be had here"
+        return None
+    if mask.segments is not None or mask.window is not None:
+        return None if runs_eagerly(case.q) else "pieces are cut by numbers not to be had here"
+    if mask.real is not None and mask.length >= PADDED_FROM:
+        return None
+    return "T x S is full: one piece"
 
-    Args:
-        q: (B, H, T, D). k, v: (B, H, S, D), T <= S.
-        scores: its content and scale. term: its relative term, without given distances.
-        dropout_p: of the weights.
-    """
-    batch, heads, length, dim = q.shape
-    key_length, scale = k.shape[-2], scores.factor(dim)
+
+def attend(case: Case) -> Tensor:
+    """(B, H, T, D) in q's dtype."""
+    case = case.turned()
+    one = _relative if case.scores.relative is not None else _plain
+    rows = ROWS if case.scores.relative is not None else _band_rows(case)
+    parts = groupby(case.mask.pieces(rows), key=lambda piece: piece.batch)
+    outputs = [one(case, batch, list(pieces)) for batch, pieces in parts]
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return weighed(y, case.gates)
+
+
+def _band_rows(case: Case) -> int | None:
+    """None where documents alone cut the rows."""
+    mask = case.mask
+    if mask.window is not None:
+        return max(BAND_ROWS, mask.window // 2)
+    return None if mask.real is None and case.scores.bias is None else BAND_ROWS
+
+
+def _plain(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
+    """Some rows of the batch, each piece by torch's attention."""
+    q, scores, dtype = add_per_head(case.q[batch], case.scores.content), case.scores, case.q.dtype
+    k, v = case.k[batch], case.v[batch]
+    wide = dtype.itemsize < 4 and all(
+        piece.keys.stop - piece.keys.start <= UPCAST_TO for piece in pieces
+    )
+    if wide:
+        q, k, v = q.float(), k.float(), v.float()
+    sdpa = partial(
+        F.scaled_dot_product_attention,
+        dropout_p=case.dropout_p,
+        scale=case.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    queries = q.split([piece.rows.stop - piece.rows.start for piece in pieces], dim=-2)
+    outputs = []
+    with no_autocast(q.device) if wide else nullcontext():
+        for piece, query, key, value in zip(
+            pieces, queries, _spans(k, pieces), _spans(v, pieces), strict=True
+        ):
+            if piece.square and scores.bias is None:
+                outputs.append(sdpa(query, key, value, is_causal=True))
+                continue
+            allowed = case.mask.dense(batch, piece.rows, piece.keys)
+            if scores.bias is not None:
+                bias = scores.bias(piece.rows, piece.keys)
+                bias = bias[batch] if bias.ndim == 4 and len(bias) > 1 else bias
+                precise = torch.promote_types(q.dtype, torch.float32)
+                allowed = bias.to(precise).masked_fill(~allowed, -math.inf)
+            outputs.append(sdpa(query, key, value, attn_mask=allowed))
+    return torch.cat(outputs, dim=-2).to(dtype)
+
+
+def _spans(x: Tensor, pieces: list[Piece]) -> Iterator[Tensor]:
+    """The keys of each piece. Cut once: the gradients of slices would be as large as x each."""
+    cuts = sorted({0, x.shape[-2], *(edge for p in pieces for edge in (p.keys.start, p.keys.stop))})
+    parts = x.split([b - a for a, b in pairwise(cuts)], dim=-2)
+    index = {cut: i for i, cut in enumerate(cuts)}
+    for piece in pieces:
+        own = parts[index[piece.keys.start] : index[piece.keys.stop]]
+        yield own[0] if len(own) == 1 else torch.cat(own, dim=-2)
+
+
+def _relative(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
+    """Some rows of the batch, with a relative term."""
+    case = case.repeated()
+    q, k, v, scores, scale = case.q[batch], case.k[batch], case.v[batch], case.scores, case.scale
+    term, mask, dropout_p = scores.relative, case.mask, case.dropout_p
+    assert term is not None
+    rows_in_batch, heads, length, dim = q.shape
     precise = torch.promote_types(q.dtype, torch.float32)
 
     def by_head(x: Tensor) -> Tensor:
         # Heads before the batch: one product then serves all sequences that share a head's table.
-        return x.transpose(0, 1).reshape(heads * batch, x.shape[-2], dim)
+        return x.transpose(0, 1).reshape(heads * rows_in_batch, x.shape[-2], dim)
 
     query = q.to(precise)
     on_keys, keys = by_head(add_per_head(query, scores.content)), by_head(k.to(precise)).mT
     on_table = add_per_head(query, term.query).transpose(0, 1)  # (H, B, T, D)
-    columns, offset = falling_table(term, key_length, precise)
+    widest = max(piece.keys.stop - piece.keys.start for piece in pieces)
+    columns, offset = falling_table(term, widest, precise)
     values = by_head(v)
     above = torch.ones(ROWS, ROWS, dtype=torch.bool, device=q.device).triu(1)
 
-    def block(start: int, stop: int) -> Tensor:
-        rows, end = stop - start, key_length - length + stop
-        flat = on_table[:, :, start:stop].reshape(heads, batch * rows, dim)
+    def block(piece: Piece) -> Tensor:
+        rows, width = piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start
+        flat = on_table[:, :, piece.rows].reshape(heads, rows_in_batch * rows, dim)
         with no_autocast(q.device):
-            by_distance = torch.bmm(flat, columns[..., key_length - end :])  # (H, B * rows, end+1)
+            by_distance = torch.bmm(flat, columns[..., widest - width :])  # (H, B * rows, width+1)
             if offset is not None:
-                by_distance = by_distance + offset[..., key_length - end :]
-            relative = skew(by_distance.view(heads * batch, rows, end + 1))
+                by_distance = by_distance + offset[..., widest - width :]
+            relative = skew(by_distance.view(heads * rows_in_batch, rows, width + 1))
             logits = torch.baddbmm(
-                relative, on_keys[:, start:stop], keys[..., :end], beta=scale, alpha=scale
+                relative, on_keys[:, piece.rows], keys[..., piece.keys], beta=scale, alpha=scale
             )
-            logits[..., end - rows :].masked_fill_(above[:rows, :rows], -math.inf)
+            if mask.real is None and mask.window is None:
+                logits[..., width - rows :].masked_fill_(above[:rows, :rows], -math.inf)
+            else:
+                hidden = ~mask.dense(batch, piece.rows, piece.keys)
+                split = logits.unflatten(0, (heads, rows_in_batch))
+                split.masked_fill_(hidden.squeeze(1) if hidden.ndim == 4 else hidden, -math.inf)
             weights = logits.softmax(-1).to(v.dtype)
             if dropout_p:
                 weights = F.dropout(weights, dropout_p)
-            return torch.bmm(weights, values[:, :end])
+            return torch.bmm(weights, values[:, piece.keys])
 
     recompute = torch.is_grad_enabled() and length >= RECOMPUTE_FROM
     outputs = []
     # The widest block first: where it lay the others fit. Growing blocks left a hole each, at
     # T=8192 1.1 GB of them instead of 0.27.
-    for start in reversed(range(0, length, ROWS)):
-        stop = min(start + ROWS, length)
+    for piece in reversed(pieces):
         if recompute:
             random = dropout_p > 0
-            y = checkpoint(block, start, stop, use_reentrant=False, preserve_rng_state=random)
+            y = checkpoint(block, piece, use_reentrant=False, preserve_rng_state=random)
         else:
-            y = block(start, stop)
+            y = block(piece)
         outputs.append(y)
-    return torch.cat(outputs[::-1], dim=1).unflatten(0, (heads, batch)).transpose(0, 1)
+    return torch.cat(outputs[::-1], dim=1).unflatten(0, (heads, rows_in_batch)).transpose(0, 1)

@@ -1,16 +1,22 @@
-"""The Triton kernels as attention's back end, `impl="fused"`: where they run, what they compute.
+"""The Triton kernels as a back end, `impl="fused"`: where they run, what they compute.
 
-Only this file and the `.._fused` and `has_kernel` members of encodings and convolution import
-`posenc.kernels`, and only when such a path is chosen: posenc itself needs no Triton.
+The only importer of `posenc.kernels`, and only when this back end is chosen: posenc itself needs no
+Triton. Which description has a kernel, alone or inside the core, is decided here and nowhere else.
 """
 
 import importlib.util
+import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from posenc.routing.moh import Gates, weigh
-from posenc.scores import Scores, add_per_head
+from posenc.backends.case import Case
+from posenc.cache import Cache
+from posenc.convolution import DepthwiseConv
+from posenc.rotations import ByContent, ByPosition, ByRates, Rotation
+from posenc.routing.gates import Gates, weighed
+from posenc.scores import RelativeTerm, add_per_head
 
 REMEDY = "Use impl='sdpa' (torch's fused attention), 'reference' or 'auto'."
 
@@ -30,54 +36,163 @@ def check_available() -> None:
         )
 
 
-def check_case(real: Tensor | None, dropout_p: float) -> None:
-    """Raise ValueError for what no kernel computes yet: padded rows and dropped weights."""
-    if real is not None:
-        raise ValueError(
-            "impl='fused' takes positions of shape (T,) only: (B, T) may hold padding, for which "
-            f"the kernels have no mask. {REMEDY}"
+def check_parts(dropout: float, conv: DepthwiseConv | None) -> None:
+    """Raise ValueError for parts of a module that no kernel computes. Needs Triton."""
+    if dropout:
+        raise ValueError(f"impl='fused' {NO_DROPOUT}. {REMEDY}")
+    if conv is not None:
+        from posenc.kernels.conv import MAX_TAPS
+
+        if conv.kernel_size > MAX_TAPS:
+            raise ValueError(
+                f"impl='fused' has no kernel for a convolution of kernel_size={conv.kernel_size}; "
+                f"it holds up to {MAX_TAPS} taps. {REMEDY}"
+            )
+
+
+NO_DROPOUT = "drops no attention weights; got dropout"
+NO_PADDING = (
+    "takes positions of shape (T,) only: (B, T) may hold padding, for which the kernels have no "
+    "mask"
+)
+
+
+def reason(case: Case) -> str | None:
+    """Why no kernel computes the case, or None."""
+    if case.dropout_p:
+        return NO_DROPOUT
+    if case.mask.real is not None:
+        return NO_PADDING
+    term = case.scores.relative
+    given = term is not None and term.distances is not None and not _joins(case, term)
+    if case.scores.bias is not None or given:
+        return (
+            "has no kernel for a dense bias, nor for a relative term at given positions; leave "
+            "positions out where they are consecutive"
         )
-    if dropout_p:
-        raise ValueError(f"impl='fused' drops no attention weights; got dropout. {REMEDY}")
+    return None
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scores: Scores,
-    gates: Gates | None,
-    real: Tensor | None,
-    dropout_p: float,
-) -> Tensor:
-    """`core.attend` by the kernels; arguments and errors as there.
-
-    What gates drop is skipped unless there is a relative term.
-    """
+def attend(case: Case) -> Tensor:
+    """(B, H, T, D) in q's dtype. What gates drop is skipped unless there is a relative term."""
     from posenc.kernels.relative import relative_attention
 
-    check_case(real, dropout_p)
-    term, scale = scores.relative, scores.factor(q.shape[-1])
-    if scores.bias is not None or (term is not None and term.distances is not None):
-        raise ValueError(
-            "impl='fused' has no kernel for a dense bias, nor for a relative term at given "
-            f"positions. Leave positions out where they are consecutive. {REMEDY}"
-        )
+    # Gates that drop nothing only weigh what the kernels without gates give.
+    drops = case.gates is not None and case.gates.kept < 1
+    q, k, v, scores, scale = case.q, case.k, case.v, case.scores, case.scale
+    rotation = case.rotation
+    if rotation is not None and not drops and scores.plain and scores.content is None:
+        whole = _turn_and_attend(rotation, q, k, v)
+        if whole is not None:
+            return weighed(whole, case.gates)
+    if rotation is not None:
+        q, k = turn(rotation, q, k)
+    term = scores.relative
+    query = add_per_head(q, scores.content)
     if term is None:
-        query = add_per_head(q, scores.content)
-        return attend_plain(query, k, v, gates, scale)
+        return _plain(query, k, v, case.gates, scale)
+    if _joins(case, term):
+        assert term.factors is not None
+        on_query, on_key = term.factors(add_per_head(q, term.query))
+        width = on_query.shape[-1]
+        queries = torch.cat((query, on_query), dim=-1)
+        keys = torch.cat((k, on_key.expand(*k.shape[:-1], width)), dim=-1)
+        y = _plain(queries, keys, F.pad(v, (0, width)), case.gates, scale)
+        return y[..., : v.shape[-1]]
+    table = term.rows(k.shape[-2])
     biases = (term.offset, scores.content, term.query)
-    y = relative_attention(q, k, v, term.table, *biases, scale=scale)
-    return y if gates is None else weigh(y, gates.values)
+    return weighed(relative_attention(q, k, v, table, *biases, scale=scale), case.gates)
 
 
-def attend_plain(q: Tensor, k: Tensor, v: Tensor, gates: Gates | None, scale: float) -> Tensor:
+def _joins(case: Case, term: RelativeTerm) -> bool:
+    """Whether a sinusoid no wider than a head joins q and k as features of plain attention."""
+    whole = case.mask.length == case.mask.key_length
+    return term.factors is not None and term.width <= case.q.shape[-1] and whole
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, gates: Gates | None, scale: float) -> Tensor:
     """Attention without terms in the logits, dense or of what the gates keep."""
     from posenc.kernels.flash import flash_attention
     from posenc.kernels.routed import routed_attention
 
     if gates is None or gates.kept == 1:
-        y = flash_attention(q, k, v, scale=scale)
-        return y if gates is None else weigh(y, gates.values)
+        return weighed(flash_attention(q, k, v, scale=scale), gates)
     every = gates.need_every_output
     return routed_attention(q, k, v, gates.values, scale=scale, straight_through=every)
+
+
+def _turn_and_attend(rotation: Rotation, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """Rotation and attention in one kernel where there is one, else None."""
+    if isinstance(rotation, ByPosition) and isinstance(rotation.pairing, str):
+        from posenc.kernels.rope_attention import rope_attention
+
+        frequencies, factor = rotation.spectrum.at(rotation.place)
+        positions = rotation.place.positions.long()
+        pairing = rotation.pairing
+        return rope_attention(q, k, v, frequencies, positions, factor=factor, pairing=pairing)
+    if isinstance(rotation, ByRates) and rotation.state is None:
+        from posenc.kernels.carope_attention import carope_attention
+
+        return carope_attention(q, k, v, rotation.log_f, first_power=rotation.first_power)
+    return None
+
+
+def turn(rotation: Rotation, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k turned by a kernel, in one launch, or eagerly where there is none."""
+    if isinstance(rotation, ByPosition) and isinstance(rotation.pairing, str):
+        from posenc.kernels.rope import rope
+
+        frequencies, factor = rotation.spectrum.at(rotation.place)
+        positions = rotation.place.positions.long()
+        return rope(q, k, frequencies, positions, factor=factor, pairing=rotation.pairing)
+    if isinstance(rotation, ByContent):
+        from posenc.kernels.polar import polar
+
+        frequencies, _ = rotation.spectrum.at(rotation.place)
+        positions = rotation.place.positions.long()
+        return polar(q, k, rotation.delta, rotation.b, frequencies, positions)
+    if isinstance(rotation, ByRates):
+        return _turn_by_rates(rotation, q, k)
+    turned_q, turned_k = rotation.apply(q, k)
+    assert turned_q is not None
+    assert turned_k is not None
+    return turned_q, turned_k
+
+
+def _turn_by_rates(rotation: ByRates, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """By the kernel, which writes the phases of the tokens only for a cache."""
+    from posenc.kernels.carope import carope, carope_with_phases
+    from posenc.kernels.turns import radians_from_turns, turns_from_radians
+
+    log_f, first_power, state = rotation.log_f, rotation.first_power, rotation.state
+    if rotation.real is not None:
+        log_f = log_f.masked_fill(~rotation.real.unsqueeze(1), -math.inf)
+    if state is None:
+        q, k, _ = carope(q, k, log_f, first_power=first_power)
+        return q, k
+    carry = turns_from_radians(state.recent("phase").squeeze(-2))
+    q, k, phases = carope_with_phases(q, k, log_f, carry, first_power=first_power)
+    state.append("phase", radians_from_turns(phases))
+    return q, k
+
+
+def convolve(
+    conv: DepthwiseConv,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    real: Tensor | None = None,
+    segments: Tensor | None = None,
+    state: Cache | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`DepthwiseConv` by its kernel, q, k and v in one launch; padding is refused."""
+    from posenc.kernels.conv import conv as kernel
+
+    if real is not None:
+        raise ValueError(f"impl='fused' {NO_PADDING}. {REMEDY}")
+    past = None if state is None else state.recent("conv").to(q.dtype)
+    outputs = kernel(q, k, v, conv.weight, conv.bias, past)
+    if state is not None:
+        state.append("conv", torch.stack((q, k, v), dim=1))
+    return outputs

@@ -1,25 +1,33 @@
 """The encoding seam: what a positional scheme may do inside attention.
 
 A scheme subclasses `Encoding` once and overrides what it needs; every default does nothing, so
-`Encoding()` is NoPE.
+`Encoding()` is NoPE. Inside attention a scheme describes, and a back end computes: `rotation` says
+how q and k turn, `scores` how the logits differ. The simplest schemes describe nothing and override
+`score_bias` (an additive bias of positions) or `rotate` (any function of q and k).
 """
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from posenc.routing.moh import Gates
-from posenc.scores import Scores
+from posenc.cache import Cache, Stream
+from posenc.checks import check_pair
+from posenc.placement import Placement, place
+from posenc.rotations import ByFunction, Rotation
+from posenc.scores import Scores, relative_logits
 
-if TYPE_CHECKING:
-    from posenc.cache import Cache, Stream
+#: What FlexAttention takes: (score, b, h, q_idx, kv_idx) -> score.
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Encoding(nn.Module):
     """Position in attention, at one or more of three places.
 
-    Shapes: q, k (B, H, T, D); positions integer (T,) or (B, T); x (B, T, C), the attention module's
-    own input.
+    Shapes: q (B, H, T, D), k (B, G, S, D); positions integer (T,), (1, T) or (B, T); x (B, T, C),
+    the attention module's own input.
     """
 
     #: Own parameters that must not be decayed (decay would pull them away from the encoding they
@@ -29,66 +37,137 @@ class Encoding(nn.Module):
     at_input: ClassVar[bool] = False
     #: Whether shifting all positions leaves the output unchanged.
     relative: ClassVar[bool] = True
+    #: Coordinates of a position, without a dimension of their own where None.
+    axes_count: int | None = None
+    #: Whether positions may be floating-point numbers.
+    continuous: bool = False
 
     def embed(self, positions: Tensor) -> Tensor | None:
         """What is added once to the token embedding: (T, C) or (B, T, C), or None."""
         return None
 
-    def rotate(
-        self,
-        q: Tensor,
-        k: Tensor,
-        positions: Tensor | None = None,
-        x: Tensor | None = None,
-        state: "Cache | None" = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Transform q and k, in time linear in T; `state` is given while decoding."""
-        return q, k
-
-    def rotate_fused(
-        self,
-        q: Tensor,
-        k: Tensor,
-        positions: Tensor | None = None,
-        x: Tensor | None = None,
-        state: "Cache | None" = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`rotate` by a Triton kernel where the scheme has one (`impl="fused"`)."""
-        return self.rotate(q, k, positions, x, state)
-
-    def attend_fused(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
-        x: Tensor,
-        gates: Gates | None = None,
-    ) -> Tensor | None:
-        """Position and attention in one kernel where the scheme has one, else None.
-
-        With `gates`, outputs come weighed, and None where `rotate_fused` and the kernel that skips
-        what they drop are better.
-        """
+    def rotation(
+        self, place: Placement, x: Tensor | None = None, state: Cache | None = None
+    ) -> Rotation | None:
+        """How q and k turn, in time linear in T, or None. `state` is given while decoding."""
         return None
 
     def scores(
+        self, place: Placement, x: Tensor | None = None, state: Cache | None = None
+    ) -> Scores:
+        """How the scheme enters the logits of turned q and k."""
+        if type(self).score_bias is Encoding.score_bias:
+            return Scores()
+        keys = _key_positions(place)
+
+        def bias(rows: slice, columns: slice) -> Tensor:
+            made = self.score_bias(place.positions[..., rows], keys[..., columns])
+            assert made is not None
+            return made
+
+        return Scores(bias=bias)
+
+    def describe_rotation(
+        self, place: Placement, x: Tensor | None = None, state: Cache | None = None
+    ) -> Rotation | None:
+        """`rotation`, or what a subclass's own `rotate` does where that is the later word."""
+        for kind in type(self).__mro__:
+            if "rotation" in vars(kind):
+                return self.rotation(place, x, state)
+            if "rotate" in vars(kind):
+                return ByFunction(self.rotate, place, x, state)
+        raise AssertionError("Encoding itself has both")
+
+    def rotate(
+        self,
+        q: Tensor | None,
+        k: Tensor | None = None,
+        positions: Tensor | None = None,
+        x: Tensor | None = None,
+        state: Cache | None = None,
+        *,
+        key_positions: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Turn q (B, H, T, D) and k (B, G, T, D), eagerly; None stays None.
+
+        The time is the dimension before the last: tensors (B, T, H, D) are to be transposed first,
+        and where T = H nothing can notice.
+
+        Args:
+            positions: of both; None is 0 .. T-1.
+            key_positions: of keys that stand elsewhere, of a length of their own.
+            x: (B, T, C), for schemes that turn by the tokens.
+
+        Raises:
+            ValueError: for wrong shapes, or keys of another length without key_positions.
+        """
+        apart = q is not None and k is not None and key_positions is not None
+        check_pair(q, k, getattr(self, "head_dim", None), apart=apart)
+        if apart:
+            q, _ = self.rotate(q, None, positions, x, state)
+            _, k = self.rotate(None, k, key_positions, x, state)
+            return q, k
+        one = q if q is not None else k
+        assert one is not None
+        if q is None and key_positions is not None:
+            positions = key_positions
+        where = place(
+            one.shape[0],
+            one.shape[-2],
+            one.device,
+            positions=positions,
+            axes=self.axes_count,
+            continuous=self.continuous,
+            ordered=False,
+        )
+        rotation = self.rotation(where, x, state)
+        return (q, k) if rotation is None else rotation.apply(q, k)
+
+    def score_bias(
+        self, positions: Tensor, key_positions: Tensor, x: Tensor | None = None
+    ) -> Tensor | None:
+        """What is added to q.k/sqrt(D), dense: (1 or B, H, T, S); None where there is no such bias.
+
+        Args:
+            positions: of the queries, (T,) or (B, T). key_positions: (S,) or (B, S).
+        """
+        return None
+
+    def score_mod(
         self,
         q: Tensor,
         k: Tensor,
         positions: Tensor,
         key_positions: Tensor | None = None,
         x: Tensor | None = None,
-        state: "Cache | None" = None,
-    ) -> Scores:
-        """How the scheme enters the logits of rotated q (B, H, T, D) and k (B, H, S, D).
+    ) -> ScoreMod | None:
+        """The closure that FlexAttention takes, for turned q (B, H, T, D) and k (B, G, S, D); None
+        where the scheme leaves the logits alone.
 
-        `key_positions` is None when the S keys sit at consecutive positions that end with the
-        queries', and (S,) or (B, S) where the caller gave positions of its own.
+        It captures what the scheme adds as a tensor (B or 1, H, T, S), made here.
         """
-        return Scores()
+        keys = positions if key_positions is None else key_positions
+        where = Placement(positions, length=q.shape[-2], key_length=k.shape[-2], keys=keys)
+        scores = self.scores(where, x)
+        scale = scores.factor(q.shape[-1])
+        added: Tensor | None = None
+        if scores.content is not None:
+            repeated = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+            added = scale * (scores.content.to(q.dtype).unsqueeze(-2) @ repeated.mT)
+        if scores.relative is not None:
+            term = scale * relative_logits(q, scores.relative, k.shape[-2])
+            added = term if added is None else added + term
+        if scores.bias is not None:
+            dense = scores.bias(slice(None), slice(None))
+            dense = dense.reshape((1,) * (4 - dense.ndim) + dense.shape)
+            added = dense if added is None else added + dense
+        if added is None and scores.scale is None:
+            return None
+        factor = scale * q.shape[-1] ** 0.5  # FlexAttention has divided by sqrt(D)
+        shape = (*q.shape[:3], k.shape[-2])
+        return partial(_modify, None if added is None else added.expand(shape), factor)
 
-    def streams(self) -> "dict[str, Stream]":
+    def streams(self) -> dict[str, Stream]:
         """The per-token tensors that decoding must remember beside k and v, by name."""
         return {}
 
@@ -97,3 +176,20 @@ class Encoding(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the scheme's own parameters anew (used after materialising a model from `meta`)."""
+
+
+def _modify(
+    added: Tensor | None, factor: float, score: Tensor, b: Tensor, h: Tensor, m: Tensor, n: Tensor
+) -> Tensor:
+    score = score if factor == 1 else score * factor
+    return score if added is None else score + added[b, h, m, n]
+
+
+def _key_positions(place: Placement) -> Tensor:
+    """Positions of the keys; those of consecutive ones end with the queries'."""
+    if place.keys is not None:
+        return place.keys
+    if place.key_length == place.length:
+        return place.positions
+    back = torch.arange(1 - place.key_length, 1, device=place.positions.device)
+    return place.positions[..., -1:] + back

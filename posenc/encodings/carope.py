@@ -19,19 +19,20 @@ that any rollback is exact.
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posenc.autocast import no_autocast
-from posenc.cache import Stream
-from posenc.checks import check_base, check_head_dim, check_heads, check_pair, check_sizes
+from posenc.cache import Cache, Stream
+from posenc.checks import check_base, check_head_dim, check_heads, check_kv_heads, check_sizes
 from posenc.encodings.base import Encoding
 from posenc.errors import unknown
-from posenc.phase import Float32Parameters, phase_dtype, turn_by, wrap
-from posenc.routing.moh import Gates
+from posenc.phase import Float32Parameters
+from posenc.placement import Placement, place
+from posenc.rotations import ByPhase, ByRates
 
 
 def log_rates(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,32 +48,6 @@ def log_rates(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return -torch.log1p(F.softplus(z, threshold=40))
 
 
-def running_phase(
-    log_f: Tensor,
-    pairs: int,
-    first_power: int = 0,
-    carry: Tensor | None = None,
-    real: Tensor | None = None,
-) -> Tensor:
-    """Inclusive sums of f^(i + first_power) over tokens, modulo 2 pi.
-
-    Args:
-        log_f: (B, H, T) fp64.
-        pairs: D/2, the number of bands.
-        carry: (B, H, 1, D/2) fp64, the phase before the first token; None is 0.
-        real: (B, T) bool, False where the phase must stand still; None is everywhere.
-
-    Returns:
-        (B, H, T, D/2) fp64 in [-pi, pi].
-    """
-    powers = torch.arange(first_power, first_power + pairs, dtype=log_f.dtype, device=log_f.device)
-    steps = torch.exp(log_f.unsqueeze(-1) * powers)  # (B, H, T, D/2)
-    if real is not None:
-        steps = steps * real[:, None, :, None]
-    phase = steps.cumsum(-2)
-    return wrap(phase if carry is None else phase + carry)
-
-
 class CARoPE(Float32Parameters, Encoding):
     """Context-aware rotary position embedding: every head turns at a rate that the token sets.
 
@@ -80,6 +55,7 @@ class CARoPE(Float32Parameters, Encoding):
         embed_dim: C, the width of x.
         num_heads: H.
         head_dim: D, even; embed_dim / num_heads if None.
+        num_kv_heads: G, heads of k; the rates are theirs. H if None.
         base: the RoPE that init="rope" starts from.
         init: "rope" (W = 0 and a bias, exactly RoPE) or "paper" (W ~ N(0, 0.02), no bias).
         first_power: 0 (bands f^0 .. f^(D/2-1)) or 1 (f^1 .. f^(D/2)).
@@ -99,6 +75,7 @@ class CARoPE(Float32Parameters, Encoding):
         num_heads: int,
         *,
         head_dim: int | None = None,
+        num_kv_heads: int | None = None,
         base: float = 10000.0,
         init: Literal["rope", "paper"] = "rope",
         first_power: int = 0,
@@ -116,10 +93,11 @@ class CARoPE(Float32Parameters, Encoding):
         if first_power not in (0, 1):
             raise ValueError(f"first_power must be 0 or 1; got {first_power}.")
         self.num_heads, self.head_dim, self.base = num_heads, head_dim, base
+        self.num_kv_heads = check_kv_heads(num_heads, num_kv_heads)
         self.init, self.first_power, self.source = init, first_power, source
         self.embed_dim = embed_dim
-        self.weight = self.float32_parameter(embed_dim, num_heads)
-        self.bias = self.float32_parameter(num_heads) if init == "rope" else None
+        self.weight = self.float32_parameter(embed_dim, self.num_kv_heads)
+        self.bias = self.float32_parameter(self.num_kv_heads) if init == "rope" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -132,81 +110,27 @@ class CARoPE(Float32Parameters, Encoding):
             y = math.expm1(2 * math.log(self.base) / self.head_dim)
             nn.init.constant_(self.bias, y + math.log(-math.expm1(-y)))
 
-    def phases(self, x: Tensor, positions: Tensor | None = None, state: Any = None) -> Tensor:
-        """The running phase (B, H, T, D/2), fp64 modulo 2 pi, of the tokens x (B, T, C)."""
-        log_f = log_rates(x, self.weight, self.bias)
-        real = positions >= 0 if positions is not None and positions.ndim == 2 else None
-        carry = None if state is None else state.recent("phase")
-        phase = running_phase(log_f, self.head_dim // 2, self.first_power, carry, real)
-        if state is not None:
-            state.append("phase", phase)
-        return phase
-
-    def rotate(
-        self,
-        q: Tensor,
-        k: Tensor,
-        positions: Tensor | None = None,
-        x: Tensor | None = None,
-        state: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Rotate q and k (B, H, T, D) by the phases of x (B, T, C)."""
-        x = self._checked(q, k, x)
-        return turn_by_phase(q, k, self.phases(x, positions, state))
-
-    def rotate_fused(
-        self,
-        q: Tensor,
-        k: Tensor,
-        positions: Tensor | None = None,
-        x: Tensor | None = None,
-        state: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`rotate` by the kernel, which writes the phases of the tokens only for a cache."""
-        from posenc.kernels.carope import carope, carope_with_phases
-        from posenc.kernels.turns import radians_from_turns, turns_from_radians
-
-        log_f = log_rates(self._checked(q, k, x), self.weight, self.bias)
-        if positions is not None and positions.ndim == 2:
-            log_f = log_f.masked_fill((positions < 0).unsqueeze(1), -math.inf)
-        if state is None:
-            q, k, _ = carope(q, k, log_f, first_power=self.first_power)
-            return q, k
-        carry = turns_from_radians(state.recent("phase").squeeze(-2))
-        q, k, phases = carope_with_phases(q, k, log_f, carry, first_power=self.first_power)
-        state.append("phase", radians_from_turns(phases))
-        return q, k
-
-    def attend_fused(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
-        x: Tensor,
-        gates: Gates | None = None,
-    ) -> Tensor | None:
-        if gates is not None:
-            return None
-        from posenc.kernels.carope_attention import carope_attention
-
-        log_f = log_rates(self._checked(q, k, x), self.weight, self.bias)
-        return carope_attention(q, k, v, log_f, first_power=self.first_power)
-
-    def _checked(self, q: Tensor, k: Tensor, x: Tensor | None) -> Tensor:
-        """x itself, or ValueError for what does not fit."""
-        check_pair(q, k, self.head_dim)
-        shape = (q.shape[0], q.shape[-2], self.embed_dim)
-        if x is None or x.shape != shape:
+    def rotation(
+        self, place: Placement, x: Tensor | None = None, state: Cache | None = None
+    ) -> ByRates:
+        if x is None or x.ndim != 3 or x.shape[1:] != (place.length, self.embed_dim):
             got = None if x is None else tuple(x.shape)
             raise ValueError(
-                f"CARoPE turns by the tokens: rotate(q, k, positions, x) needs x of shape {shape}; "
-                f"got {got}. Pass the attention's input."
+                "CARoPE turns by the tokens: rotate(q, k, positions, x) needs x of shape "
+                f"(B, {place.length}, {self.embed_dim}); got {got}. Pass the attention's input."
             )
-        return x
+        log_f = log_rates(x, self.weight, self.bias)
+        return ByRates(log_f, self.head_dim // 2, self.first_power, place.here, state)
+
+    def phases(
+        self, x: Tensor, positions: Tensor | None = None, state: Cache | None = None
+    ) -> Tensor:
+        """The running phase (B, G, T, D/2), fp64 modulo 2 pi, of the tokens x (B, T, C)."""
+        where = place(len(x), x.shape[1], x.device, positions=positions, ordered=False)
+        return self.rotation(where, x, state).phases()
 
     def streams(self) -> dict[str, Stream]:
-        return {"phase": Stream((self.num_heads, self.head_dim // 2), torch.float64, history=1)}
+        return {"phase": Stream((self.num_kv_heads, self.head_dim // 2), torch.float64, history=1)}
 
     def extra_repr(self) -> str:
         return (
@@ -216,12 +140,6 @@ class CARoPE(Float32Parameters, Encoding):
         )
 
 
-def turn_by_phase(q: Tensor, k: Tensor, phase: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate q and k by one phase (B, H, T, D/2), rounded to the dtype of sines first."""
-    q, k = turn_by(phase.to(phase_dtype(q)), q, k)
-    return q, k
-
-
 class SharedPhase(Encoding):
     """A layer's part of CARoPE(source="token"): rotates by phases that the model computed once.
 
@@ -229,13 +147,8 @@ class SharedPhase(Encoding):
     D/2).
     """
 
-    def rotate(
-        self,
-        q: Tensor,
-        k: Tensor,
-        positions: Tensor | None = None,
-        x: Tensor | None = None,
-        state: Any = None,
-    ) -> tuple[Tensor, Tensor]:
+    def rotation(
+        self, place: Placement, x: Tensor | None = None, state: Cache | None = None
+    ) -> ByPhase:
         assert x is not None
-        return turn_by_phase(q, k, x)
+        return ByPhase(x)

@@ -18,42 +18,18 @@ state.
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from posenc.checks import check_base, check_head_dim, check_pair, check_positions, check_sizes
+from posenc.cache import Cache
+from posenc.checks import check_base, check_head_dim, check_kv_heads, check_sizes
 from posenc.encodings.base import Encoding
 from posenc.errors import unknown
-from posenc.phase import (
-    Float32Parameters,
-    inverse_frequencies,
-    pairs,
-    phase_dtype,
-    position_phases,
-    turn_by,
-)
+from posenc.phase import Float32Parameters
+from posenc.placement import Placement
+from posenc.rotations import ByContent, plain_spectrum
 from posenc.scores import Scores
-
-
-def content_angle(x: Tensor, delta: Tensor) -> Tensor:
-    """(delta - 1) * atan2(x2, x1): x (B, H, T, D), delta (H, D/2) -> (B, H, T, D/2); 0 at x = 0."""
-    first, second = pairs(x.to(phase_dtype(x)))
-    return (delta - 1).unsqueeze(-2) * torch.atan2(second, first)
-
-
-def turn_by_content(
-    q: Tensor, k: Tensor, delta: Tensor, b: Tensor, turns: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Rotate q and k (B, H, T, D) by their own angles and by `turns`, that of their positions.
-
-    delta, b: (H, D/2); b turns q alone. turns: broadcastable to (B, H, T, D/2).
-    """
-    q_angle = content_angle(q, delta) + (b.unsqueeze(-2) + turns)
-    k_angle = content_angle(k, delta) + turns
-    (q,), (k,) = turn_by(q_angle, q), turn_by(k_angle, k)
-    return q, k
 
 
 class Polar(Float32Parameters, Encoding):
@@ -62,6 +38,7 @@ class Polar(Float32Parameters, Encoding):
     Args:
         num_heads: H.
         head_dim: D, even.
+        num_kv_heads: G, heads of k; delta is theirs. H if None.
         base: of RoPE's frequencies.
         init: "rope" (delta = 1, b = 0, scale 1/sqrt(D): exactly RoPE) or "authors" (delta ~ N(0,
             std (D/2)^-1/2), b = 0, scale 1, Xavier-uniform projections).
@@ -77,6 +54,7 @@ class Polar(Float32Parameters, Encoding):
         num_heads: int,
         head_dim: int,
         *,
+        num_kv_heads: int | None = None,
         base: float = 10000.0,
         init: Literal["rope", "authors"] = "rope",
     ) -> None:
@@ -87,7 +65,8 @@ class Polar(Float32Parameters, Encoding):
             raise ValueError(unknown("Polar init", init, ("rope", "authors")))
         check_base(base)
         self.num_heads, self.head_dim, self.base, self.init = num_heads, head_dim, base, init
-        self.delta = self.float32_parameter(num_heads, head_dim // 2)
+        self.num_kv_heads = check_kv_heads(num_heads, num_kv_heads)
+        self.delta = self.float32_parameter(self.num_kv_heads, head_dim // 2)
         self.b = self.float32_parameter(num_heads, head_dim // 2)
         self.reset_parameters()
 
@@ -104,45 +83,13 @@ class Polar(Float32Parameters, Encoding):
             bound = math.sqrt(3 / weight.shape[1])
             nn.init.uniform_(weight, -bound, bound)
 
-    def rotate(
-        self,
-        q: Tensor,
-        k: Tensor,
-        positions: Tensor | None = None,
-        x: Tensor | None = None,
-        state: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Rotate q, k (B, H, T, D) by their angles and positions (T,), (B, T) or None: 0 .. T-1."""
-        check_pair(q, k, self.head_dim)
-        positions = check_positions(positions, q.shape[0], q.shape[-2], q.device)
-        frequencies = inverse_frequencies(self.head_dim, self.base, q.device)
-        turns = position_phases(positions, frequencies).to(phase_dtype(q))  # (T, D/2)
-        return turn_by_content(q, k, self.delta, self.b, turns)
-
-    def rotate_fused(
-        self,
-        q: Tensor,
-        k: Tensor,
-        positions: Tensor | None = None,
-        x: Tensor | None = None,
-        state: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`rotate` by the kernel: one launch for q and k."""
-        from posenc.kernels.polar import polar
-
-        check_pair(q, k, self.head_dim)
-        positions = check_positions(positions, q.shape[0], q.shape[-2], q.device).long()
-        frequencies = inverse_frequencies(self.head_dim, self.base, q.device)
-        return polar(q, k, self.delta, self.b, frequencies, positions)
+    def rotation(
+        self, place: Placement, x: Tensor | None = None, state: Cache | None = None
+    ) -> ByContent:
+        return ByContent(place, plain_spectrum(self.head_dim, self.base), self.delta, self.b)
 
     def scores(
-        self,
-        q: Tensor,
-        k: Tensor,
-        positions: Tensor,
-        key_positions: Tensor | None = None,
-        x: Tensor | None = None,
-        state: Any = None,
+        self, place: Placement, x: Tensor | None = None, state: Cache | None = None
     ) -> Scores:
         return Scores(scale=1.0 if self.init == "authors" else None)
 

@@ -14,19 +14,19 @@ reach half; ours holds P. Its tables start at 0, Transformer-XL's u and v at N(0
 pair for all layers, here one a layer). Raw keys are cached; no further state.
 """
 
-import math
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from posenc.cache import Cache
 from posenc.checks import check_even, check_sizes
 from posenc.encodings.base import Encoding
 from posenc.errors import unknown
 from posenc.phase import inverse_frequencies, pairs, position_phases
-from posenc.routing.moh import Gates
-from posenc.scores import RelativeTerm, Scores, add_per_head
+from posenc.placement import Placement
+from posenc.scores import RelativeTerm, Scores
 
 
 def sinusoid(distances: Tensor, embed_dim: int) -> Tensor:
@@ -124,63 +124,35 @@ class Relative(Encoding):
             self.W_R.reset_parameters()
 
     def scores(
-        self,
-        q: Tensor,
-        k: Tensor,
-        positions: Tensor,
-        key_positions: Tensor | None = None,
-        x: Tensor | None = None,
-        state: Any = None,
+        self, place: Placement, x: Tensor | None = None, state: Cache | None = None
     ) -> Scores:
+        positions, keys, apart = place.positions, place.keys, None
+        if keys is not None:
+            apart = place.once("distances", partial(distances, positions, keys))
         if self.kind == "learned":
-            apart = None if key_positions is None else distances(positions, key_positions)
-            term = RelativeTerm(self.R, offset=self.S, distances=apart)
+            term = RelativeTerm(lambda _: self.R, offset=self.S, distances=apart)
             return Scores(content=self.u, relative=term)
-        if state is not None and key_positions is None and q.shape[-2] < self.head_dim:
-            # For few queries two products with the sinusoid cost less than projecting all of it.
-            key_positions = torch.arange(k.shape[-2], device=k.device)
-            positions = key_positions[-q.shape[-2] :]
-        if key_positions is None:
-            return self._by_distance(k.shape[-2])
-        turned, key = self._factors(q, positions, key_positions)
-        return Scores(content=self.u, bias=turned @ key.mT / math.sqrt(self.head_dim))
+        if keys is None:
+            keys = torch.arange(place.key_length, device=positions.device)
+            positions = keys[place.key_length - place.length :]
 
-    def attend_fused(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
-        x: Tensor,
-        gates: Gates | None = None,
-    ) -> Tensor | None:
-        """A sinusoid no wider than a head joins q and k as further features of plain attention."""
-        width = self.sinusoid_dim
-        if self.kind == "learned" or width > self.head_dim:
-            return None
-        from posenc.backends.fused import attend_plain
+        def factored(query: Tensor) -> tuple[Tensor, Tensor]:
+            return factors(query, self.W_R.weight.to(query.dtype), positions, keys)
 
-        turned, key = self._factors(q, positions, positions)
-        content = add_per_head(q, self.u)
-        queries = torch.cat((content, turned), dim=-1)
-        keys = torch.cat((k, key.expand(*k.shape[:-1], width)), dim=-1)
-        values, scale = F.pad(v, (0, width)), self.head_dim**-0.5
-        y = attend_plain(queries, keys, values, gates, scale)
-        return y[..., : self.head_dim]
+        term = RelativeTerm(
+            self._rows,
+            query=self.v,
+            distances=apart,
+            factors=factored,
+            width=self.sinusoid_dim,
+        )
+        return Scores(content=self.u, relative=term)
 
-    def _by_distance(self, length: int) -> Scores:
-        """The sinusoidal form with a projected row for each of `length` distances."""
+    def _rows(self, length: int) -> Tensor:
+        """A projected row of the sinusoid for each of `length` distances: (H, length, D)."""
         r = sinusoid(torch.arange(length, device=self.u.device), self.sinusoid_dim)
         rows = self.W_R(r.to(self.W_R.weight.dtype))
-        table = rows.unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1)  # (H, S, D)
-        return Scores(content=self.u, relative=RelativeTerm(table, query=self.v))
-
-    def _factors(
-        self, q: Tensor, positions: Tensor, key_positions: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The sinusoidal form as products, see `factors`."""
-        query = add_per_head(q, self.v)
-        return factors(query, self.W_R.weight.to(q.dtype), positions, key_positions)
+        return rows.unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1)
 
     def extra_repr(self) -> str:
         sizes = f"num_heads={self.num_heads}, head_dim={self.head_dim}"

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posenc.checks import check_base, check_head_dim, check_pair, check_positions
+from posenc.cache import Cache
+from posenc.checks import check_base, check_head_dim
 from posenc.encodings.base import Encoding
 from posenc.encodings.scaling import scaled_frequencies
 from posenc.errors import unknown
-from posenc.phase import PAIRINGS, Pairing, phase_dtype, position_phases, sines, turn
-from posenc.routing.moh import Gates
+from posenc.phase import PAIRINGS, Pairing
+from posenc.placement import Placement
+from posenc.rotations import ByPosition, Spectrum
 
 
 class RoPE(Encoding):
@@ -63,60 +65,16 @@ class RoPE(Encoding):
         self.base, self.pairing = base, pairing
         self.scaling = None if scaling is None else dict(scaling)
 
-    def rotate(
-        self,
-        q: Tensor,
-        k: Tensor,
-        positions: Tensor | None = None,
-        x: Tensor | None = None,
-        state: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Rotate q and k (B, H, T, D) to positions (T,) or (B, T); None is 0 .. T-1."""
-        check_pair(q, k, self.head_dim)
-        positions = check_positions(positions, q.shape[0], q.shape[-2], q.device)
-        frequencies, factor = scaled_frequencies(self.rotary_dim, self.base, self.scaling, q.device)
-        angle = position_phases(positions, frequencies).to(phase_dtype(q))
-        cos, sin = sines(angle, factor, self.pairing)
-        if q.shape[-2] > 1 or (q.dtype, q.shape[0]) != (k.dtype, k.shape[0]):
-            return turn(q, cos, sin, self.pairing), turn(k, cos, sin, self.pairing)
-        # A single token's time is that of starting each op: both in one, 6 us of 117 a step saved.
-        heads = (q.shape[1], k.shape[1])
-        q, k = turn(torch.cat((q, k), dim=1), cos, sin, self.pairing).split(heads, dim=1)
-        return q, k
+    def frequencies(self, device: torch.device | None = None) -> tuple[Tensor, float]:
+        """The frequencies (R/2,) in fp64, and the factor of cosine and sine."""
+        return scaled_frequencies(self.rotary_dim, self.base, self.scaling, device)
 
-    def rotate_fused(
-        self,
-        q: Tensor,
-        k: Tensor,
-        positions: Tensor | None = None,
-        x: Tensor | None = None,
-        state: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`rotate` by the kernel: one launch for q and k."""
-        from posenc.kernels.rope import rope
-
-        check_pair(q, k, self.head_dim)
-        positions = check_positions(positions, q.shape[0], q.shape[-2], q.device).long()
-        frequencies, factor = scaled_frequencies(self.rotary_dim, self.base, self.scaling, q.device)
-        return rope(q, k, frequencies, positions, factor=factor, pairing=self.pairing)
-
-    def attend_fused(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
-        x: Tensor,
-        gates: Gates | None = None,
-    ) -> Tensor | None:
-        if gates is not None:
-            return None
-        from posenc.kernels.rope_attention import rope_attention
-
-        frequencies, factor = scaled_frequencies(self.rotary_dim, self.base, self.scaling, q.device)
-        return rope_attention(
-            q, k, v, frequencies, positions.long(), factor=factor, pairing=self.pairing
-        )
+    def rotation(
+        self, place: Placement, x: Tensor | None = None, state: Cache | None = None
+    ) -> ByPosition:
+        scaling = None if self.scaling is None else repr(self.scaling)
+        key = ("rope", self.rotary_dim, self.base, scaling)
+        return ByPosition(place, Spectrum(key, self.frequencies), self.pairing)
 
     def extra_repr(self) -> str:
         return (

@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from posenc.attention import Attention
-from posenc.cache import Cache, ModelCache, cache_dtype, check_cache, place
+from posenc.cache import Cache, ModelCache, cache_dtype, check_cache
 from posenc.checks import check_positions, check_sizes
 from posenc.encodings.learned import Learned
 from posenc.errors import unknown
+from posenc.placement import Placement, place
 from posenc.zoo import model_attention
 
 
@@ -106,11 +107,9 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, h: Tensor, positions: Tensor | None, phase: Tensor | None, cache: Cache | None = None
+        self, h: Tensor, where: Placement, phase: Tensor | None, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor]:
-        y, aux = self.attn(
-            self.ln_1(h), positions=positions, cache=cache, return_aux=True, phase=phase
-        )
+        y, aux = self.attn(self.ln_1(h), cache=cache, return_aux=True, phase=phase, where=where)
         h = h + self.dropout(y)
         return h + self.dropout(self.mlp(self.ln_2(h))), aux
 
@@ -262,17 +261,16 @@ class GPT(nn.Module):
                 f"the learned table has {self.max_length} positions; got {past + length} tokens. "
                 "Shorten it, or train with a larger context."
             )
-        given = positions is not None
-        if positions is not None:
-            positions = check_positions(positions, batch, length, ids.device)
         if cache is None:
-            where = place(check_positions(positions, batch, length, ids.device), given=given)
+            where = place(batch, length, ids.device, positions=positions)
         else:
+            if positions is not None:
+                positions = check_positions(positions, batch, length, ids.device)
             self._check_cache(cache, batch, length)
             where = cache.own.place(positions, length)
         own = None if cache is None else cache.own
         h = self.wte(ids)  # (B, T, C)
-        phase = None if self.phase is None else self.phase.phases(h, where.positions, own)
+        phase = None if self.phase is None else self.phase.rotation(where, h, own).phases()
         if self.wpe is not None:
             table = self.wpe.embed(where.positions)
             assert table is not None
@@ -281,9 +279,9 @@ class GPT(nn.Module):
         aux = []
         for i, block in enumerate(self.h):
             if self.checkpoint_activations and self.training and cache is None:
-                h, balance = checkpoint(block, h, positions, phase, use_reentrant=False)
+                h, balance = checkpoint(block, h, where, phase, use_reentrant=False)
             else:
-                h, balance = block(h, positions, phase, None if cache is None else cache.layers[i])
+                h, balance = block(h, where, phase, None if cache is None else cache.layers[i])
             aux.append(balance)
         if own is not None:
             own.advance(length)

@@ -1,0 +1,82 @@
+"""What is asked of a back end: one call of softmax attention, as data.
+
+    q', k' = rotation(q, k)
+    y[m]   = gate[m] sum over n of softmax_n(logits[m, n]) v[n]      over the keys that m may see
+
+Shapes: q (B, H, T, D), k and v (B, G, S, D), T <= S; query row i sits at key index S - T + i, and
+query head h reads key head h // (H/G).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from posenc.backends.mask import Mask
+from posenc.phase import repeat_heads
+from posenc.placement import Placement
+from posenc.rotations import Rotation
+from posenc.routing.gates import Gates
+from posenc.scores import Scores
+
+
+class Case(NamedTuple):
+    """One call; every default asks for nothing."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask
+    rotation: Rotation | None = None  # of q and k as given; None once they have turned
+    scores: Scores = Scores()
+    gates: Gates | None = None
+    dropout_p: float = 0.0  # of the attention weights, applied whenever it is not 0
+
+    @property
+    def place(self) -> Placement:
+        """Where the queries and keys sit."""
+        return self.mask.place
+
+    @property
+    def scale(self) -> float:
+        """The factor of the products."""
+        return self.scores.factor(self.q.shape[-1])
+
+    def turned(self) -> "Case":
+        """The same with q and k turned eagerly."""
+        if self.rotation is None:
+            return self
+        q, k = self.rotation.apply(self.q, self.k)
+        assert q is not None
+        assert k is not None
+        return self._replace(q=q, k=k, rotation=None)
+
+    def repeated(self) -> "Case":
+        """The same with a key head for every query head."""
+        heads = self.q.shape[1]
+        if self.k.shape[1] == heads:
+            return self
+        k, v = (repeat_heads(x, heads, dim=1) for x in (self.k, self.v))
+        return self._replace(k=k, v=v)
+
+
+def consecutive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: Scores | None = None,
+    *,
+    rotation: Rotation | None = None,
+    gates: Gates | None = None,
+    real: Tensor | None = None,
+    segments: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    dropout_p: float = 0.0,
+) -> Case:
+    """The case of T queries that are the last of S consecutive tokens."""
+    length, key_length = q.shape[-2], k.shape[-2]
+    positions = torch.arange(key_length - length, key_length, device=q.device)
+    place = Placement(positions, key_length=key_length, real=real, segments=segments)
+    mask = Mask(place, causal=causal, window=window)
+    return Case(q, k, v, mask, rotation, scores or Scores(), gates, dropout_p)

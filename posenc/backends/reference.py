@@ -1,0 +1,37 @@
+"""The definition, materialised, in fp32 or better."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from posenc.autocast import no_autocast
+from posenc.backends.case import Case
+from posenc.backends.mask import ALL
+from posenc.routing.gates import weighed
+from posenc.scores import add_per_head, relative_logits
+
+
+def reason(case: Case) -> str | None:
+    """None: it computes every case."""
+    return None
+
+
+def attend(case: Case) -> Tensor:
+    """(B, H, T, D) in q's dtype; T x S in memory."""
+    case = case.turned().repeated()
+    q, k, v, scores = case.q, case.k, case.v, case.scores
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with no_autocast(q.device):
+        query, key, value = q.to(dtype), k.to(dtype), v.to(dtype)
+        logits = add_per_head(query, scores.content) @ key.transpose(-1, -2)
+        if scores.relative is not None:
+            logits = logits + relative_logits(query, scores.relative, k.shape[-2])
+        logits = logits * case.scale
+        if scores.bias is not None:
+            logits = logits + scores.bias(ALL, ALL)
+        weights = torch.softmax(logits.masked_fill(~case.mask.whole(), -math.inf), dim=-1)
+        if case.dropout_p:
+            weights = F.dropout(weights, case.dropout_p)
+        return weighed((weights @ value).to(q.dtype), case.gates)

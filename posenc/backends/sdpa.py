@@ -1,0 +1,52 @@
+"""torch's scaled_dot_product_attention; a dense mask or bias only where the case needs one."""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from posenc.backends.case import Case
+from posenc.backends.mask import ALL
+from posenc.routing.gates import weighed
+from posenc.scores import add_per_head, relative_logits
+
+
+def reason(case: Case) -> str | None:
+    """None: it computes every case."""
+    return None
+
+
+def attend(case: Case) -> Tensor:
+    """(B, H, T, D) in q's dtype."""
+    return weighed(attend_dense(case.turned()), case.gates)
+
+
+def attend_dense(case: Case) -> Tensor:
+    """Without gates, of turned q and k."""
+    q, k, v, scores, mask = case.q, case.k, case.v, case.scores, case.mask
+    length, key_length = mask.length, mask.key_length
+    content = add_per_head(q, scores.content)
+    sdpa = partial(
+        F.scaled_dot_product_attention,
+        dropout_p=case.dropout_p,
+        scale=case.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    bias = None if scores.bias is None else scores.bias(ALL, ALL)
+    if scores.relative is not None:
+        relative = case.scale * relative_logits(q, scores.relative, key_length)
+        bias = relative if bias is None else bias + relative
+    if bias is None and mask.only_order:
+        if length == 1 or not mask.causal:  # a single query sees every key
+            return sdpa(content, k, v)
+        if length == key_length:  # torch aligns is_causal at the top left: right here alone
+            return sdpa(content, k, v, is_causal=True)
+    allowed = mask.whole()
+    if bias is not None:
+        # In bf16 a bias loses its distances above 256; torch takes an fp32 one on CPU alone.
+        on_cpu = q.device.type == "cpu"
+        bias = bias.to(torch.promote_types(q.dtype, torch.float32) if on_cpu else q.dtype)
+        allowed = bias.masked_fill(~allowed, -math.inf)
+    return sdpa(content, k, v, attn_mask=allowed)
