@@ -1,10 +1,12 @@
 """posenc: position in attention, every scheme interchangeable."""
 
 from posenc.attention import Attention
+from posenc.cache import Cache
 from posenc.convolution import DepthwiseConv
 from posenc.cost import attention_cost, model_cost
 from posenc.encodings import CARoPE, Encoding, Learned, NoPE, Polar, Relative, RoPE, Sinusoidal
 from posenc.models.gpt import GPT, GPTConfig
+from posenc.placement import segments
 from posenc.routing.moh import MoH
 from posenc.routing.stats import record_routing
 from posenc.zoo import attention, names
@@ -16,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GPT",
     "Attention",
+    "Cache",
     "CARoPE",
     "DepthwiseConv",
     "Encoding",
@@ -32,4 +35,5 @@ __all__ = [
     "model_cost",
     "names",
     "record_routing",
+    "segments",
 ]

@@ -1,16 +1,18 @@
-"""Attention: causal multi-head attention with three seams.
+"""Attention: multi-head attention with three seams.
 
-    q, k, v = heads(x W_qkv)             (B, H, T, D) each
+    q, k, v = heads(x W_qkv)             q (B, H, T, D), k and v (B, G, T, D)
     q, k, v = conv(q, k, v)              seam 1: mix along time
-    q, k    = encoding.rotate(q, k)      seam 2: position in q and k ..
+    q, k    = norm(q), norm(k)           where asked
+    q, k    = encoding.rotation(q, k)    seam 2: position in q and k ..
     o       = softmax(scores) v                  .. and in the logits (encoding.scores)
     y       = sum_h gate_h o_h W_o       seam 3: the router weighs the heads
 
 With every seam empty it is plain multi-head attention. Legend: B batch, T query length, S key
-length, H heads, C embed_dim, D head dim = C/H.
+length, H heads, G key heads (query head h reads key head h // (H/G)), C embed_dim, D head dim.
 """
 
-from typing import Literal, overload
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,31 +21,48 @@ from posenc.backends import choice
 from posenc.backends.case import Case
 from posenc.backends.mask import Mask
 from posenc.backends.projections import from_heads, kept_rows, to_heads
-from posenc.cache import Cache, Stream, cache_dtype, check_cache
-from posenc.checks import check_heads, check_positions
+from posenc.cache import Cache, Stream, cache_dtype, check_cache, check_no_segments, place_after
+from posenc.checks import check_heads, check_kv_heads, check_sizes, check_window
 from posenc.convolution import DepthwiseConv
 from posenc.encodings.base import Encoding
+from posenc.errors import UnexpectedArgument
+from posenc.errors import unknown as unknown_name
 from posenc.placement import Placement, place
 from posenc.routing.gates import Gates
 from posenc.routing.moh import MoH
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What a model computes once a forward pass for all of its layers."""
+
+    place: Placement
+    phase: Tensor | None = None  # for encodings that read one
+
+
 class Attention(nn.Module):
-    """Causal multi-head attention, (B, T, C) -> (B, T, C).
+    """Multi-head attention, (B, T, C) -> (B, T, C), causal unless told otherwise.
 
     Args:
         embed_dim: C.
-        num_heads: H, must divide C.
+        num_heads: H.
+        num_kv_heads: G, heads of k and v, must divide H; H if None.
+        head_dim: D; C / H if None, which H must then divide.
         encoding: position in q, k or the logits; None is no encoding.
-        conv: causal convolution of q, k and v before the encoding.
+        conv: convolution of q, k and v before the encoding.
         router: weighs each head's output per token.
+        qk_norm: None, or "rms": q and k over their root mean square (epsilon 1e-6) times a weight
+            (D,) each, after the convolution and before the encoding.
+        causal: a token sees what comes before it alone; else everything, and there is no cache.
+        window: how many tokens of the row a token sees, itself and those before it (and as many
+            after it, where not causal); None is all.
         bias: of both projections.
         dropout: of the attention weights, in training.
         impl: "auto", "reference", "sdpa" or "fused", see `posenc.backends.choice`.
 
     Raises:
-        ValueError: for sizes that do not divide, a dropout outside [0, 1), or an impl that cannot
-            run.
+        ValueError: for sizes that do not divide, parts built for others, a dropout outside [0, 1),
+            a window below 1, or an impl that cannot run.
     """
 
     def __init__(
@@ -51,21 +70,38 @@ class Attention(nn.Module):
         embed_dim: int,
         num_heads: int,
         *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
         encoding: Encoding | None = None,
         conv: DepthwiseConv | None = None,
         router: MoH | None = None,
+        qk_norm: Literal["rms"] | None = None,
+        causal: bool = True,
+        window: int | None = None,
         bias: bool = False,
         dropout: float = 0.0,
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        self.head_dim = check_heads(embed_dim, num_heads)
+        check_sizes("Attention", embed_dim=embed_dim, num_heads=num_heads)
+        if head_dim is None:
+            head_dim = check_heads(embed_dim, num_heads)
+        check_sizes("Attention", head_dim=head_dim)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1); got {dropout}.")
-        self.embed_dim, self.num_heads = embed_dim, num_heads
+        if qk_norm not in (None, "rms"):
+            raise ValueError(unknown_name("qk_norm", qk_norm, ("rms",)))
+        if not isinstance(causal, bool):
+            raise ValueError(f"causal must be True or False; got {causal!r}.")
+        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, head_dim
+        self.num_kv_heads = check_kv_heads(num_heads, num_kv_heads)
+        self.causal, self.window = causal, check_window(window)
         self.dropout, self.impl = dropout, choice.check_impl(impl, dropout, conv)
-        self.c_attn = nn.Linear(embed_dim, 3 * embed_dim, bias=bias)
-        self.c_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        inner = num_heads * head_dim
+        self.c_attn = nn.Linear(embed_dim, inner + 2 * self.num_kv_heads * head_dim, bias=bias)
+        self.c_proj = nn.Linear(inner, embed_dim, bias=bias)
+        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
         self.encoding = Encoding() if encoding is None else encoding
         self.conv = conv
         self.router = router
@@ -75,6 +111,7 @@ class Attention(nn.Module):
     def _check_parts(self) -> None:
         """Raise ValueError for a part of another kind or size: broadcasting would hide it."""
         parts = {"encoding": Encoding, "conv": DepthwiseConv, "router": MoH}
+        sizes = ("embed_dim", "num_heads", "num_kv_heads", "head_dim", "causal")
         for seam, kind in parts.items():
             part = getattr(self, seam)
             if part is not None and not isinstance(part, kind):
@@ -82,7 +119,7 @@ class Attention(nn.Module):
                     f"{seam} must be a {kind.__name__} module; got {part!r}. "
                     "posenc.attention(NAME, ...) builds one by name."
                 )
-            for size in ("embed_dim", "num_heads", "head_dim"):
+            for size in sizes:
                 expected, got = getattr(self, size), getattr(part, size, None)
                 if got is not None and got != expected:
                     raise ValueError(
@@ -111,6 +148,9 @@ class Attention(nn.Module):
         """Draw every parameter anew, those of the parts too (after materialising from `meta`)."""
         self.c_attn.reset_parameters()
         self.c_proj.reset_parameters()
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
         self.init_projections()
         self.reset_parts()
 
@@ -137,11 +177,12 @@ class Attention(nn.Module):
             self.streams(),
             device=device,
             dtype=dtype or cache_dtype(weight),
+            window=self.window,
         )
 
     def streams(self) -> dict[str, Stream]:
         """What decoding remembers of each token, by name."""
-        heads = Stream((self.num_heads, self.head_dim))
+        heads = Stream((self.num_kv_heads, self.head_dim))
         conv = {} if self.conv is None else self.conv.streams()
         return {"k": heads, "v": heads, **self.encoding.streams(), **conv}
 
@@ -151,10 +192,12 @@ class Attention(nn.Module):
         x: Tensor,
         *,
         positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
         cache: Cache | None = None,
         return_aux: Literal[False] = False,
-        phase: Tensor | None = None,
-        where: Placement | None = None,
+        shared: Shared | None = None,
+        **unknown: Any,
     ) -> Tensor: ...
 
     @overload
@@ -163,71 +206,95 @@ class Attention(nn.Module):
         x: Tensor,
         *,
         positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
         cache: Cache | None = None,
         return_aux: Literal[True],
-        phase: Tensor | None = None,
-        where: Placement | None = None,
+        shared: Shared | None = None,
+        **unknown: Any,
     ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | None = None,
         *,
         positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
         cache: Cache | None = None,
         return_aux: bool = False,
-        phase: Tensor | None = None,
-        where: Placement | None = None,
+        shared: Shared | None = None,
+        **unknown: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attend causally over x, and over what `cache` holds before it.
+        """Attend over x, and over what `cache` holds before it.
 
         Args:
             x: (B, T, C).
-            positions: integer (T,) or (B, T). None is 0 .. T-1, or what follows the cache. Negative
-                entries in front of a row of a (B, T) tensor mark left padding: nothing sees those
-                tokens, and their own output is arbitrary but finite. Documents packed into a row
-                are not kept apart. Given positions cost a dense T x S mask or bias.
+            positions: integer (T,), (1, T) or (B, T), rising; with an encoding of A axes (T, A) or
+                (B, T, A). None counts real tokens: from 0 in each document, or on from the cache.
+                Negative entries of (B, T) are padding, as `mask` says it. Given positions cost a
+                dense T x S bias with relative terms.
+            mask: bool (B, T), True for real tokens of this call; padding may stand anywhere.
+                Nothing sees padding, and its own output is arbitrary but finite.
+            segments: integer (B, T), equal within a document, each in one piece: nothing crosses a
+                boundary, so that a packed row equals its documents one by one. See
+                `posenc.segments`.
             cache: from `make_cache`; extended by the T tokens.
             return_aux: also return the router's balance loss, a scalar (0 without a router).
-            phase: what a model computed once for all layers, for `SharedPhase`.
-            where: placed by a model once for all layers; `positions` are then its own.
+            shared: what a model computed once for all layers; positions, mask and segments are then
+                its own.
 
         Raises:
-            ValueError: for wrong shapes, non-integer positions, a cache of another batch size or a
-                full one.
+            ValueError: for wrong shapes or dtypes, positions that fall within a row, segments that
+                come back or meet a cache, a cache of another batch size or a full one; for
+                arguments that are not attention's.
         """
+        if unknown or not isinstance(x, Tensor):
+            refuse(unknown, x)
         if x.ndim != 3 or x.shape[-1] != self.embed_dim or x.shape[1] == 0:
             raise ValueError(
                 f"x must have shape (B, T, {self.embed_dim}), T at least 1; got {tuple(x.shape)}."
             )
-        where = self._place(x, positions, cache) if where is None else where
         if cache is not None:
-            check_cache(cache, Cache)
-            cache.check(self.streams(), *x.shape[:2])
-            where = where.ending(cache.seen + x.shape[1])
-        dropout_p = self.dropout if self.training else 0.0
+            self._check_cache(cache, x, segments)
+        if shared is None:
+            shared = Shared(self._place(x, positions, mask, segments, cache))
+        elif not (positions is mask is segments is None):
+            raise ValueError("positions, mask and segments are placed in shared; give one of both.")
+        where = shared.place if cache is None else shared.place.ending(cache.seen + x.shape[1])
+        described = x
+        if self.encoding.reads_phase and shared.phase is not None:
+            described = shared.phase
 
         router, gates, aux = self.router, None, None
         if router is not None and not router.reads_queries:
             gates, aux = _route(router, x, None, where.here)
         plain = self.conv is None
         kept = kept_rows(x, gates, [self.c_attn, self.c_proj], self.impl) if plain else None
-        q, k, v = to_heads(x, self.c_attn, self.num_heads, self.num_heads, kept)
+        q, k, v = to_heads(x, self.c_attn, self.num_heads, self.num_kv_heads, kept)
         if self.conv is not None:
             q, k, v = choice.convolve(self.conv, q, k, v, where, cache, self.impl)
-        # Before the rotation: it keeps the norms.
+        # Before norm and rotation: the rotation keeps the length of q, which the norm takes away.
         if router is not None and router.reads_queries:
             gates, aux = _route(router, x, q, where.here)
-        described = x if phase is None else phase
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         rotation = self.encoding.describe_rotation(where, described, cache)
         if cache is not None:
             if rotation is not None:  # cached keys have turned
                 q, k = choice.turn(rotation, q, k, self.impl)
                 rotation = None
             k, v = cache.append("k", k), cache.append("v", v)
-        scores = self.encoding.scores(where, described, cache)
-        mask = Mask(where)
-        case = Case(q, k, v, mask, rotation, scores, gates, dropout_p)
+        case = Case(
+            q,
+            k,
+            v,
+            Mask(where, causal=self.causal, window=self.window),
+            rotation,
+            self.encoding.scores(where, described, cache),
+            gates,
+            self.dropout if self.training else 0.0,
+        )
         y = from_heads(choice.attend(case, self.impl), self.c_proj, kept)
         if cache is not None:
             cache.advance(x.shape[1])
@@ -235,19 +302,43 @@ class Attention(nn.Module):
             return y
         return y, x.new_zeros((), dtype=torch.float32) if aux is None else aux
 
-    def _place(self, x: Tensor, positions: Tensor | None, cache: Cache | None) -> Placement:
+    def _place(
+        self,
+        x: Tensor,
+        positions: Tensor | None,
+        mask: Tensor | None,
+        segments: Tensor | None,
+        cache: Cache | None,
+    ) -> Placement:
         """Where the tokens of x sit, after what `cache` holds."""
         batch, length, device = *x.shape[:2], x.device
+        axes, continuous = self.encoding.axes_count, self.encoding.continuous
         if cache is None:
-            return place(batch, length, device, positions=positions)
+            given = (positions, mask, segments)
+            return place(batch, length, device, *given, axes=axes, continuous=continuous)
+        if axes is not None or continuous:
+            raise ValueError(
+                "decoding counts tokens: a cache goes with integer positions of one axis alone. "
+                "Give the whole text at once."
+            )
+        return place_after(cache, batch, length, device, positions, mask)
+
+    def _check_cache(self, cache: Cache, x: Tensor, segments: Tensor | None) -> None:
+        """Raise ValueError for a cache that does not fit the call."""
         check_cache(cache, Cache)
-        if positions is not None:
-            positions = check_positions(positions, batch, length, device)
-        cache.check(self.streams(), batch, length)
-        return cache.place(positions, length)
+        check_no_segments(segments)
+        cache.check(self.streams(), *x.shape[:2])
 
     def extra_repr(self) -> str:
         sizes = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"
+        if self.num_kv_heads != self.num_heads:
+            sizes += f", num_kv_heads={self.num_kv_heads}"
+        if self.num_heads * self.head_dim != self.embed_dim:
+            sizes += f", head_dim={self.head_dim}"
+        if not self.causal:
+            sizes += ", causal=False"
+        if self.window is not None:
+            sizes += f", window={self.window}"
         return f"{sizes}, dropout={self.dropout}, impl={self.impl!r}"
 
 
@@ -255,3 +346,14 @@ def _route(router: MoH, x: Tensor, q: Tensor | None, real: Tensor | None) -> tup
     """The gates and the balance loss."""
     values, aux = router(x, q, real=real)
     return router.as_gates(values), aux
+
+
+def refuse(arguments: dict[str, Any], x: object) -> NoReturn:
+    """Raise for arguments that forward does not take, each of which means something elsewhere."""
+    if not arguments:
+        raise ValueError(f"x must be a tensor (B, T, C); got {type(x).__name__}.")
+    raise UnexpectedArgument(
+        f"Attention.forward takes no {', '.join(sorted(arguments))}; it takes x, positions, mask, "
+        "segments, cache and return_aux. It is no layer of another library with that one's "
+        "arguments: there, keep the model's own attention and swap the encoding (posenc.hf)."
+    )

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from posenc.checks import check_ascending, check_mask, check_positions
 from posenc.placement import Placement
 
 
@@ -150,6 +151,7 @@ class Cache:
             positions = positions.expand(self.batch_size, tokens).masked_fill(~mask, -1)
         stored = positions.expand(self.batch_size, tokens).unsqueeze(-1)
         keys = self.append("positions", stored).squeeze(-1)
+        check_ascending(keys, keys >= 0 if ragged else None)
         self._next = (True, ragged)  # counts once the tokens do
         return Placement(
             positions,
@@ -321,3 +323,28 @@ class ModelCache:
         """Let row b go on with what row index[b] holds, in every layer (beam search)."""
         for cache in (self.own, *self.layers):
             cache.reorder(index)
+
+
+def check_no_segments(segments: Tensor | None) -> None:
+    """Raise ValueError for segments beside a cache."""
+    if segments is not None:
+        raise ValueError(
+            "segments do not go with a cache, which holds one document a row; got both. Decode "
+            "documents as rows of a batch, of different lengths by mask=."
+        )
+
+
+def place_after(
+    cache: Cache,
+    batch: int,
+    length: int,
+    device: torch.device,
+    positions: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Placement:
+    """Placement of the tokens of a call after those of a cache; arguments as in `place`."""
+    if mask is not None:
+        check_mask(mask, batch, length)
+    if positions is not None:
+        positions = check_positions(positions, batch, length, device)
+    return cache.place(positions, length, mask)

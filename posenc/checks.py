@@ -48,10 +48,21 @@ def check_kv_heads(num_heads: int, num_kv_heads: int | None) -> int:
     return num_kv_heads
 
 
+def check_window(window: int | None) -> int | None:
+    """The window itself, None or an integer of at least 1. Or ValueError."""
+    whole = isinstance(window, int) and not isinstance(window, bool)
+    if window is not None and (not whole or window < 1):
+        raise ValueError(
+            f"window must be an integer of at least 1, the tokens that a query sees; got "
+            f"{window!r}. None is no window."
+        )
+    return window
+
+
 def check_sizes(who: str, **sizes: int) -> None:
     """Raise ValueError unless all sizes are integers of at least 1."""
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{who} needs {name} of at least 1, an integer; got {size}.")
 
 

@@ -4,13 +4,14 @@ A row fills the seams of `Attention`. A new method is its file, a row here, and 
 tests.
 """
 
+import ast
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from posenc.attention import Attention
-from posenc.checks import check_heads
+from posenc.checks import check_heads, check_kv_heads, check_sizes
 from posenc.convolution import DepthwiseConv
 from posenc.encodings.base import Encoding
 from posenc.encodings.carope import CARoPE, SharedPhase
@@ -146,8 +147,11 @@ class Parts(NamedTuple):
     options: dict[str, dict[str, Any]]  # by part: attention, encoding, embedding, conv, router
 
 
-SIZES = ("embed_dim", "num_heads", "head_dim", "max_length")
-MODULE_OPTIONS = ("bias", "dropout", "impl")
+#: What the parts are told by the module that they fill.
+SIZES = ("embed_dim", "num_heads", "num_kv_heads", "head_dim", "max_length", "causal")
+MODULE_OPTIONS = (
+    "num_kv_heads", "head_dim", "qk_norm", "causal", "window", "bias", "dropout", "impl",
+)  # fmt: skip
 #: Names of the zoo for encodings.
 ALIASES = {"cmha": "polar", "rmha": "relative", "mha": "learned"}
 
@@ -221,8 +225,7 @@ def _build(part: Callable[..., Any], sizes: Mapping[str, Any], options: Mapping[
 def _build_attention(
     parts: Parts, embed_dim: int, num_heads: int, encoding: Encoding | None = None
 ) -> Attention:
-    head_dim = check_heads(embed_dim, num_heads)
-    sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "head_dim": head_dim}
+    sizes = _sizes(parts, embed_dim, num_heads)
     recipe, options = parts.recipe, parts.options
     conv = router = None
     if encoding is None:
@@ -240,6 +243,20 @@ def _build_attention(
     return Attention(
         embed_dim, num_heads, encoding=encoding, conv=conv, router=router, **options["attention"]
     )
+
+
+def _sizes(parts: Parts, embed_dim: int, num_heads: int) -> dict[str, Any]:
+    """What the parts of a module are told."""
+    check_sizes("attention", embed_dim=embed_dim, num_heads=num_heads)
+    given = parts.options["attention"]
+    head_dim = given.get("head_dim")
+    return {
+        "embed_dim": embed_dim,
+        "num_heads": num_heads,
+        "num_kv_heads": check_kv_heads(num_heads, given.get("num_kv_heads")),
+        "head_dim": check_heads(embed_dim, num_heads) if head_dim is None else head_dim,
+        "causal": given.get("causal", True),
+    }
 
 
 def _encoding_options(parts: Parts) -> dict[str, Any]:
@@ -260,7 +277,8 @@ def attention(name: str, embed_dim: int, num_heads: int, **options: Any) -> Atte
     Args:
         name: one of `names()`.
         embed_dim: C. num_heads: H, must divide C.
-        options: of the module (`bias`, `dropout`, `impl`) and of its parts, for example
+        options: of the module (`num_kv_heads`, `head_dim`, `qk_norm`, `causal`, `window`, `bias`,
+            `dropout`, `impl`, see `Attention`) and of its parts, for example
             `attention("carope", 768, 12, init="paper")`,
             `attention("moh", 768, 12, encoding="carope", shared=4, top_k=5)`. Where two parts know
             an option, `router_`, `conv_` or `encoding_` before it says which: `conv_bias=False`,
@@ -287,41 +305,108 @@ class ModelAttention(NamedTuple):
     layers: list[Attention]
 
 
+def parse_layer(entry: str) -> tuple[str, dict[str, Any]]:
+    """A layer of a pattern, NAME or NAME:KEY=VALUE,..: its name and options.
+
+    Raises:
+        ValueError: for text of another form.
+    """
+    name, colon, rest = entry.partition(":")
+    pairs = [pair.partition("=") for pair in rest.split(",")] if colon else []
+    if not name or any(not (key and equals and value) for key, equals, value in pairs):
+        raise ValueError(
+            f"a layer of an attention pattern is NAME or NAME:KEY=VALUE,KEY=VALUE; got {entry!r}."
+        )
+    return name, {key.strip(): parse_value(value.strip()) for key, _, value in pairs}
+
+
+def parse_value(text: str) -> Any:
+    """A Python literal, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def sort_layers(
+    attention: str | Sequence[str], layers: int, options: Mapping[str, Any]
+) -> list[Parts]:
+    """The parts of each layer: of one name, or of a pattern of them that repeats.
+
+    Args:
+        options: of every layer; those in the pattern go before them.
+    """
+    pattern = (attention,) if isinstance(attention, str) else tuple(attention)
+    if not pattern or not all(isinstance(entry, str) for entry in pattern):
+        raise ValueError(
+            f"attention must be a name or a sequence of names, one a layer; got {attention!r}."
+        )
+    sorts = []
+    for entry in pattern:
+        name, own = parse_layer(entry)
+        sorts.append(sort_options(name, {**options, **own}))
+    tables = {(parts.embedding, repr(parts.options["embedding"])) for parts in sorts}
+    if len(tables) > 1:
+        raise ValueError(
+            f"the layers of a model share one table at its input; {list(pattern)} ask for "
+            "different ones. Mix names that add the same table (mha, sinusoidal) or none."
+        )
+    return [sorts[i % len(sorts)] for i in range(layers)]
+
+
 def model_attention(
-    name: str, embed_dim: int, num_heads: int, layers: int, context: int, options: Mapping[str, Any]
+    attention: str | Sequence[str],
+    embed_dim: int,
+    num_heads: int,
+    layers: int,
+    context: int,
+    options: Mapping[str, Any],
 ) -> ModelAttention:
     """Build the input-level part once and one attention a layer, each without parameters that it
     would not use.
 
     Args:
+        attention: a name, or a pattern of NAME:KEY=VALUE,.. that repeats over the layers.
         context: sizes the learned tables that the options do not.
     """
-    parts = sort_options(name, options)
-    if parts.encoding is Relative:
-        parts.options["encoding"].setdefault("max_distance", context)
-    sizes = {
-        "embed_dim": embed_dim,
-        "num_heads": num_heads,
-        "head_dim": check_heads(embed_dim, num_heads),
-    }
+    sorts = sort_layers(attention, layers, options)
+    for parts in sorts:
+        if parts.encoding is Relative:
+            parts.options["encoding"].setdefault("max_distance", context)
+    first = sorts[0]
     embedding: Encoding | None = None
-    if parts.embedding is not None:
-        defaults = EMBEDDING_DEFAULTS.get(parts.embedding, {})
+    if first.embedding is not None:
+        defaults = EMBEDDING_DEFAULTS.get(first.embedding, {})
         embedding = _build(
-            parts.embedding,
-            {**sizes, "max_length": context},
-            {**defaults, **parts.options["embedding"]},
+            first.embedding,
+            {**_sizes(first, embed_dim, num_heads), "max_length": context},
+            {**defaults, **first.options["embedding"]},
         )
     shared: CARoPE | None = None
-    if parts.encoding is CARoPE and parts.options["encoding"].get("source") == "token":
-        shared = _build(CARoPE, sizes, _encoding_options(parts))
-    made = [
-        _build_attention(
-            parts, embed_dim, num_heads, encoding=SharedPhase() if shared is not None else None
+    made = []
+    for parts in sorts:
+        phase = _reads_tokens(parts)
+        if phase and shared is None:
+            sizes = _sizes(parts, embed_dim, num_heads)
+            shared = _build(CARoPE, sizes, _encoding_options(parts))
+        encoding = SharedPhase() if phase else None
+        made.append(_build_attention(parts, embed_dim, num_heads, encoding))
+    of_tokens = {
+        repr((parts.options["encoding"], parts.options["attention"].get("num_kv_heads")))
+        for parts in sorts
+        if _reads_tokens(parts)
+    }
+    if len(of_tokens) > 1:
+        raise ValueError(
+            "carope layers with source='token' share one phase; the pattern gives them different "
+            "options. Give all of them the same."
         )
-        for _ in range(layers)
-    ]
     return ModelAttention(embedding, shared, made)
+
+
+def _reads_tokens(parts: Parts) -> bool:
+    """Whether a layer turns by phases of the token embeddings, made once for the model."""
+    return parts.encoding is CARoPE and parts.options["encoding"].get("source") == "token"
 
 
 __all__ = ["ENCODINGS", "ZOO", "ModelAttention", "Recipe", "attention", "model_attention", "names"]

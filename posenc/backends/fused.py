@@ -40,6 +40,11 @@ def check_parts(dropout: float, conv: DepthwiseConv | None) -> None:
     """Raise ValueError for parts of a module that no kernel computes. Needs Triton."""
     if dropout:
         raise ValueError(f"impl='fused' {NO_DROPOUT}. {REMEDY}")
+    if conv is not None and (conv.grouped or not conv.causal):
+        raise ValueError(
+            "impl='fused' has no kernel for a convolution of fewer key heads, nor for a centred "
+            f"one (causal=False). {REMEDY}"
+        )
     if conv is not None:
         from posenc.kernels.conv import MAX_TAPS
 
@@ -63,6 +68,8 @@ def reason(case: Case) -> str | None:
         return NO_DROPOUT
     if case.mask.real is not None:
         return NO_PADDING
+    if not (case.mask.causal and case.mask.only_order):
+        return "takes causal attention of whole rows, without window or segments"
     term = case.scores.relative
     given = term is not None and term.distances is not None and not _joins(case, term)
     if case.scores.bias is not None or given:

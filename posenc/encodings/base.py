@@ -37,6 +37,8 @@ class Encoding(nn.Module):
     at_input: ClassVar[bool] = False
     #: Whether shifting all positions leaves the output unchanged.
     relative: ClassVar[bool] = True
+    #: Whether its `x` is the phase that a model computed once, see `SharedPhase`.
+    reads_phase: ClassVar[bool] = False
     #: Coordinates of a position, without a dimension of their own where None.
     axes_count: int | None = None
     #: Whether positions may be floating-point numbers.

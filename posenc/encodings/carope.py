@@ -143,9 +143,11 @@ class CARoPE(Float32Parameters, Encoding):
 class SharedPhase(Encoding):
     """A layer's part of CARoPE(source="token"): rotates by phases that the model computed once.
 
-    Its `x`, attention's `phase`, is what `CARoPE.phases` made of the token embeddings: (B, H, T,
-    D/2).
+    Its `x`, the phase that a model shares, is what `CARoPE.phases` made of the token embeddings:
+    (B, G, T, D/2).
     """
+
+    reads_phase = True
 
     def rotation(
         self, place: Placement, x: Tensor | None = None, state: Cache | None = None

@@ -7,6 +7,7 @@
                  u, v (H,D), W_R (H*D,C), r[t] = concat(sin(t w), cos(t w)), not learned
                  w_j = 10000^(-2j/C), j = 0 .. C/2-1
     d = m - n >= 0; in the learned form distances of P = max_distance and beyond use the last row.
+    not causal: d = -(P-1) .. P-1, R (H,2P-1,D), S (H,2P-1), row P-1 the distance 0
 
 Acts in the logits only; values are untouched, and there is no absolute position beside it. Every
 term is divided by sqrt(D). RCMHA's code holds 2 * 4096 rows a layer, of which a causal model can
@@ -77,6 +78,7 @@ class Relative(Encoding):
         max_distance: P, rows of the learned table; required there. The sinusoidal form has no limit
             and ignores it.
         embed_dim: C, width of the sinusoid, even; H*D if None.
+        causal: distances from 0 on; else the learned table has rows for both sides.
 
     Raises:
         ValueError: for an unknown kind, a missing or non-positive max_distance, an odd embed_dim.
@@ -90,6 +92,7 @@ class Relative(Encoding):
         kind: Literal["learned", "sinusoidal"] = "learned",
         max_distance: int | None = None,
         embed_dim: int | None = None,
+        causal: bool = True,
     ) -> None:
         super().__init__()
         check_sizes("Relative", num_heads=num_heads, head_dim=head_dim)
@@ -100,13 +103,14 @@ class Relative(Encoding):
                 f"Relative(kind='learned') needs max_distance of at least 1; got {max_distance}."
             )
         self.num_heads, self.head_dim, self.kind = num_heads, head_dim, kind
-        self.max_distance = max_distance
+        self.max_distance, self.causal = max_distance, causal
         self.sinusoid_dim = num_heads * head_dim if embed_dim is None else embed_dim
         self.u = nn.Parameter(torch.empty(num_heads, head_dim))
         if kind == "learned":
             assert max_distance is not None
-            self.R = nn.Parameter(torch.empty(num_heads, max_distance, head_dim))
-            self.S = nn.Parameter(torch.empty(num_heads, max_distance))
+            rows = max_distance if causal else 2 * max_distance - 1
+            self.R = nn.Parameter(torch.empty(num_heads, rows, head_dim))
+            self.S = nn.Parameter(torch.empty(num_heads, rows))
         else:
             who = "Relative(kind='sinusoidal') needs an even embed_dim"
             check_even(self.sinusoid_dim, who, "Choose an even one.")
@@ -130,7 +134,8 @@ class Relative(Encoding):
         if keys is not None:
             apart = place.once("distances", partial(distances, positions, keys))
         if self.kind == "learned":
-            term = RelativeTerm(lambda _: self.R, offset=self.S, distances=apart)
+            sides = not self.causal
+            term = RelativeTerm(lambda _: self.R, offset=self.S, distances=apart, two_sided=sides)
             return Scores(content=self.u, relative=term)
         if keys is None:
             keys = torch.arange(place.key_length, device=positions.device)
@@ -145,6 +150,7 @@ class Relative(Encoding):
             distances=apart,
             factors=factored,
             width=self.sinusoid_dim,
+            two_sided=not self.causal,
         )
         return Scores(content=self.u, relative=term)
 
@@ -156,4 +162,6 @@ class Relative(Encoding):
 
     def extra_repr(self) -> str:
         sizes = f"num_heads={self.num_heads}, head_dim={self.head_dim}"
-        return f"{sizes}, kind={self.kind!r}, max_distance={self.max_distance}"
+        return (
+            f"{sizes}, kind={self.kind!r}, max_distance={self.max_distance}, causal={self.causal}"
+        )

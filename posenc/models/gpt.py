@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from posenc.attention import Attention
-from posenc.cache import Cache, ModelCache, cache_dtype, check_cache
-from posenc.checks import check_positions, check_sizes
+from posenc.attention import Attention, Shared
+from posenc.cache import Cache, ModelCache, cache_dtype, check_cache, check_no_segments, place_after
+from posenc.checks import check_sizes
 from posenc.encodings.learned import Learned
 from posenc.errors import unknown
-from posenc.placement import Placement, place
+from posenc.placement import place
 from posenc.zoo import model_attention
 
 
@@ -35,7 +35,9 @@ class GPTConfig:
     Args:
         context: the training length, and the rows of a learned table; other encodings can go beyond
             it.
-        attention: one of `posenc.names()`. attention_options: for it, see `posenc.attention`.
+        attention: one of `posenc.names()`, or a sequence of them that repeats over the layers, each
+            NAME or NAME:KEY=VALUE,..: `("rope:window=128", "rope:window=128", "nope")`.
+        attention_options: of every layer, see `posenc.attention`.
         dropout: after the embedding, on attention weights and on residual branches.
         bias: of every linear layer and LayerNorm.
         gelu: "none" is the exact GELU, "tanh" GPT-2's approximation.
@@ -47,7 +49,7 @@ class GPTConfig:
     layers: int = 12
     heads: int = 12
     embed_dim: int = 768
-    attention: str = "rope"
+    attention: str | Sequence[str] = "rope"
     attention_options: Mapping[str, Any] = field(default_factory=dict)
     dropout: float = 0.0
     bias: bool = True
@@ -67,6 +69,8 @@ class GPTConfig:
                 f"attention_options must map names to values; got {self.attention_options!r}."
             )
         object.__setattr__(self, "attention_options", dict(self.attention_options))
+        if not isinstance(self.attention, str):
+            object.__setattr__(self, "attention", tuple(self.attention))
 
     @property
     def mlp_width(self) -> int:
@@ -107,9 +111,9 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, h: Tensor, where: Placement, phase: Tensor | None, cache: Cache | None = None
+        self, h: Tensor, shared: Shared, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor]:
-        y, aux = self.attn(self.ln_1(h), cache=cache, return_aux=True, phase=phase, where=where)
+        y, aux = self.attn(self.ln_1(h), cache=cache, return_aux=True, shared=shared)
         h = h + self.dropout(y)
         return h + self.dropout(self.mlp(self.ln_2(h))), aux
 
@@ -217,13 +221,17 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         *,
         positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
         cache: ModelCache | None = None,
     ) -> GPTOutput:
         """Logits of the next token at every position.
 
         Args:
             ids: integer (B, T). targets: integer (B, T), -100 where none; the caller shifts them.
-            positions: integer (T,) or (B, T); negative entries of (B, T) mark left padding.
+            positions: integer (T,), (1, T) or (B, T); negative entries of (B, T) are padding.
+            mask: bool (B, T), True for real tokens. segments: integer (B, T), equal within a
+                document, in which a table of positions starts anew. See `Attention.forward`.
             cache: from `make_cache`.
 
         Raises:
@@ -233,7 +241,9 @@ class GPT(nn.Module):
             raise ValueError(
                 f"targets must have ids' shape {tuple(ids.shape)}; got {tuple(targets.shape)}."
             )
-        h, aux_loss = self.hidden(ids, positions=positions, cache=cache)
+        h, aux_loss = self.hidden(
+            ids, positions=positions, mask=mask, segments=segments, cache=cache
+        )
         logits = self.head(h)
         loss = None
         if targets is not None:
@@ -246,7 +256,13 @@ class GPT(nn.Module):
         return F.linear(self.ln_f(h), self.wte.weight)
 
     def hidden(
-        self, ids: Tensor, *, positions: Tensor | None = None, cache: ModelCache | None = None
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: ModelCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The last block's output (B, T, C), and the balance loss; arguments as in `forward`."""
         if ids.ndim != 2 or ids.dtype.is_floating_point or ids.shape[1] == 0:
@@ -256,21 +272,21 @@ class GPT(nn.Module):
             )
         batch, length = ids.shape
         past = 0 if cache is None else cache.length
-        if self.max_length is not None and positions is None and past + length > self.max_length:
+        counted = positions is mask is segments is None
+        if self.max_length is not None and counted and past + length > self.max_length:
             raise ValueError(
                 f"the learned table has {self.max_length} positions; got {past + length} tokens. "
                 "Shorten it, or train with a larger context."
             )
         if cache is None:
-            where = place(batch, length, ids.device, positions=positions)
+            where = place(batch, length, ids.device, positions, mask, segments)
         else:
-            if positions is not None:
-                positions = check_positions(positions, batch, length, ids.device)
-            self._check_cache(cache, batch, length)
-            where = cache.own.place(positions, length)
+            self._check_cache(cache, batch, length, segments)
+            where = place_after(cache.own, batch, length, ids.device, positions, mask)
         own = None if cache is None else cache.own
         h = self.wte(ids)  # (B, T, C)
         phase = None if self.phase is None else self.phase.rotation(where, h, own).phases()
+        shared = Shared(where, phase)
         if self.wpe is not None:
             table = self.wpe.embed(where.positions)
             assert table is not None
@@ -279,17 +295,20 @@ class GPT(nn.Module):
         aux = []
         for i, block in enumerate(self.h):
             if self.checkpoint_activations and self.training and cache is None:
-                h, balance = checkpoint(block, h, where, phase, use_reentrant=False)
+                h, balance = checkpoint(block, h, shared, use_reentrant=False)
             else:
-                h, balance = block(h, where, phase, None if cache is None else cache.layers[i])
+                h, balance = block(h, shared, None if cache is None else cache.layers[i])
             aux.append(balance)
         if own is not None:
             own.advance(length)
         return h, torch.stack(aux).mean()
 
-    def _check_cache(self, cache: ModelCache, batch: int, length: int) -> None:
+    def _check_cache(
+        self, cache: ModelCache, batch: int, length: int, segments: Tensor | None
+    ) -> None:
         """Raise ValueError for a cache that is not this model's; undo what a failed call left."""
         check_cache(cache, ModelCache)
+        check_no_segments(segments)
         if len(cache.layers) != len(self.h):
             raise ValueError(
                 f"the cache has {len(cache.layers)} layers; this model has {len(self.h)}. "
