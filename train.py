@@ -12,7 +12,6 @@ in `posenc.training` together: parse, prepare, begin, train, finish.
 
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -38,8 +37,7 @@ from posenc.training.parallel import Parallel, connect
 from posenc.training.plot import loss_plot
 from posenc.training.precision import choose_dtype
 from posenc.training.report import heading, summary
-from posenc.training.run_folder import ENVIRONMENT, SUMMARY, RunFolder
-from posenc.training.schedule import learning_rate
+from posenc.training.run_folder import ENVIRONMENT, SUMMARY, RunFolder, claimed
 from posenc.training.signals import StopSignals
 from posenc.training.step import train_step
 from posenc.training.text import corpus_of
@@ -49,16 +47,23 @@ PROMPT = 32  # tokens of the validation text that the sample continues
 STREAM_BROKE = 64  # a reason to stop, above the numbers of signals
 
 
-def prepare(config: TrainConfig, parallel: Parallel) -> Job:
+def claim(config: TrainConfig, parallel: Parallel, stack: ExitStack) -> RunFolder:
+    """The run folder, held by rank 0 until the stack unwinds.
+
+    Raises:
+        ValueError: it holds a run already, or another process is in it.
+        OSError: it cannot be made.
+    """
+    path = parallel.on_main(lambda: stack.enter_context(claimed(config)))
+    return RunFolder(Path(parallel.share(str(path))))
+
+
+def prepare(config: TrainConfig, parallel: Parallel, folder: RunFolder) -> Job:
     """Check everything and build it; nothing is written to the run folder yet.
 
     Raises:
         ValueError: for what cannot be built or loaded.
     """
-    name = f"runs/{config.attention}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = RunFolder(Path(config.out or parallel.share(name)))
-    if config.resume is None:
-        folder.check_new()
     check_tracker(config.tracker)
     with torch.device("meta"):
         GPT(config.model(1))  # refuses a bad model before minutes go into the corpus
@@ -99,17 +104,17 @@ def prepare_corpus(config: TrainConfig, parallel: Parallel) -> Corpus:
 
 
 def begin(job: Job, argv: Sequence[str]) -> None:
-    """Make the run folder, and say what will happen."""
+    """Fill the run folder, and say what will happen."""
 
     def write() -> None:
-        with job.folder.creating():
-            checkpoint.clean(job.folder.checkpoints)
-            job.folder.truncate_metrics(job.step)
-            if job.corpus.tokenizer is not None:
-                job.corpus.tokenizer.save(job.folder.tokenizer)
-            about = environment(argv, job.parallel, job.dtype, job.corpus.description)
-            job.folder.write_json(ENVIRONMENT, about)
-            job.folder.write_config(job.config)
+        job.folder.checkpoints.mkdir(exist_ok=True)
+        checkpoint.clean(job.folder.checkpoints)
+        job.folder.truncate_metrics(job.step)
+        if job.corpus.tokenizer is not None:
+            job.corpus.tokenizer.save(job.folder.tokenizer)
+        about = environment(argv, job.parallel, job.dtype, job.corpus.description)
+        job.folder.write_json(ENVIRONMENT, about)
+        job.folder.write_config(job.config)
 
     job.parallel.on_main(write)
     job.say(heading(job))
@@ -161,13 +166,7 @@ def take_steps(job: Job, log: TrainingLog, signals: StopSignals) -> int:
                 raise broken or PeerFailed("another rank's stream broke")
             return halt
 
-        rate = learning_rate(
-            job.step,
-            lr=config.lr,
-            min_lr=config.min_lr,
-            warmup=config.warmup,
-            decay_steps=config.decay_steps or config.steps,
-        )
+        rate = config.learning_rate(job.step)
         set_learning_rate(job.optimizer, rate)
         loss, norm = train_step(
             job.module,
@@ -245,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with refusing_bad_input():
                 config = parse(argv)
                 parallel = stack.enter_context(connect(config.parallel, config.device))
-                job = prepare(config, parallel)
+                job = prepare(config, parallel, claim(config, parallel, stack))
             stack.callback(job.release)
             begin(job, argv)
             if halt := train(job):

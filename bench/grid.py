@@ -4,7 +4,7 @@
     RUNS/MATCH/METHOD-sSEED.log   what the trainer said
 
 Every cell runs in a process of its own. One that is trained and scored is never touched again, one
-with a checkpoint goes on from it.
+with a checkpoint goes on from it. RUNS is one grid's at a time.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
@@ -33,6 +34,7 @@ from posenc.cost import model_cost, model_flops_per_token
 from posenc.models.gpt import GPT
 from posenc.training.cli import check_flags, parse
 from posenc.training.config import TrainConfig, flag, format_options, from_mapping, parse_options
+from posenc.training.lock import hold
 from posenc.training.precision import autocast, choose_device, choose_dtype
 from posenc.training.run_folder import CONFIG, SUMMARY, RunFolder
 from posenc.training.signals import StopSignals
@@ -315,8 +317,10 @@ def work(cell: Cell, question: Question, threads: int) -> None:
         import train
 
         assert cell.argv is not None
+        resumed = ["--resume", str(cell), "--device", cell.config.device]
+        resumed += ["--tracker", cell.config.tracker]  # which a launch does not inherit
         started = (cell.folder.path / CONFIG).exists()
-        if code := train.main(["--resume", str(cell)] if started else cell.argv):
+        if code := train.main(resumed if started else cell.argv):
             sys.exit(code)
     answer(cell, question)
 
@@ -374,6 +378,18 @@ class Stopped(Exception):
     """A signal, whose number it holds."""
 
 
+@contextmanager
+def held(runs: Path) -> Iterator[None]:
+    """The folder of all cells, made where it is new, and no other grid's meanwhile.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    with hold(runs):
+        yield
+
+
 def run(cells: Sequence[Cell], question: Question, *, jobs: int, threads: int) -> list[Cell]:
     """Train and score the cells that are not yet; those that failed.
 
@@ -385,6 +401,7 @@ def run(cells: Sequence[Cell], question: Question, *, jobs: int, threads: int) -
         cell.check()
     waiting = [cell for cell in cells if cell.losses(question) is None]
     running: dict[Cell, BaseProcess] = {}
+    begins: dict[Cell, int] = {}  # where in its log
     failed: list[Cell] = []
     settled = {cell: cell.config.steps for cell in cells if cell not in waiting}
     total = sum(cell.config.steps for cell in cells)
@@ -395,6 +412,7 @@ def run(cells: Sequence[Cell], question: Question, *, jobs: int, threads: int) -
             while running or (waiting and not signals.received):
                 while len(running) < jobs and waiting and not signals.received:
                     cell = waiting.pop(0)
+                    begins[cell] = cell.log.stat().st_size if cell.log.exists() else 0
                     running[cell] = context.Process(target=work, args=(cell, question, threads))
                     running[cell].start()
                 if signals.received:
@@ -407,7 +425,8 @@ def run(cells: Sequence[Cell], question: Question, *, jobs: int, threads: int) -
                         settled[cell] = cell.steps()
                         if process.exitcode and not signals.received:
                             failed.append(cell)
-                            bar.say(f"{cell} failed: {last_line(cell.log, process.exitcode)}")
+                            why = reason(cell.log, begins[cell], process.exitcode)
+                            bar.say(f"{cell} failed: {why}")
                 now = sum(settled.values()) + sum(cell.steps() for cell in [*running, *waiting])
                 done = len(cells) - len(waiting) - len(running) - len(failed)
                 bar.show(now, f"{done} of {len(cells)} runs")
@@ -421,9 +440,14 @@ def run(cells: Sequence[Cell], question: Question, *, jobs: int, threads: int) -
     return failed
 
 
-def last_line(log: Path, code: int) -> str:
-    """Why a process ended."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
-    reason = lines[-1] if lines and code > 0 else f"ended by signal {-code}"
-    return f"{reason} (all of it: {log})"
+def reason(log: Path, begin: int, code: int) -> str:
+    """Why a process ended whose log begins at a byte.
+
+    That is its last error: a trainer that outlived its grid may still draw its bar there.
+    """
+    text = log.read_bytes()[begin:].decode(errors="replace") if log.exists() else ""
+    lines = [line.strip() for line in re.split(r"[\r\n]", text)]
+    lines = [line for line in lines if line and not re.match(r"\d+%\|", line)]
+    errors = [line for line in lines if line.startswith("error: ")]
+    why = (errors or lines or [f"exit code {code}"])[-1] if code > 0 else f"ended by signal {-code}"
+    return f"{why} (all of it: {log})"

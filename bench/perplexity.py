@@ -27,6 +27,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ import numpy as np
 
 import posenc
 from bench.comparison import MATCHES, gap_of, match_of, recipe, tables
-from bench.grid import Cell, Plan, Stopped, finished, method, run
+from bench.grid import Cell, Plan, Stopped, finished, held, method, run
 from bench.losses import Losses, Question, ask
 from bench.rows import Row, RowFile, read, row_of, written
 from bench.statistics import paired_bootstrap
@@ -319,7 +320,8 @@ def train_and_compare(args: argparse.Namespace, flags: Sequence[str]) -> int:
     on_gpu = device.type == "cuda"
     jobs = args.jobs or (1 if on_gpu else min(cores(), len(cells)))
     print(f"{len(cells)} runs, {jobs} at a time; scored on {question.text}", flush=True)
-    failed = run(cells, question, jobs=jobs, threads=max(1, cores() // jobs))
+    with nullcontext() if plan is None else held(plan.runs):
+        failed = run(cells, question, jobs=jobs, threads=max(1, cores() // jobs))
 
     found = []
     for match, grid in grids.items():

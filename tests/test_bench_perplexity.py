@@ -17,7 +17,7 @@ import pytest
 
 import posenc
 from bench import grid, perplexity
-from bench.grid import Cell, Method, Plan, matched, method
+from bench.grid import Cell, Method, Plan, matched, method, reason
 from bench.losses import Question, choose_text
 from bench.perplexity import Comparison, Result, cell_rows, gap_rows
 from bench.rows import read
@@ -387,6 +387,40 @@ def test_a_cell_that_fails_does_not_stop_the_others(
     assert "1 of 2 runs failed: no rows are written" in said.err
     assert "  rope " in said.out
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_a_second_grid_in_the_same_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with grid.held(tmp_path / "grid"):
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        words = command(tmp_path)
+        assert perplexity.main(words) == 1
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert line.startswith(f"error: {tmp_path / 'grid'} is in use by process {os.getpid()} on ")
+        after = {path: path.stat().st_mtime_ns for path in (tmp_path / "grid").rglob("*")}
+        assert after.items() <= before.items()
+
+
+def test_the_reason_of_a_failure_is_that_of_the_process_itself(tmp_path: Path) -> None:
+    log = tmp_path / "cell.log"
+    whole = f" (all of it: {log})"
+    assert reason(log, 0, 3) == "exit code 3" + whole
+    log.write_text("error: of an earlier attempt\n")
+    begin = log.stat().st_size
+    assert reason(log, begin, 3) == "exit code 3" + whole
+    bar = "\r 12%|#2   | 96/800 [00:01<00:09, 72.11step/s, loss 3.1]"
+    for lines, expected in (
+        (["Traceback", "KeyError: 'x'", bar], "KeyError: 'x'"),
+        (
+            [bar, "error: x is in use.", bar, "step 9: validation loss 3", bar],
+            "error: x is in use.",
+        ),
+    ):
+        with log.open("a") as file:
+            file.write("\n".join(lines))
+        assert reason(log, begin, 1) == expected + whole
+    assert reason(log, begin, -9) == "ended by signal 9" + whole
 
 
 @pytest.mark.parametrize(

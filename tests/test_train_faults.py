@@ -9,7 +9,7 @@ import time
 import pytest
 
 from posenc.training import checkpoint as checkpoints
-from training_runs import finished, flags, losses, run, start, train, write_text
+from training_runs import finished, flags, losses, resumed, run, start, train, write_text
 
 KILLS = 4
 
@@ -46,11 +46,11 @@ def test_killed_at_random_moments_it_resumes_to_the_same_end(folder):
         checkpoints.read_state(whole)
         # At most the step that was being saved is lost.
         assert len(losses(folder)) - int(whole.name[-8:]) in (0, 1)
-        argv = ["--resume", str(folder / "run")]
+        argv = resumed(folder)
     reached = int(whole.name[-8:]) + 2
-    resumed = losses(folder)[: reached - 2]
+    before = losses(folder)[: reached - 2]
     assert train.main([*argv, "--steps", str(reached), "--save-every", "0"]) == 0
-    assert losses(folder)[: reached - 2] == resumed
+    assert losses(folder)[: reached - 2] == before
     assert not list((folder / "run/checkpoints").glob(".*"))
 
 
@@ -72,10 +72,10 @@ def test_a_disk_that_fills_up_is_one_line_and_keeps_the_last_checkpoint(folder):
     run(flags(folder, steps=2))
     before = checkpoints.latest(folder / "run/checkpoints")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
-    process = start(["--resume", str(folder / "run"), "--steps", "4"], preexec_fn=limit)
+    process = start([*resumed(folder), "--steps", "4"], preexec_fn=limit)
     _, err = finished(process, code=1)
     assert err.splitlines()[-1].startswith("error: File too large. Checkpoint at step 2: ")
     assert "Traceback" not in err
     assert list((folder / "run/checkpoints").iterdir()) == [before]
-    assert train.main(["--resume", str(folder / "run"), "--steps", "4"]) == 0
+    assert train.main([*resumed(folder), "--steps", "4"]) == 0
     assert len(losses(folder)) == 4

@@ -10,6 +10,7 @@ from training_runs import (
     finished,
     flags,
     losses,
+    resumed,
     rows,
     run,
     start,
@@ -65,31 +66,40 @@ def test_a_router_trains_nearly_as_one(folder):
     assert [layer["tokens"] for layer in summary["routing"]] == [160, 160]  # half of them
 
 
-def test_a_run_moves_between_numbers_of_processes(folder):
-    """One process, two with whole models, two with halves, one again: as if it never moved."""
+def test_a_run_moves_between_numbers_of_processes(folder, capsys):
+    """One process, two with whole models, two with halves, one again: as if it never moved.
+
+    Where no flag says how they share the work, it follows from their number.
+    """
     run(flags(folder, steps=8))
     expected = losses(folder)
     shutil.rmtree(folder / "run")
-    resumed = ["--resume", str(folder / "run")]
+    again = resumed(folder)
     run(flags(folder, steps=2, decay_steps=8))
-    finished(start([*resumed, "--steps", "4", "--parallel", "ddp"], processes=2))
-    finished(start([*resumed, "--steps", "6", "--parallel", "fsdp"], processes=2))
+    out, _ = finished(start([*again, "--steps", "4"], processes=2))
+    changed = "launched otherwise than before: parallel {}, processes {}."
+    assert out.count(changed.format("ddp (was none)", "2 (was 1)")) == 1
+    finished(start([*again, "--steps", "6", "--parallel", "fsdp"], processes=2))
     (path,) = (folder / "run/checkpoints").iterdir()
     assert len(list(path.glob("*.safetensors"))) == 2
-    assert train.main([*resumed, "--steps", "8", "--parallel", "none"]) == 0
+    assert train.main([*again, "--steps", "8"]) == 0
+    assert changed.format("none (was fsdp)", "1 (was 2)") in capsys.readouterr().out
     assert losses(folder) == pytest.approx(expected, rel=1e-5)
 
 
-def test_sigterm_reaches_all_processes_after_the_same_step(folder):
+def test_sigterm_reaches_all_processes_after_the_same_step(folder, capsys):
     """torchrun passes the signal on; the ranks agree on where to stop, and save together."""
     process = start(flags(folder, parallel="ddp", steps=100_000), processes=2)
     wait_for_steps(folder, process)
+    assert train.main(resumed(folder)) == 2  # rank 0 holds the folder
+    assert f"{folder / 'run'} is in use by process " in capsys.readouterr().err
     process.terminate()
     process.communicate(timeout=120)
     path = checkpoints.latest(folder / "run/checkpoints")
     assert checkpoints.read_state(path)["step"] >= 3
     assert path.name == f"step-{len(losses(folder)):08d}"
-    assert train.main(["--resume", str(folder / "run"), "--parallel", "none", "--steps", "1"]) == 0
+    last = str(len(losses(folder)))
+    assert train.main([*resumed(folder), "--steps", last]) == 0
 
 
 def wait_for_steps(folder, process):

@@ -16,11 +16,13 @@ import training_runs
 from posenc.data import StreamError
 from posenc.models.gpt import GPT
 from posenc.training import checkpoint as checkpoints
+from posenc.training.lock import hold
 from training_runs import (
     checkpoint,
     flags,
     losses,
     resume,
+    resumed,
     rows,
     run,
     stored,
@@ -143,7 +145,7 @@ def test_a_compiled_run_saves_the_same_names(folder, monkeypatch):
 def test_other_data_are_refused(folder):
     run(flags(folder, steps=2))
     write_text(folder / "text.txt", words=5000)
-    assert train.main(["--resume", str(folder / "run"), "--steps", "4"]) == 2
+    assert train.main([*resumed(folder), "--steps", "4"]) == 2
 
 
 def test_a_run_is_not_overwritten(folder, capsys):
@@ -166,6 +168,120 @@ def test_a_new_checkpoint_replaces_the_old_one_and_what_a_crash_left(folder):
     (folder / "run/checkpoints/step-00000001").mkdir()  # older: its deletion was cut off
     resume(folder, steps=3)
     assert checkpoint(folder).name == "step-00000003"
+
+
+def test_checkpoints_of_other_names_are_the_users(folder):
+    run(flags(folder, steps=2))
+    expected = stored(folder)
+    kept = ["step-00000009.bak", "step-best", "step-9", "step-000000009", ".writing-step-9"]
+    for name in kept:
+        shutil.copytree(folder / "run/checkpoints/step-00000002", folder / name)
+        (folder / name).rename(folder / "run/checkpoints" / name)
+    (folder / "run/checkpoints/step-00000011").touch()  # no folder
+    resume(folder, steps=3)
+    names = {path.name for path in (folder / "run/checkpoints").iterdir()}
+    assert names == {*kept, "step-00000003", "step-00000011"}
+    assert len(losses(folder)) == 3
+    for name in kept:
+        (shard,) = (folder / "run/checkpoints" / name).glob("*.safetensors")
+        assert same(load_file(shard), expected)
+
+
+def test_tokens_are_counted_not_derived(folder, capsys):
+    """As with --grad-accum: 2 steps of 64 tokens, 2 of 128, then one of 192."""
+    run(flags(folder, steps=2))
+    resume(folder, steps=4, batch_size=8, eval_every=1)
+    expected = [64, 128, 256, 384]
+    assert [row["tokens"] for row in rows(folder) if "loss" in row] == expected
+    assert [row["tokens"] for row in rows(folder) if "val_loss" in row] == [128, 256, 384]
+    assert "length: 4 steps = 384 tokens, " in capsys.readouterr().out
+    resume(folder, steps=5, batch_size=4, grad_accum=3)
+    summary = json.loads((folder / "run/summary.json").read_text())
+    assert summary["tokens"] == 576
+    assert summary["tokens_per_second"] == pytest.approx(576 / summary["seconds"])
+    resume(folder, batch_size=16)  # finishes again: no step, no token
+    assert json.loads((folder / "run/summary.json").read_text())["tokens"] == 576
+
+
+def files(folder):
+    return {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in (folder / "run").rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_second_process_in_a_run_folder_is_refused(folder, capsys):
+    run(flags(folder, steps=2))
+    before = files(folder)
+    with hold(folder / "run"):
+        (note,) = files(folder).keys() - before.keys()
+        assert train.main([*resumed(folder), "--steps", "4"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert line.startswith(f"error: {folder / 'run'} is in use by process {os.getpid()} on ")
+        assert note.exists()
+    assert files(folder) == before
+    resume(folder, steps=4)
+    assert len(losses(folder)) == 4
+
+
+def test_fewer_steps_than_were_taken_are_refused(folder, capsys):
+    run(flags(folder, steps=3))
+    before = files(folder)
+    assert train.main([*resumed(folder), "--steps", "2"]) == 2
+    error = last_line(capsys)
+    assert error.endswith("run is at step 3 already; got --steps 2. Give --steps 3 or more.")
+    assert files(folder) == before
+
+
+def test_a_learning_rate_that_jumps_is_announced_with_the_flag_that_keeps_it(folder, capsys):
+    run(flags(folder, steps=4))
+    shutil.copytree(folder / "run", folder / "kept")
+    capsys.readouterr()
+    resume(folder, steps=8)
+    rate = next(row["lr"] for row in rows(folder) if row["step"] == 5)
+    assert (
+        f"the learning rate goes on with {rate:.3g}, where the run so far had 0.001: "
+        "it falls until step 8, not 4. --decay-steps 4 keeps the decay as it was."
+    ) in capsys.readouterr().out
+    assert rate > 0.005
+
+    shutil.rmtree(folder / "run")
+    (folder / "kept").rename(folder / "run")
+    resume(folder, steps=8, decay_steps=4)
+    assert "learning rate" not in capsys.readouterr().out
+    assert [row["lr"] for row in rows(folder) if row["step"] > 4 and "lr" in row] == [1e-3] * 4
+    resume(folder, steps=9, min_lr=2e-3)
+    said = capsys.readouterr().out
+    assert "goes on with 0.002, where the run so far had 0.001.\n" in said
+    resume(folder)
+    assert "learning rate" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_what_belongs_to_the_launch_is_not_inherited(folder, capsys, checkpointed):
+    """A run that two processes wrote by FSDP elsewhere goes on in one, and says so."""
+    run(flags(folder, steps=2))
+    if not checkpointed:
+        shutil.rmtree(checkpoint(folder))
+    for name, changes in (
+        ("config", {"parallel": "fsdp", "device": "cuda:7", "tracker": "wandb"}),
+        ("environment", {"parallel": "fsdp", "processes": 2, "device": "A GPU"}),
+    ):
+        path = folder / f"run/{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    capsys.readouterr()
+    run(["--resume", str(folder / "run"), "--steps", "3"])
+    said = capsys.readouterr().out
+    device = json.loads((folder / "run/environment.json").read_text())["device"]
+    assert (
+        f"launched otherwise than before: device {device} (was A GPU), parallel none (was fsdp), "
+        "processes 1 (was 2), tracker none (was wandb). "
+        "--parallel, --device and --tracker are each launch's own."
+    ) in said
+    (folder / "run/environment.json").write_text("[1]")
+    resume(folder, steps=4)
+    assert "launched otherwise" not in capsys.readouterr().out
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(folder):
@@ -191,8 +307,7 @@ def test_divergence_stops_and_keeps_the_last_sound_checkpoint(folder, capsys, ev
     run(flags(folder, steps=2))
     before = stored(folder)
     words = ["--steps", "9", "--lr", "1e30", "--warmup", "0", "--log-every", "3"]
-    resumed = ["--resume", str(folder / "run"), *words, "--save-every", str(every)]
-    assert train.main(resumed) == 1
+    assert train.main([*resumed(folder), *words, "--save-every", str(every)]) == 1
     error = last_line(capsys)
     assert ("after step 3. " if every == 1 else "at step 4. ") in error
     assert f"Checkpoint at step 2: python train.py --resume {folder / 'run'}" in error
@@ -226,10 +341,10 @@ def test_a_checkpoint_never_runs_code(folder, capsys):
     values = json.loads(state.read_text())
     values["shards"][shard.name] = shard.stat().st_size
     state.write_text(json.dumps(values))
-    assert train.main(["--resume", str(folder / "run"), "--steps", "5"]) == 2
+    assert train.main([*resumed(folder), "--steps", "5"]) == 2
     assert "damaged shard" in last_line(capsys)
     state.write_bytes(evil)
-    assert train.main(["--resume", str(folder / "run"), "--steps", "5"]) == 2
+    assert train.main([*resumed(folder), "--steps", "5"]) == 2
     assert not (folder / "hacked").exists()
 
 
@@ -249,7 +364,7 @@ def test_a_damaged_checkpoint_is_refused(folder, damage, capsys):
     else:
         config = json.loads((folder / "run/config.json").read_text())
         (folder / "run/config.json").write_text(json.dumps({**config, "layers": 3}))
-    assert train.main(["--resume", str(folder / "run")]) == 2
+    assert train.main(resumed(folder)) == 2
     assert str(path) in last_line(capsys)
 
 
@@ -261,7 +376,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(folder, capsys, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoints.HuggingFaceStorageWriter, "write_data", full)
-    assert train.main(["--resume", str(folder / "run"), "--steps", "4"]) == 1
+    assert train.main([*resumed(folder), "--steps", "4"]) == 1
     error = last_line(capsys)
     assert error.startswith("error: No space left on device. Checkpoint at step 2: ")
     assert same(stored(folder), before)

@@ -150,6 +150,31 @@ def test_what_is_stored_comes_back():
         from_mapping({"colour": "red"})
 
 
+def test_a_resumed_run_stays_in_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps(dataclasses.asdict(TrainConfig())))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="stays in its folder; got --resume run and --out other"):
+        parse(["--resume", "run", "--out", "other"])
+    assert parse(["--resume", "run", "--out", str(tmp_path / "run")]).out == "run"
+
+
+def test_what_belongs_to_the_launch_follows_from_it(tmp_path, monkeypatch):
+    stored = TrainConfig(parallel="fsdp", device="cuda:7", tracker="wandb", dtype="float32")
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(stored)))
+    resumed = ["--resume", str(tmp_path)]
+    alone = {"parallel": "none", "device": "auto", "tracker": "none", "dtype": "float32"}
+    config = dataclasses.asdict(parse(resumed))
+    assert {name: config[name] for name in alone} == alone
+    given = [*resumed, "--parallel", "fsdp", "--device", "cpu", "--tracker", "trackio"]
+    config = parse(given)
+    assert (config.parallel, config.device, config.tracker) == ("fsdp", "cpu", "trackio")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert parse(resumed).parallel == parse([]).parallel == "ddp"
+    assert parse([*resumed, "--parallel", "none"]).parallel == "none"
+
+
 def test_a_resumed_run_keeps_its_flags(tmp_path):
     stored = TrainConfig(layers=2, steps=10, attention_options={"base": 100}, out="elsewhere")
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(stored)))
@@ -158,7 +183,7 @@ def test_a_resumed_run_keeps_its_flags(tmp_path):
         assert config == dataclasses.replace(
             stored, steps=20, out=str(tmp_path), resume=str(tmp_path)
         )
-    for name, was in (("layers", 2), ("mlp-dim", 0)):
+    for name, was in (("layers", 2), ("mlp-dim", 0), ("seed", 0)):
         with pytest.raises(ValueError, match=f"--{name} is {was} in the run .* resumed; got 3"):
             parse(["--resume", str(tmp_path), f"--{name}", "3"])
     (tmp_path / "config.json").write_text("{")

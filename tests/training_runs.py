@@ -82,13 +82,18 @@ def run(argv: Sequence[str]) -> None:
     assert train.main(list(argv)) == 0
 
 
+def resumed(folder: Path) -> list[str]:
+    """Flags that continue the run of `flags`, on the same device."""
+    return ["--resume", str(folder / "run"), "--device", "cpu"]
+
+
 def resume(folder: Path, **changes: Any) -> None:
     words = [
         word
         for name, value in changes.items()
         for word in (f"--{name.replace('_', '-')}", str(value))
     ]
-    run(["--resume", str(folder / "run"), *words])
+    run([*resumed(folder), *words])
 
 
 def start(argv: Sequence[str], *, processes: int = 0, **options: Any) -> "subprocess.Popen[str]":

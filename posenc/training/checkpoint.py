@@ -5,13 +5,15 @@
         state.json             step, data position, configuration, and the size of every shard
 
 A checkpoint is written under a temporary name and renamed when it is whole, and older ones are
-deleted only then: at any moment the newest folder named step-* can be resumed from, on any number
-of ranks. Tensors are stored as safetensors and everything else as JSON, so that loading never runs
-code from a checkpoint (torch.distributed.checkpoint's default format is a pickle).
+deleted only then: at any moment the newest folder of such a name can be resumed from, on any number
+of ranks. Whatever has another name, step-best or step-00000250.bak, is the user's and stays.
+Tensors are stored as safetensors and everything else as JSON, so that loading never runs code from
+a checkpoint (torch.distributed.checkpoint's default format is a pickle).
 """
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -35,15 +37,22 @@ from posenc.training.parallel import Parallel
 
 STATE = "state.json"
 FORMAT = 1
-_PREFIX, _TEMPORARY = "step-", ".writing-"
+_TEMPORARY = ".writing-"
+_NAME = re.compile("step-([0-9]{8}|[1-9][0-9]{8,})")  # a folder named otherwise is not ours
 
 
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None."""
-    found = sorted(
-        folder.glob(f"{_PREFIX}[0-9]*"), key=lambda path: int(path.name.removeprefix(_PREFIX))
-    )
-    return found[-1] if found else None
+    return max(_own(folder), key=lambda path: int(path.name.removeprefix("step-")), default=None)
+
+
+def _own(folder: Path, before: str = "") -> list[Path]:
+    """The folders with a checkpoint's name after `before`."""
+    return [
+        path
+        for path in folder.glob(f"{before}step-*")
+        if _NAME.fullmatch(path.name.removeprefix(before)) and path.is_dir()
+    ]
 
 
 def training_tensors(
@@ -76,7 +85,7 @@ def save(
     Raises:
         OSError: it could not be written. The checkpoint before it is untouched.
     """
-    name = f"{_PREFIX}{state['step']:08d}"
+    name = f"step-{state['step']:08d}"
     temporary = folder / f"{_TEMPORARY}{name}"
     parallel.on_main(lambda: _make_empty(temporary))
     try:
@@ -152,7 +161,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def clean(folder: Path) -> None:
     """Delete what an interrupted save left behind."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
+    for path in _own(folder, _TEMPORARY):
         shutil.rmtree(path)
 
 
@@ -170,7 +179,7 @@ def _publish(temporary: Path, final: Path, state: Mapping[str, Any]) -> None:
     _sync(temporary)
     temporary.rename(final)
     _sync(final.parent)
-    for path in final.parent.glob(f"{_PREFIX}*"):
+    for path in _own(final.parent):
         if path != final:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -6,12 +6,13 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import tyro
 
 from posenc.errors import unknown
 from posenc.training.config import TrainConfig, flag, from_mapping, preset_values
+from posenc.training.parallel import under_torchrun
 from posenc.training.run_folder import RunFolder
 
 #: What the weights, or the order of the data, depend on: a resumed run keeps it.
@@ -26,6 +27,7 @@ FIXED = [
     "mlp_dim",
     "vocab_size",
     "tokenizer",
+    "seed",
     "data_seed",
 ]
 
@@ -53,8 +55,13 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     check_flags(argv)
     early, rest = _Early().parse_known_args(argv)
     if early.resume is None:
-        default = TrainConfig(**preset_values(early.preset or "demo"))
+        default = TrainConfig(**preset_values(early.preset or "demo"), **_launch())
         config = dataclasses.replace(_flags(rest, default), out=early.out)
+    elif early.resume and early.out and Path(early.resume).resolve() != Path(early.out).resolve():
+        raise ValueError(
+            f"a resumed run stays in its folder; got --resume {early.resume} and --out {early.out}."
+            " Leave --out out, or copy the folder and resume the copy."
+        )
     else:
         if early.preset is not None:
             raise ValueError("--preset cannot change a run that is resumed. Leave it out.")
@@ -68,11 +75,12 @@ def parse(argv: Sequence[str]) -> TrainConfig:
 
 
 def _resumed(folder: str | None, rest: Sequence[str]) -> TrainConfig:
-    """The stored configuration with the flags over it."""
+    """The stored configuration with the launch's own, then the flags, over it."""
     if folder is None:
         raise ValueError("--resume needs a run folder. Give --resume DIR, or --out DIR --resume.")
     stored = from_mapping(RunFolder(Path(folder)).read_config())
-    config = dataclasses.replace(_flags(rest, stored), out=folder, resume=folder)
+    default = dataclasses.replace(stored, **_launch())
+    config = dataclasses.replace(_flags(rest, default), out=folder, resume=folder)
     for name in FIXED:
         was, asked = getattr(stored, name), getattr(config, name)
         if was != asked:
@@ -81,6 +89,15 @@ def _resumed(folder: str | None, rest: Sequence[str]) -> TrainConfig:
                 "Leave it out, or start a new run."
             )
     return config
+
+
+def _launch() -> dict[str, Any]:
+    """What belongs to a launch, not to the run: it follows from how this process was started."""
+    return {
+        "parallel": "ddp" if under_torchrun() else TrainConfig.parallel,
+        "device": TrainConfig.device,
+        "tracker": TrainConfig.tracker,
+    }
 
 
 def check_flags(argv: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from posenc.backends.choice import IMPLS
 from posenc.errors import unknown
 from posenc.models.gpt import GPTConfig
+from posenc.training.schedule import learning_rate
 from posenc.zoo import names
 
 PARALLEL = ("none", "ddp", "fsdp")
@@ -120,7 +121,8 @@ class TrainConfig:
     warmup: int = 100
     """Steps of linear warm-up."""
     decay_steps: int = 0
-    """Steps until the learning rate has fallen to min-lr; 0 is steps."""
+    """Steps until the learning rate has fallen to min-lr; 0 is steps. A resumed run with more steps
+    keeps its decay by the number that it had."""
     weight_decay: float = 0.1
     """Of the weights of linear layers and embeddings."""
     beta1: float = 0.9
@@ -152,7 +154,7 @@ class TrainConfig:
     compile: bool = False
     """Compile the model (torch.compile)."""
     parallel: Annotated[str, one_of(PARALLEL)] = "none"
-    """How the processes of torchrun share the work."""
+    """How the processes of torchrun share the work; under torchrun it is ddp if not given."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
@@ -160,7 +162,7 @@ class TrainConfig:
     """Run folder; runs/ATTENTION-DATE-TIME if not given."""
     resume: str | None = None
     """Continue the run in this folder (without a value: in out); its configuration is the default
-    then."""
+    then, but for parallel, device and tracker."""
     tracker: Annotated[str, one_of(TRACKERS)] = "none"
     """Where to send the metrics beside the run folder."""
 
@@ -192,6 +194,21 @@ class TrainConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.grad_accum * self.context
+
+    @property
+    def decay_end(self) -> int:
+        """The step from which on the learning rate is min_lr."""
+        return self.decay_steps or self.steps
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of step 0, 1, ..."""
+        return learning_rate(
+            step,
+            lr=self.lr,
+            min_lr=self.min_lr,
+            warmup=self.warmup,
+            decay_steps=self.decay_end,
+        )
 
     @property
     def bpe_symbols(self) -> int:

@@ -36,12 +36,19 @@ def environment(
             **{name: installed for name in PACKAGES if (installed := _version(name))},
         },
         "system": platform.system(),
+        "threads": torch.get_num_threads(),
+        **launch(parallel, dtype),
+        "corpus": dict(corpus),
+    }
+
+
+def launch(parallel: Parallel, dtype: torch.dtype) -> dict[str, Any]:
+    """What a run may change from one launch to the next."""
+    return {
         "device": device_name(parallel.device),
         "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
         "parallel": parallel.mode,
         "processes": parallel.world_size,
-        "corpus": dict(corpus),
     }
 
 

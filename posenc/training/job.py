@@ -13,7 +13,9 @@ from posenc.data import Batches, Corpus, StreamBatches
 from posenc.models.gpt import GPT
 from posenc.routing.stats import RoutingStats, record_routing, routers
 from posenc.training import checkpoint
-from posenc.training.config import TrainConfig
+from posenc.training.changes import launched_otherwise, learning_rate_jump
+from posenc.training.config import TrainConfig, from_mapping
+from posenc.training.environment import launch
 from posenc.training.errors import Diverged
 from posenc.training.evaluate import Evaluation, evaluate
 from posenc.training.parallel import Parallel
@@ -50,6 +52,11 @@ class Job:
     saved: int = -1
     evaluation: Evaluation | None = None
     routing: list[RoutingStats | None] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Trained on so far. A resumed run may have another batch: the windows are counted."""
+        return self.batches.sequences * self.config.context
 
     def say(self, text: str) -> None:
         """Print, on rank 0."""
@@ -113,9 +120,16 @@ class Job:
     def load(self) -> None:
         """Go to the newest checkpoint of the run folder; without one, stay at the beginning.
 
+        Says what this launch changes.
+
         Raises:
-            ValueError: it is damaged, or of other data or another model.
+            ValueError: it is damaged, of other data or another model, or beyond the last step.
         """
+        was = from_mapping(self.folder.read_config())
+        before = self.folder.read_environment() | {"tracker": was.tracker}
+        now = launch(self.parallel, self.dtype) | {"tracker": self.config.tracker}
+        if changes := launched_otherwise(before, now):
+            self.say(changes)
         path = checkpoint.latest(self.folder.checkpoints)
         if path is None:
             self.say(f"{self.folder.path} has no checkpoint yet: it starts again")
@@ -126,10 +140,17 @@ class Job:
                 f"{self.folder.path} was trained on other data. "
                 "Resume with the same text and tokenizer."
             )
+        if state["step"] > self.config.steps:
+            raise ValueError(
+                f"{self.folder.path} is at step {state['step']} already; got --steps "
+                f"{self.config.steps}. Give --steps {state['step']} or more."
+            )
         self.batches.load_state_dict(state["data"])
         checkpoint.load(path, self.model, self.optimizer, self.parallel)
         self.step = self.saved = state["step"]
         self.seconds = state["seconds"]
+        if jump := learning_rate_jump(self.step, from_mapping(state["config"]), self.config):
+            self.say(jump)
 
     def release(self) -> None:
         """Let go of DDP, which must not outlive the process group.

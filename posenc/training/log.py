@@ -24,8 +24,7 @@ class TrainingLog:
 
     def __init__(self, job: Job, tracker: Tracker, bar: "tqdm[Any]") -> None:
         self._job, self._tracker, self._bar = job, tracker, bar
-        self._tokens = job.config.tokens_per_step
-        self._pending: list[tuple[int, float, Tensor, Tensor]] = []
+        self._pending: list[tuple[int, int, float, Tensor, Tensor]] = []
         self._since = time.perf_counter()
 
     def start_clock(self) -> None:
@@ -34,7 +33,7 @@ class TrainingLog:
 
     def add(self, rate: float, loss: Tensor, norm: Tensor) -> None:
         """Note the job's latest step: its learning rate, this rank's loss, the gradient's norm."""
-        self._pending.append((self._job.step, rate, loss, norm))
+        self._pending.append((self._job.step, self._job.tokens, rate, loss, norm))
 
     def flush(self) -> None:
         """Write the rows of the steps so far.
@@ -44,7 +43,7 @@ class TrainingLog:
         """
         if not self._pending:
             return
-        steps, rates, losses, norms = zip(*self._pending, strict=True)
+        steps, tokens, rates, losses, norms = zip(*self._pending, strict=True)
         self._pending = []
         parallel = self._job.parallel
         mean = parallel.sum(torch.stack(losses)) / parallel.world_size
@@ -52,9 +51,9 @@ class TrainingLog:
         now = time.perf_counter()
         spent, self._since = now - self._since, now
         self._job.seconds += spent
-        speed = len(steps) * self._tokens / spent
+        speed = len(steps) * self._job.config.tokens_per_step / spent
         rows: list[dict[str, Any]] = []
-        for step, rate, loss, norm in zip(steps, rates, *numbers, strict=True):
+        for step, seen, rate, loss, norm in zip(steps, tokens, rates, *numbers, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self._write(rows)
                 what = (
@@ -64,7 +63,7 @@ class TrainingLog:
             rows.append(
                 {
                     "step": step,
-                    "tokens": step * self._tokens,
+                    "tokens": seen,
                     "loss": loss,
                     "grad_norm": norm,
                     "lr": rate,
@@ -79,7 +78,7 @@ class TrainingLog:
         """Write an evaluation of the job's latest step."""
         step = self._job.step
         self._job.evaluation = evaluation
-        self._write([{"step": step, "tokens": step * self._tokens, **evaluation.values()}])
+        self._write([{"step": step, "tokens": self._job.tokens, **evaluation.values()}])
         if self._job.parallel.is_main:
             self._bar.write(f"step {step}: validation {evaluation}")
 

@@ -109,6 +109,11 @@ class Parallel:
         return shared[0]
 
 
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "RANK" in os.environ and "MASTER_ADDR" in os.environ
+
+
 @contextmanager
 def connect(mode: str, device: str) -> Iterator[Parallel]:
     """Join the processes of torchrun, if --parallel says so, and part at the end.
@@ -117,7 +122,6 @@ def connect(mode: str, device: str) -> Iterator[Parallel]:
         ValueError: --parallel and the number of processes do not fit, or there is no such device.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ
     if mode == "none":
         if world_size > 1:
             raise ValueError(
@@ -126,7 +130,7 @@ def connect(mode: str, device: str) -> Iterator[Parallel]:
             )
         yield Parallel(mode, choose_device(device))
         return
-    if not launched:
+    if not under_torchrun():
         raise ValueError(
             f"--parallel {mode} needs torchrun. "
             f"Start it with: torchrun --nproc-per-node N train.py --parallel {mode} ..."

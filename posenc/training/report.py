@@ -11,7 +11,7 @@ from posenc.training.job import Job
 def heading(job: Job) -> str:
     """Model, data, the arithmetic of a batch, and where it goes: one line each."""
     config, corpus, ranks = job.config, job.corpus, job.parallel.world_size
-    total = config.steps * config.tokens_per_step
+    total = job.tokens + (config.steps - job.step) * config.tokens_per_step
     if isinstance(corpus.train, Tokens):
         size, epochs = f"{len(corpus.train):,} tokens", f", {total / len(corpus.train):.2f} epochs"
     else:
@@ -43,16 +43,15 @@ def summary(
         peak_memory: bytes, 0 where not known.
     """
     first = evaluations[0].values()
-    tokens = job.step * job.config.tokens_per_step
     return {
         "attention": job.config.attention,
         "preset": job.config.preset,
         **{key: first[key] for key in ("val_loss", "perplexity", "bits_per_byte")},
-        "tokens_per_second": tokens / job.seconds,
+        "tokens_per_second": job.tokens / job.seconds,
         "parameters": job.model.num_parameters(),
         "peak_memory_bytes": peak_memory or None,
         "steps": job.step,
-        "tokens": tokens,
+        "tokens": job.tokens,
         "seconds": job.seconds,
         "routing": job.routing and [stats and stats.values() for stats in job.routing],
         "evaluations": [evaluation.values() for evaluation in evaluations],

@@ -4,13 +4,16 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from posenc.files import atomic_file
 from posenc.training.config import TrainConfig
+from posenc.training.lock import LOCK, hold
 
 CONFIG, ENVIRONMENT, SUMMARY = "config.json", "environment.json", "summary.json"
 METRICS, TOKENIZER, PLOT, SAMPLE = "metrics.jsonl", "tokenizer.json", "loss.png", "sample.txt"
@@ -21,7 +24,7 @@ class RunFolder:
     """Paths and plain files of one run.
 
     Args:
-        path: the folder; it is made by `create`.
+        path: the folder; `claimed` makes it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,40 +37,16 @@ class RunFolder:
         self.model = path / MODEL
 
     def check_new(self) -> None:
-        """See that a new run can be written here, without writing.
+        """See that there is no run here yet.
 
         Raises:
             ValueError: there is a run already.
-            OSError: the place is no folder, or not writable.
         """
         if (self.path / CONFIG).exists():
             raise ValueError(
                 f"{self.path} already holds a run. "
                 f"Continue it with --resume {self.path}, or choose another --out."
             )
-        above = self.path
-        while not above.exists():
-            above = above.parent
-        if not above.is_dir():
-            raise NotADirectoryError(
-                f"{above} is not a folder; the run folder {self.path} cannot be made there."
-            )
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise PermissionError(
-                f"{above} is not writable; the run folder {self.path} cannot be made there."
-            )
-
-    @contextmanager
-    def creating(self) -> Iterator[None]:
-        """Make the folders and fill them; what fails leaves no new folder behind."""
-        new = not self.path.exists()
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            yield
-        except BaseException:
-            if new:
-                shutil.rmtree(self.path, ignore_errors=True)
-            raise
 
     def write_text(self, path: Path, text: str) -> None:
         """Replace a file, whole or not at all."""
@@ -123,3 +102,91 @@ class RunFolder:
         """Drop the rows after `step`, which a resumed run writes again."""
         kept = [row for row in self.read_metrics() if row["step"] <= step]
         self.write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def read_environment(self) -> dict[str, Any]:
+        """What the last launch noted of itself; nothing where that is gone or damaged."""
+        try:
+            return dict(json.loads((self.path / ENVIRONMENT).read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError):
+            return {}
+
+
+@contextmanager
+def claimed(config: TrainConfig) -> Iterator[Path]:
+    """The folder of a run, which nobody else trains in meanwhile.
+
+    A new one is made, under a name that is free if `config` gives none, and removed again if no
+    run came to be in it: config.json is the last file of its beginning.
+
+    Raises:
+        ValueError: a new run's folder holds a run, or another process is in it.
+        OSError: it cannot be made.
+    """
+    if config.resume is not None:
+        with hold(Path(config.resume)):
+            yield Path(config.resume)
+        return
+    path = Path(config.out or f"runs/{config.attention}-{time.strftime('%Y%m%d-%H%M%S')}")
+    check_place(path)
+    if config.out is not None:
+        RunFolder(path).check_new()
+    with ExitStack() as stack:
+        made = [folder for folder in path.parents if not folder.exists()]
+        stack.callback(_remove_empty, made)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if config.out is None:
+            path = _make_numbered(path)
+            made.insert(0, path)
+        elif not path.exists():
+            path.mkdir(exist_ok=True)
+            made.insert(0, path)
+        stack.enter_context(hold(path))
+        RunFolder(path).check_new()  # another run may have been here since
+        if path in made:
+            stack.callback(_empty_unused, path)
+        yield path
+
+
+def check_place(path: Path) -> None:
+    """See that a run folder can be made or written to, without writing.
+
+    Raises:
+        OSError: the place is no folder, or not writable.
+    """
+    above = path
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise NotADirectoryError(
+            f"{above} is not a folder; the run folder {path} cannot be made there."
+        )
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"{above} is not writable; the run folder {path} cannot be made there."
+        )
+
+
+def _make_numbered(path: Path) -> Path:
+    """Make a folder of this name, or with -2, -3, ... after it where others have it."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    for free in chain([path], numbered):
+        with suppress(FileExistsError):
+            free.mkdir()
+            break
+    return free
+
+
+def _empty_unused(path: Path) -> None:
+    """Delete all but the lock, which whoever holds it deletes."""
+    if (path / CONFIG).exists():
+        return
+    for inner in path.iterdir():
+        if inner.name != LOCK:
+            shutil.rmtree(inner) if inner.is_dir() else inner.unlink()
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, innermost first, up to one that is in use."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
