@@ -69,6 +69,14 @@ def join(first: Tensor, second: Tensor, pairing: Layout = "half") -> Tensor:
     return torch.stack((first, second), dim=-1).flatten(-2)
 
 
+def swap(x: Tensor, pairing: Layout = "half") -> Tensor:
+    """The partner of every feature, in its place: (..., D)."""
+    if pairing == "half":
+        return x.roll(x.shape[-1] // 2, -1)
+    first, second = pairs(x, pairing)
+    return join(second, first, pairing)
+
+
 def sines(angle: Tensor, factor: float = 1.0, pairing: Layout = "half") -> tuple[Tensor, Tensor]:
     """What `turn` multiplies each feature and its partner by, factor times: cos a for both, -sin a
     for the first of a pair and sin a for the second; angle (..., R/2) -> (..., R) each.
@@ -85,16 +93,18 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, pairing: Layout = "half") -> Tenso
     x (B, H, T, D); cos, sin of `sines`, broadcastable to (B, H, T, R) with R <= D. Features beyond
     R pass through.
     """
-    width = cos.shape[-1]
+    width, dtype = cos.shape[-1], x.dtype
     rotated, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
-    rotated = rotated.to(cos.dtype)
-    first, second = pairs(rotated, pairing)
-    partners = join(second, first, pairing)
+    if dtype != cos.dtype:
+        rotated = rotated.to(cos.dtype)
+    partners = swap(rotated, pairing)
     # Whole rows, not halves: on CPU 2x faster. In place where autograd allows it: fresh memory is
     # what costs. No fused multiply-add, whose rounding depends on how the operands are laid out:
     # schemes that meet at the same angles agree bit for bit.
     partners = partners.mul_(sin) if _may_write(sin) else partners * sin
-    y = partners.add_(rotated * cos).to(x.dtype)
+    y = partners.add_(rotated * cos)
+    if dtype != cos.dtype:
+        y = y.to(dtype)
     return y if rest is None else torch.cat((y, rest), dim=-1)
 
 

@@ -94,13 +94,18 @@ class ByPosition(NamedTuple):
         one = q if q is not None else k
         assert one is not None
         cos, sin = self.sines(phase_dtype(one))
-        if q is None or k is None or q.shape[-2] > 1 or (q.dtype, len(q)) != (k.dtype, len(k)):
+        if q is None or k is None or q.shape[2] > 1 or not _alike(q, k):
             q = None if q is None else turn(q, cos, sin, self.pairing)
             return q, None if k is None else turn(k, cos, sin, self.pairing)
         # A single token's time is that of starting each op: both in one, 6 us of 117 a step saved.
         heads = (q.shape[1], k.shape[1])
-        q, k = turn(torch.cat((q, k), dim=1), cos, sin, self.pairing).split(heads, dim=1)
+        both = turn(torch.cat((q, k), dim=1), cos, sin, self.pairing)
+        q, k = both.split_with_sizes(heads, dim=1)  # `split` is Python, and 3 us more
         return q, k
+
+
+def _alike(q: Tensor, k: Tensor) -> bool:
+    return q.dtype == k.dtype and q.shape[0] == k.shape[0]
 
 
 class ByContent(NamedTuple):

@@ -130,7 +130,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, gates: Gates | None, scale: float) -
 
 def _turn_and_attend(rotation: Rotation, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     """Rotation and attention in one kernel where there is one, else None."""
-    if isinstance(rotation, ByPosition) and isinstance(rotation.pairing, str):
+    if isinstance(rotation, ByPosition) and _has_kernel(rotation):
         from posenc.kernels.rope_attention import rope_attention
 
         frequencies, factor = rotation.spectrum.at(rotation.place)
@@ -144,9 +144,15 @@ def _turn_and_attend(rotation: Rotation, q: Tensor, k: Tensor, v: Tensor) -> Ten
     return None
 
 
+def _has_kernel(rotation: ByPosition) -> bool:
+    """Integer positions of one axis; others turn eagerly."""
+    floating = rotation.place.positions.dtype.is_floating_point
+    return rotation.spectrum.axis is None and not floating
+
+
 def turn(rotation: Rotation, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """q and k turned by a kernel, in one launch, or eagerly where there is none."""
-    if isinstance(rotation, ByPosition) and isinstance(rotation.pairing, str):
+    if isinstance(rotation, ByPosition) and _has_kernel(rotation):
         from posenc.kernels.rope import rope
 
         frequencies, factor = rotation.spectrum.at(rotation.place)

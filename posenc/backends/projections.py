@@ -37,7 +37,9 @@ def to_heads(
         y = layer(x)
         dim = y.shape[-1] // (heads + 2 * kv_heads)
         if x.shape[1] == 1:  # heads and time need not change places: 5 us of 90 a layer and step
-            q, k, v = y.view(len(x), -1, 1, dim).split((heads, kv_heads, kv_heads), dim=1)
+            q, k, v = y.view(x.shape[0], -1, 1, dim).split_with_sizes(
+                (heads, kv_heads, kv_heads), dim=1
+            )
             return q, k, v
         if heads == kv_heads:
             # Apart before the heads are: the three gradients then meet again in one copy, not two.

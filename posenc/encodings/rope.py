@@ -8,8 +8,8 @@ Pairs are half-split (i, i + D/2) as in GPT-NeoX and Llama, or interleaved (2i, 
 and the paper; the two agree when the features of q and k are permuted alike.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,9 +19,12 @@ from posenc.checks import check_base, check_head_dim
 from posenc.encodings.base import Encoding
 from posenc.encodings.scaling import scaled_frequencies
 from posenc.errors import unknown
-from posenc.phase import PAIRINGS, Pairing
+from posenc.phase import PAIRINGS, Layout, Pairing, inverse_frequencies
 from posenc.placement import Placement
 from posenc.rotations import ByPosition, Spectrum
+
+Layouts = Literal["blocks", "sections", "interleaved"]
+LAYOUTS: tuple[str, ...] = get_args(Layouts)
 
 
 class RoPE(Encoding):
@@ -34,9 +37,14 @@ class RoPE(Encoding):
         rotary_dim: rotate only the first so many features (even, at most D); frequencies use it in
             place of D.
         scaling: a mapping for longer texts, see `posenc.encodings.scaling`.
+        axes: features of each of A axes (even, in all rotary_dim); positions are then (T, A) or
+            (B, T, A): images, video. None is one axis, positions without that dimension.
+        layout: which features turn with which axis, see `axis_of_pairs`.
+        continuous: positions may be floating-point numbers; negative ones are then no padding.
 
     Raises:
-        ValueError: for an odd or too large size, an unknown pairing or scaling.
+        ValueError: for an odd or too large size, an unknown pairing, scaling or layout, axes that
+            do not add up or have no place in the layout.
     """
 
     def __init__(
@@ -47,6 +55,9 @@ class RoPE(Encoding):
         pairing: Pairing = "half",
         rotary_dim: int | None = None,
         scaling: Mapping[str, Any] | None = None,
+        axes: Sequence[int] | None = None,
+        layout: Layouts = "blocks",
+        continuous: bool = False,
     ) -> None:
         super().__init__()
         check_head_dim(head_dim, "RoPE")
@@ -64,23 +75,73 @@ class RoPE(Encoding):
         self.head_dim, self.rotary_dim = head_dim, rotary_dim
         self.base, self.pairing = base, pairing
         self.scaling = None if scaling is None else dict(scaling)
+        self.axes = None if axes is None else tuple(axes)
+        self.layout, self.continuous = layout, continuous
+        self.axes_count = None if self.axes is None else len(self.axes)
+        if layout not in LAYOUTS:
+            raise ValueError(unknown("RoPE layout", layout, LAYOUTS))
+        self._axis = None
+        if self.axes is not None:
+            self._axis = axis_of_pairs(self.axes, layout, rotary_dim)
+            if layout == "blocks" and self.scaling is not None:
+                raise ValueError(
+                    "layout='blocks' has a spectrum of its own for each axis, which no scaling "
+                    "describes; got scaling. Use layout='sections' or 'interleaved', or base."
+                )
 
     def frequencies(self, device: torch.device | None = None) -> tuple[Tensor, float]:
         """The frequencies (R/2,) in fp64, and the factor of cosine and sine."""
+        if self.axes is not None and self.layout == "blocks":
+            blocks = [inverse_frequencies(width, self.base, device) for width in self.axes]
+            return torch.cat(blocks), 1.0
         return scaled_frequencies(self.rotary_dim, self.base, self.scaling, device)
 
     def rotation(
         self, place: Placement, x: Tensor | None = None, state: Cache | None = None
     ) -> ByPosition:
         scaling = None if self.scaling is None else repr(self.scaling)
-        key = ("rope", self.rotary_dim, self.base, scaling)
-        return ByPosition(place, Spectrum(key, self.frequencies), self.pairing)
+        key = ("rope", self.rotary_dim, self.base, scaling, self.axes, self.layout)
+        blocks = self.axes is not None and self.layout == "blocks" and self.pairing == "half"
+        pairing: Layout = self.axes if blocks and self.axes is not None else self.pairing
+        return ByPosition(place, Spectrum(key, self.frequencies, self._axis), pairing)
 
     def extra_repr(self) -> str:
         return (
             f"head_dim={self.head_dim}, base={self.base}, pairing={self.pairing!r}, "
             f"rotary_dim={self.rotary_dim}, scaling={self.scaling}"
+            + ("" if self.axes is None else f", axes={self.axes}, layout={self.layout!r}")
+            + (", continuous=True" if self.continuous else "")
         )
+
+
+def axis_of_pairs(axes: tuple[int, ...], layout: str, rotary_dim: int) -> tuple[int, ...]:
+    """The axis that each of rotary_dim/2 pairs turns with.
+
+    "blocks"       a block of a_k features an axis, one after the other, a spectrum each: axial RoPE
+                   (arXiv 2403.13298)
+    "sections"     a_0/2 pairs, then a_1/2, ..; one spectrum over all pairs (M-RoPE of Qwen2-VL)
+    "interleaved"  pair i turns with axis i mod A while that one has pairs left (i < A a_k/2), else
+                   with axis 0; one spectrum (Qwen3-VL)
+
+    Raises:
+        ValueError: for widths that are odd, below 2, do not add up, or do not fit the layout.
+    """
+    whole = all(isinstance(width, int) and width >= 2 and width % 2 == 0 for width in axes)
+    if not axes or not whole or sum(axes) != rotary_dim:
+        raise ValueError(
+            f"axes must be even numbers of features that add up to {rotary_dim}; got {axes}."
+        )
+    if layout != "interleaved":
+        return tuple(axis for axis, width in enumerate(axes) for _ in range(width // 2))
+    count, pairs = len(axes), rotary_dim // 2
+    for axis, width in enumerate(axes[1:], start=1):
+        if count * (width // 2 - 1) + axis >= pairs:
+            raise ValueError(
+                f"layout='interleaved' has no room for {width} features of axis {axis} among "
+                f"{pairs} pairs; got axes={axes}. Give axis 0 more of them."
+            )
+    own = (i % count if i < count * (axes[i % count] // 2) else 0 for i in range(pairs))
+    return tuple(own)
 
 
 def half_to_interleaved(weight: Tensor, num_heads: int, rotary_dim: int | None = None) -> Tensor:

@@ -279,7 +279,10 @@ class GPT(nn.Module):
                 "Shorten it, or train with a larger context."
             )
         if cache is None:
-            where = place(batch, length, ids.device, positions, mask, segments)
+            encoding = self.blocks[0].attn.encoding
+            axes, continuous = encoding.axes_count, encoding.continuous
+            given = (positions, mask, segments)
+            where = place(batch, length, ids.device, *given, axes=axes, continuous=continuous)
         else:
             self._check_cache(cache, batch, length, segments)
             where = place_after(cache.own, batch, length, ids.device, positions, mask)
