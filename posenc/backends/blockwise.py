@@ -30,7 +30,7 @@ from posenc.scores import add_per_head, falling_table, skew
 
 #: Rows of a block with a relative term; of 64, 128, 256 and 512 the fastest on CPU.
 ROWS = 128
-#: From this many queries on, a block is recomputed in the backward pass: memory linear in T.
+#: Blocks that meet this many keys are recomputed in the backward pass: memory linear in T.
 RECOMPUTE_FROM = 1024
 #: Rows of a block where a window or padding calls for blocks.
 BAND_ROWS = 256
@@ -127,7 +127,7 @@ def _relative(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
     q, k, v, scores, scale = case.q[batch], case.k[batch], case.v[batch], case.scores, case.scale
     term, mask, dropout_p = scores.relative, case.mask, case.dropout_p
     assert term is not None
-    rows_in_batch, heads, length, dim = q.shape
+    rows_in_batch, heads, _, dim = q.shape
     precise = torch.promote_types(q.dtype, torch.float32)
 
     def by_head(x: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def _relative(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
                 weights = F.dropout(weights, dropout_p)
             return torch.bmm(weights, values[:, piece.keys])
 
-    recompute = torch.is_grad_enabled() and length >= RECOMPUTE_FROM
+    recompute = torch.is_grad_enabled() and widest >= RECOMPUTE_FROM
     outputs = []
     # The widest block first: where it lay the others fit. Growing blocks left a hole each, at
     # T=8192 1.1 GB of them instead of 0.27.

@@ -135,7 +135,7 @@ def _turn_and_attend(rotation: Rotation, q: Tensor, k: Tensor, v: Tensor) -> Ten
 
         frequencies, factor = rotation.spectrum.at(rotation.place)
         positions = rotation.place.positions.long()
-        pairing = rotation.pairing
+        pairing = str(rotation.pairing)
         return rope_attention(q, k, v, frequencies, positions, factor=factor, pairing=pairing)
     if isinstance(rotation, ByRates) and rotation.state is None:
         from posenc.kernels.carope_attention import carope_attention
@@ -146,8 +146,8 @@ def _turn_and_attend(rotation: Rotation, q: Tensor, k: Tensor, v: Tensor) -> Ten
 
 def _has_kernel(rotation: ByPosition) -> bool:
     """Integer positions of one axis; others turn eagerly."""
-    floating = rotation.place.positions.dtype.is_floating_point
-    return rotation.spectrum.axis is None and not floating
+    integers = not rotation.place.positions.dtype.is_floating_point
+    return rotation.spectrum.axis is None and isinstance(rotation.pairing, str) and integers
 
 
 def turn(rotation: Rotation, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +157,7 @@ def turn(rotation: Rotation, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
         frequencies, factor = rotation.spectrum.at(rotation.place)
         positions = rotation.place.positions.long()
-        return rope(q, k, frequencies, positions, factor=factor, pairing=rotation.pairing)
+        return rope(q, k, frequencies, positions, factor=factor, pairing=str(rotation.pairing))
     if isinstance(rotation, ByContent):
         from posenc.kernels.polar import polar
 
