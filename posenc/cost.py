@@ -1,94 +1,37 @@
 """What attention and a GPT cost: parameters, FLOPs and bytes, as formulas in their sizes.
 
-    q, k, v    N C 3C multiply-adds, forward        output      N C C
-    conv       3 k N C                              router      N C (rows of W_s, W_r, W_h)
-    core       2 B P C                              encoding    see each one below
-    P = T (S - T) + T (T + 1) / 2                   the pairs (query, key) that a causal mask leaves
+    q, k, v    N C (H + 2G) D multiply-adds, forward     output      N H D C
+    conv       k N (H + 2G) D                            router      N C (rows of W_s, W_r, W_h)
+    core       2 B P H D                                 encoding    see each one's `cost`
+    P = T (S - T) + T (T + 1) / 2                        the pairs (query, key) of a causal mask; a
+                                                         window leaves fewer, causal=False T S
 
-Legend: B batch, T query length, S key length, N = B T tokens, H heads, D head dim, C = H D, A heads
-that a token keeps (H without a router, hs + K with one), e bytes of an element.
-
-Conventions. A multiply-add is 2 FLOPs; products alone are FLOPs, convolutions among them. The
-backward pass of a product is one more for each factor that needs a gradient: mostly both, so
-training is 3 times the forward pass. What is computed twice (scores in flash attention, blocks
-under `checkpoint_activations`) counts once. Apart stands elementwise work of the encodings: 6 for
-the rotation of a pair of features, 1 for each sine, cosine, arctangent, exponential and added
-phase. Not counted: softmax, masks, biases, scales, norms, gates, GELU, loss.
+Letters, conventions and the formulas that parts share are in `posenc.accounting`. What segments and
+padding leave out is not known beforehand, and is counted as if it were there.
 
 `kept_flops` leaves out what gates of 0 make needless: rows of queries, of the scores and of the
 output; keys and values stay whole, as a later token may select any head. Queries are all needed
 where a convolution mixes them or the router reads them. `posenc.backends.choice` and
 `posenc.backends.skipping` say from which sizes on it is skipped; with relative terms nothing is.
 
-Bytes that the backward pass keeps are those of `impl="fused"`, without autocast or dropout: every
-tensor of C or more numbers a token, the log-sum-exp and the statistics of LayerNorms, each storage
-once. Gates, rates and positions, of H numbers a token or fewer, are left out. Of q, k and v, views
-of one product, all stay while one does. `sdpa` agrees without rotation, relative term and router;
-elsewhere it keeps more: `python -m bench.memory`.
-
-A new encoding adds one function under `encoding_cost`.
+Of q, k and v, views of one product, all stay while one does. `sdpa` agrees with the bytes of
+`impl="fused"` without rotation, relative term and router; elsewhere it keeps more:
+`python -m bench.memory`.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass, replace
-from functools import singledispatch
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
+from posenc.accounting import Part, Sizes, product, state, weights
 from posenc.attention import Attention
 from posenc.cache import POSITIONS, Stream
 from posenc.checks import check_sizes
-from posenc.encodings.base import Encoding
-from posenc.encodings.carope import CARoPE, SharedPhase
-from posenc.encodings.learned import Learned
-from posenc.encodings.nope import NoPE
-from posenc.encodings.polar import Polar
-from posenc.encodings.relative import Relative
-from posenc.encodings.rope import RoPE
-from posenc.encodings.sinusoidal import Sinusoidal
+from posenc.encodings.carope import CARoPE
 from posenc.models.gpt import GPT, GPTConfig
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one part costs in a call of B sequences of T tokens that see S keys.
-
-    Attributes:
-        parameters: how many.
-        flops: of the forward pass.
-        backward_flops: of the backward pass.
-        kept_flops: of a forward pass that skips what the router drops.
-        elementwise: operations on single numbers, forward; see the head of this file.
-        saved_bytes: kept from the forward pass for the backward pass, parameters aside.
-        weight_bytes: of the parameters that a forward pass reads.
-        state_bytes: that each token of a sequence adds to the decoding state.
-        state_read_bytes: of that state, what a step reads for all heads.
-    """
-
-    parameters: int = 0
-    flops: int = 0
-    backward_flops: int = 0
-    kept_flops: int = 0
-    elementwise: int = 0
-    saved_bytes: int = 0
-    weight_bytes: int = 0
-    state_bytes: int = 0
-    state_read_bytes: int = 0
-
-    def __add__(self, other: "Part") -> "Part":
-        return Part(*map(sum, zip(astuple(self), astuple(other), strict=True)))
-
-    @property
-    def training_flops(self) -> int:
-        """Forward and backward."""
-        return self.flops + self.backward_flops
-
-    @property
-    def read_bytes(self) -> int:
-        """Weights and decoding state that a step reads: its time where memory is the limit."""
-        return self.weight_bytes + self.state_read_bytes
 
 
 @dataclass(frozen=True)
@@ -103,110 +46,59 @@ class Cost:
         return sum(self.parts.values(), Part())
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The letters of the formulas."""
-
-    B: int
-    T: int
-    S: int
-    H: int
-    D: int
-    A: int
-    dtype: torch.dtype
-
-    @property
-    def C(self) -> int:
-        """The width of all heads."""
-        return self.H * self.D
-
-    @property
-    def N(self) -> int:
-        """Tokens."""
-        return self.B * self.T
-
-    @property
-    def pairs(self) -> int:
-        """P: row i of T sees S - T + i + 1 keys."""
-        return self.T * (self.S - self.T) + self.T * (self.T + 1) // 2
-
-    @property
-    def e(self) -> int:
-        """Bytes of an element."""
-        return self.dtype.itemsize
-
-    @property
-    def precise(self) -> int:
-        """Bytes of an element in fp32 or better."""
-        return max(self.e, 4)
-
-
-def product(multiply_adds: int, kept: int | None = None, gradients: int = 2) -> Part:
-    """The FLOPs of a product.
-
-    Args:
-        kept: multiply-adds that the kept heads need; None is all.
-        gradients: how many of its two factors need one.
-    """
-    flops = 2 * multiply_adds
-    kept_flops = flops if kept is None else 2 * kept
-    return Part(flops=flops, backward_flops=gradients * flops, kept_flops=kept_flops)
-
-
-def weights(count: int, itemsize: int, read: int | None = None) -> Part:
-    """So many parameters, of which a forward pass reads `read`, None being all."""
-    return Part(parameters=count, weight_bytes=itemsize * (count if read is None else read))
-
-
-def state(streams: Iterable[Stream], s: Sizes, read: int) -> Part:
-    """Decoding state of which a step reads `read` rows a sequence."""
-    row = sum(math.prod(x.shape) * (x.dtype or s.dtype).itemsize for x in streams)
-    return Part(state_bytes=row, state_read_bytes=s.B * read * row)
-
-
 def projections_cost(layer: Attention, s: Sizes) -> Part:
-    """q, k, v = x W_qkv: 3 C^2 (+ 3 C) parameters, N C 3C multiply-adds; keeps x and q, k, v."""
+    """q, k, v = x W_qkv, W = (H + 2G) D: C W (+ W) parameters, N C W multiply-adds; keeps x and q,
+    k, v. A norm of q and k is D parameters each; it keeps what it makes, and a number a head.
+    """
+    width = s.inner + 2 * s.G * s.D
     mixed = layer.conv is not None or straight_through(layer)
-    queries = s.C if mixed else s.A * s.D
+    queries = s.inner if mixed else s.A * s.D
+    norms = Part()
+    if layer.q_norm is not None:
+        norms = weights(2 * s.D, s.e) + Part(
+            saved_bytes=s.N * (s.turned * s.e + (s.H + s.G) * s.precise)
+        )
     return (
-        weights(3 * s.C**2 + (3 * s.C if layer.c_attn.bias is not None else 0), s.e)
-        + product(s.N * s.C * 3 * s.C, kept=s.N * s.C * (2 * s.C + queries))
-        + Part(saved_bytes=s.N * (s.C + 3 * s.C) * s.e)
+        weights(s.C * width + (width if layer.c_attn.bias is not None else 0), s.e)
+        + product(s.N * s.C * width, kept=s.N * s.C * (2 * s.G * s.D + queries))
+        + Part(saved_bytes=s.N * (s.C + width) * s.e)
+        + norms
     )
 
 
 def conv_cost(layer: Attention, s: Sizes) -> Part:
-    """y[t] = sum_j w[j] x[t-k+1+j]: 3 k D parameters (+ 3 D), with a kernel a head 3 k C (+ 3 C);
-    3 k N C multiply-adds; state q, k and v, of which k-1 rows are read.
+    """y[t] = sum_j w[j] x[t-k+1+j], W = (H + 2G) D: 3 k D parameters (+ 3 D), with a kernel a head
+    k W (+ W); k N W multiply-adds; state q, k and v, of which k-1 rows are read.
 
     Keeps its outputs, but for q and k that a rotation replaces and nothing else reads.
     """
     conv = layer.conv
     if conv is None:
         return Part()
-    channels, taps = s.D if conv.weight.ndim == 3 else s.C, conv.kernel_size
-    replaced = 2 if isinstance(layer.encoding, RoPE | CARoPE) else 0
-    if isinstance(layer.encoding, SharedPhase) and s.e < 4:
-        replaced = 2  # by copies
-    if replaced and straight_through(layer) and s.e >= 4:
-        replaced = 1  # the norms of q
+    width, taps = s.inner + 2 * s.G * s.D, conv.kernel_size
+    channels = width if conv.per_head else 3 * s.D
+    replaced = 0 if layer.q_norm is not None else layer.encoding.replaces(s)
+    kept = width
+    if replaced:
+        norms_of_q = straight_through(layer) and s.e >= 4
+        kept = s.G * s.D + (s.inner if norms_of_q else 0)
     return (
-        weights(3 * channels * (taps + (conv.bias is not None)), s.e)
-        + product(3 * taps * s.N * s.C)
-        + Part(saved_bytes=(3 - replaced) * s.N * s.C * s.e)
+        weights(channels * (taps + (conv.bias is not None)), s.e)
+        + product(taps * s.N * width)
+        + Part(saved_bytes=kept * s.N * s.e)
         + state(conv.streams().values(), s, read=taps - 1)
     )
 
 
 def core_cost(s: Sizes) -> Part:
-    """softmax(q k^T) v: B P C multiply-adds twice; keeps o and the log-sum-exp (fp32, H a token);
+    """softmax(q k^T) v: B P H D multiply-adds twice; keeps o and the log-sum-exp (fp32, H a token);
     state k and v, and the position, which is read only where it was given.
     """
-    heads = Stream((s.H, s.D))
+    heads = Stream((s.G, s.D))
     return (
-        product(2 * s.B * s.pairs * s.C, kept=2 * s.B * s.pairs * s.A * s.D)
-        + Part(saved_bytes=s.N * (s.C * s.e + 4 * s.H))
-        + state((heads, heads), s, read=s.S)
+        product(2 * s.B * s.pairs * s.inner, kept=2 * s.B * s.pairs * s.A * s.D)
+        + Part(saved_bytes=s.N * (s.inner * s.e + 4 * s.H))
+        + state((heads, heads), s, read=s.seen)
         + state((POSITIONS,), s, read=0)
     )
 
@@ -229,139 +121,22 @@ def router_cost(layer: Attention, s: Sizes) -> Part:
         return Part()
     products = [w for w in (router.W_s, router.W_r, router.W_h) if w is not None]
     rows = sum(w.out_features for w in products)
-    copies = 4 * s.C * (1 if straight_through(layer) else len(products)) if s.e < 4 else 0
-    dense = s.A == s.H or isinstance(layer.encoding, Relative)
-    apart = straight_through(layer) or dense
+    copied = s.inner if straight_through(layer) else s.C * len(products)
+    copies = 4 * copied if s.e < 4 else 0
+    apart = straight_through(layer) or s.A == s.H or layer.encoding.in_logits
     return (
         weights(rows * s.C, s.e)
         + product(s.N * s.C * rows)
-        + Part(saved_bytes=s.N * (copies + (s.C * s.e if apart else 0)))
+        + Part(saved_bytes=s.N * (copies + (s.inner * s.e if apart else 0)))
     )
 
 
 def output_cost(layer: Attention, s: Sizes) -> Part:
-    """y = o W_o: C^2 (+ C) parameters, N C C multiply-adds; o is kept already."""
-    return weights(s.C**2 + (s.C if layer.c_proj.bias is not None else 0), s.e) + product(
-        s.N * s.C**2, kept=s.N * s.C * s.A * s.D
+    """y = o W_o: H D C (+ C) parameters, N H D C multiply-adds; o is kept already."""
+    bias = s.C if layer.c_proj.bias is not None else 0
+    return weights(s.inner * s.C + bias, s.e) + product(
+        s.N * s.inner * s.C, kept=s.N * s.C * s.A * s.D
     )
-
-
-def rotation(s: Sizes, dim: int) -> Part:
-    """Turning `dim` features of every head of q and k, 6 a pair; keeps q and k turned."""
-    return Part(elementwise=6 * s.N * s.H * dim, saved_bytes=2 * s.N * s.C * s.e)
-
-
-@singledispatch
-def encoding_cost(encoding: Encoding, s: Sizes) -> Part:
-    """What an encoding adds. A subclass has the cost of its base, but those of `Encoding` itself
-    need a function of their own.
-
-    Raises:
-        ValueError: for an encoding without one.
-    """
-    if type(encoding) is Encoding:
-        return Part()
-    raise ValueError(
-        f"posenc.cost knows no formula for the encoding {type(encoding).__name__}. "
-        "Register one: @posenc.cost.encoding_cost.register."
-    )
-
-
-@encoding_cost.register
-def nope_cost(encoding: NoPE, s: Sizes) -> Part:
-    """Nothing."""
-    return Part()
-
-
-@encoding_cost.register
-def rope_cost(encoding: RoPE, s: Sizes) -> Part:
-    """The rotation, and a sine and a cosine for each position and pair of rotary_dim features."""
-    return rotation(s, encoding.rotary_dim) + Part(elementwise=s.T * encoding.rotary_dim)
-
-
-@encoding_cost.register
-def carope_cost(encoding: CARoPE, s: Sizes) -> Part:
-    """z = x W: C H (+ H) parameters, N C H multiply-adds; then for every token, head and pair an
-    exponential, an addition, a sine and a cosine; and the rotation.
-
-    Keeps x in fp64. Its parameters are never below fp32; state the phase, C/2 in fp64.
-    """
-    return (
-        phase_cost(encoding, s)
-        + Part(elementwise=2 * s.N * s.C // 2)  # sine, cosine
-        + rotation(s, s.D)
-    )
-
-
-def phase_cost(encoding: CARoPE, s: Sizes) -> Part:
-    """CARoPE without turning q and k."""
-    return (
-        weights(s.C * s.H + (s.H if encoding.bias is not None else 0), s.precise)
-        + product(s.N * s.C * s.H)
-        + Part(elementwise=2 * s.N * s.C // 2)  # exponential, addition
-        + Part(saved_bytes=8 * s.N * s.C if s.e < 8 else 0)
-        + state(encoding.streams().values(), s, read=1)
-    )
-
-
-@encoding_cost.register
-def shared_phase_cost(encoding: SharedPhase, s: Sizes) -> Part:
-    """A layer's share of CARoPE(source="token"): sine and cosine of the phase, and the rotation.
-
-    No kernel does it: it keeps phase, sine and cosine, fp32 or better, and q and k in that dtype.
-    """
-    angles = (3 if s.e < 8 else 2) * s.N * s.C // 2  # fp64 layers share the phase
-    copies = 2 * s.N * s.C if s.e < 4 else 0
-    return rotation(s, s.D) + Part(
-        elementwise=2 * s.N * s.C // 2, saved_bytes=(angles + copies) * s.precise
-    )
-
-
-@encoding_cost.register
-def polar_cost(encoding: Polar, s: Sizes) -> Part:
-    """delta and b: 2 H D/2 = C parameters, never below fp32. For each pair of q and of k an
-    arctangent, a sine and a cosine; and the rotation.
-    """
-    return weights(s.C, s.precise) + Part(elementwise=3 * s.N * s.C) + rotation(s, s.D)
-
-
-@encoding_cost.register
-def relative_cost(encoding: Relative, s: Sizes) -> Part:
-    """learned: R, S and u, P' (C + H) + C parameters for P' = max_distance, of which the rows of S
-    distances at most are read; q.R: B P C multiply-adds.
-
-    sinusoidal, W the sinusoid's width: W C + 2 C parameters; W_R r for S distances: S W C, without
-    a gradient to r, and as above B P C. While decoding fewer than D tokens the sinusoid splits into
-    products: N C W + B P H W. Keeps r and W_R r. (H = 1, which the kernels split too, keeps more.)
-    """
-    by_distance = product(s.B * s.pairs * s.C, kept=s.B * s.pairs * s.A * s.D)
-    if encoding.kind == "learned":
-        assert encoding.max_distance is not None
-        read = min(encoding.max_distance, s.S)
-        tables = weights(encoding.max_distance * (s.C + s.H), s.e, read=read * (s.C + s.H))
-        return tables + weights(s.C, s.e) + by_distance
-    width = encoding.sinusoid_dim
-    part = weights(width * s.C + 2 * s.C, s.e)
-    if min(s.S, s.D) > s.T:
-        angles = (s.T + s.S) * width
-        on_sines = product(s.N * s.C * width, kept=s.N * s.A * s.D * width)
-        factored = product(s.B * s.pairs * s.H * width, s.B * s.pairs * s.A * width, gradients=1)
-        return part + Part(elementwise=angles) + on_sines + factored
-    saved = s.S * (width + s.C) * s.e
-    rows = Part(elementwise=s.S * width, saved_bytes=saved)
-    return part + rows + product(s.S * width * s.C, gradients=1) + by_distance
-
-
-@encoding_cost.register
-def learned_cost(encoding: Learned, s: Sizes) -> Part:
-    """A table of max_length C parameters, of which T rows are read and added."""
-    return weights(encoding.max_length * s.C, s.e, read=s.T * s.C)
-
-
-@encoding_cost.register
-def sinusoidal_cost(encoding: Sinusoidal, s: Sizes) -> Part:
-    """A sine or a cosine for each position and feature."""
-    return Part(elementwise=s.T * s.C)
 
 
 def attention_cost(
@@ -381,8 +156,7 @@ def attention_cost(
         dtype: of weights, activations and the decoding state; None is the weights'.
 
     Raises:
-        ValueError: for another module, sizes below 1, S < T, a dtype without floating point, or an
-            encoding without formula.
+        ValueError: for another module, sizes below 1, S < T, or a dtype without floating point.
     """
     if not isinstance(layer, Attention):
         raise ValueError(
@@ -390,14 +164,12 @@ def attention_cost(
             "posenc.attention(NAME, ...) builds one; model_cost takes a GPT or GPTConfig."
         )
     dtype = layer.c_attn.weight.dtype if dtype is None else dtype
-    router = layer.router
-    active = layer.num_heads if router is None else router.shared + router.top_k
-    s = _sizes(batch, length, key_length, layer.num_heads, layer.head_dim, active, dtype)
+    s = _sizes(layer, batch, length, key_length, dtype)
     return Cost(
         {
             "projections": projections_cost(layer, s),
             "conv": conv_cost(layer, s),
-            "encoding": encoding_cost(layer.encoding, s),
+            "encoding": layer.encoding.cost(s),
             "core": core_cost(s),
             "router": router_cost(layer, s),
             "output": output_cost(layer, s),
@@ -433,8 +205,7 @@ def model_cost(
     """
     model = _built(model)
     config, dtype = model.config, model.wte.weight.dtype if dtype is None else dtype
-    heads = config.heads
-    s = _sizes(batch, length, key_length, heads, config.embed_dim // heads, heads, dtype)
+    s = _sizes(model.blocks[0].attn, batch, length, key_length, dtype)
     if model.max_length is not None and model.max_length < s.S:
         raise ValueError(
             f"the learned table has {model.max_length} positions; got {s.S} tokens. "
@@ -450,7 +221,7 @@ def model_cost(
     }
     parts = {
         "embedding": _embedding_cost(config, s),
-        "position": Part() if model.wpe is None else encoding_cost(model.wpe, s),
+        "position": Part() if model.wpe is None else model.wpe.cost(s),
         "phase": Part() if model.phase is None else _token_phase_cost(model.phase, s),
         **attention,
         "mlp": _mlp_cost(config, s),
@@ -464,7 +235,7 @@ def model_cost(
 def _token_phase_cost(phase: CARoPE, s: Sizes) -> Part:
     """Without a kernel; keeps the fp64 exponentials, and in fp64 the phase, which layers share."""
     kept = 1 if s.e < 8 else 2
-    return phase_cost(phase, s) + Part(saved_bytes=kept * 8 * s.N * s.C // 2)
+    return phase.phase_cost(s) + Part(saved_bytes=kept * 8 * s.N * s.G * s.D // 2)
 
 
 def _embedding_cost(config: GPTConfig, s: Sizes) -> Part:
@@ -537,13 +308,7 @@ def mfu(
 
 
 def _sizes(
-    batch: int,
-    length: int,
-    key_length: int | None,
-    heads: int,
-    head_dim: int,
-    active: int,
-    dtype: torch.dtype,
+    layer: Attention, batch: int, length: int, key_length: int | None, dtype: torch.dtype
 ) -> Sizes:
     key_length = length if key_length is None else key_length
     check_sizes("a cost", batch=batch, length=length, key_length=key_length)
@@ -554,7 +319,20 @@ def _sizes(
         )
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point one; got {dtype}.")
-    return Sizes(batch, length, key_length, heads, head_dim, active, dtype)
+    router = layer.router
+    return Sizes(
+        B=batch,
+        T=length,
+        S=key_length,
+        H=layer.num_heads,
+        D=layer.head_dim,
+        A=layer.num_heads if router is None else router.shared + router.top_k,
+        dtype=dtype,
+        G=layer.num_kv_heads,
+        C=layer.embed_dim,
+        window=layer.window,
+        causal=layer.causal,
+    )
 
 
 def _built(model: object) -> GPT:

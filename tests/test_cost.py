@@ -7,6 +7,7 @@ What the counter does not count as we do, and `counted` takes off:
 It has no formula for attention on CPU, hence impl="reference", which is written in products.
 """
 
+import math
 from typing import Any
 
 import pytest
@@ -18,8 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import posenc
 from bench.measure import bytes_saved
 from helpers import HEAD_DIM, HEADS, NAMES, WIDTH, tiny_gpt
-from posenc.cost import Part, Sizes, attention_cost, encoding_cost, mfu, model_cost
+from posenc.accounting import Part, Sizes
+from posenc.backends.mask import Mask
+from posenc.cache import POSITIONS, Stream
+from posenc.cost import attention_cost, mfu, model_cost
 from posenc.cost import model_flops_per_token as per_token
+from posenc.placement import place
 
 #: Names with options that change what they cost.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -312,7 +317,8 @@ def test_elementwise_work_is_that_of_the_papers() -> None:
 def test_any_sizes(batch: int, length: int, past: int, heads: int, half: int) -> None:
     layer = posenc.attention("carope", heads * 2 * half, heads, impl="reference")
     cost = attention_cost(layer, batch, length, past + length)
-    sizes = Sizes(batch, length, past + length, heads, 2 * half, heads, torch.float32)
+    dim, width = 2 * half, heads * 2 * half
+    sizes = Sizes(batch, length, past + length, heads, dim, heads, torch.float32, heads, width)
     assert sizes.pairs == sum(past + i + 1 for i in range(length))
     assert cost.parts["core"].flops == 4 * batch * sizes.pairs * layer.embed_dim
     assert cost.total.parameters == count(layer)
@@ -363,22 +369,25 @@ def test_a_config_needs_no_memory_random_numbers_or_kernels() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_subclasses_cost_what_their_base_does_but_schemes_of_their_own_nothing_known() -> None:
+def test_subclasses_cost_what_their_base_does_and_schemes_of_their_own_what_they_hold() -> None:
     class Slower(posenc.RoPE):
         pass
 
     class Own(posenc.Encoding):
-        pass
+        def __init__(self) -> None:
+            super().__init__()
+            self.slopes = torch.nn.Parameter(torch.zeros(5))
+
+        def streams(self) -> dict[str, Stream]:
+            return {"sums": Stream((3,))}
 
     def cost(encoding: posenc.Encoding) -> Part:
         return attention_cost(posenc.Attention(24, 4, encoding=encoding), 2, 9).parts["encoding"]
 
     assert cost(Slower(6)) == cost(posenc.RoPE(6)) != Part()
     assert cost(posenc.Encoding()) == cost(posenc.NoPE()) == Part()
-    with pytest.raises(ValueError, match=r"no formula for the encoding Own.*Register"):
-        cost(Own())
-    encoding_cost.register(Own, lambda encoding, s: Part(parameters=s.C))
-    assert cost(Own()) == Part(parameters=24)
+    # fp32 parameters, and what decoding remembers
+    assert cost(Own()) == Part(parameters=5, weight_bytes=20, state_bytes=12, state_read_bytes=216)
 
 
 def test_errors() -> None:
@@ -403,3 +412,35 @@ def test_errors() -> None:
     for peak in (0, float("inf")):
         with pytest.raises(ValueError, match="peak must be"):
             mfu(1.0, config, peak)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_kv_heads": 2},
+        {"num_kv_heads": 1, "head_dim": 10},
+        {"qk_norm": "rms", "head_dim": 4},
+        {"causal": False},
+        {"window": 3, "num_kv_heads": 2, "bias": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_and_state_of_other_shapes(name: str, options: dict[str, Any]) -> None:
+    layer = posenc.attention(name, WIDTH, HEADS, **options)
+    total = attention_cost(layer, 2, 7).total
+    assert total.parameters == count(layer)
+    if layer.causal:
+        rows = [math.prod(s.shape) * (s.dtype or torch.float32).itemsize
+                for s in {**layer.streams(), "positions": POSITIONS}.values()]  # fmt: skip
+        assert total.state_bytes == sum(rows)
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, 3), (False, None), (False, 3), (True, 99)])
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_pairs_are_those_that_the_mask_leaves(
+    causal: bool, window: int | None, length: int
+) -> None:
+    sizes = Sizes(1, length, length, 1, 2, 1, torch.float32, 1, 2, window, causal)
+    mask = Mask(place(1, length, torch.device("cpu")), causal=causal, window=window)
+    assert sizes.pairs == mask.dense().sum()

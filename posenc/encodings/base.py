@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from posenc.accounting import Part, Sizes, state, weights
 from posenc.cache import Cache, Stream
 from posenc.checks import check_pair
 from posenc.placement import Placement, place
@@ -37,6 +38,8 @@ class Encoding(nn.Module):
     at_input: ClassVar[bool] = False
     #: Whether shifting all positions leaves the output unchanged.
     relative: ClassVar[bool] = True
+    #: Whether it adds a term to the logits, with which no kernel skips dropped heads.
+    in_logits: ClassVar[bool] = False
     #: Whether its `x` is the phase that a model computed once, see `SharedPhase`.
     reads_phase: ClassVar[bool] = False
     #: Coordinates of a position, without a dimension of their own where None.
@@ -172,6 +175,15 @@ class Encoding(nn.Module):
     def streams(self) -> dict[str, Stream]:
         """The per-token tensors that decoding must remember beside k and v, by name."""
         return {}
+
+    def cost(self, s: Sizes) -> Part:
+        """What the scheme adds to attention: its parameters and streams where it says nothing else."""
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return weights(count, s.e) + state(self.streams().values(), s, read=s.seen)
+
+    def replaces(self, s: Sizes) -> bool:
+        """Whether turned q and k take the place of those given, which no backward pass reads."""
+        return False
 
     def init_projection(self, weight: Tensor) -> None:
         """Initialise (C, C) projections, stacked (n C, C), where the scheme's source says how."""

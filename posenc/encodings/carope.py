@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from posenc.accounting import Part, Sizes, product, rotation, state, weights
 from posenc.autocast import no_autocast
 from posenc.cache import Cache, Stream
 from posenc.checks import check_base, check_head_dim, check_heads, check_kv_heads, check_sizes
@@ -132,6 +133,28 @@ class CARoPE(Float32Parameters, Encoding):
     def streams(self) -> dict[str, Stream]:
         return {"phase": Stream((self.num_kv_heads, self.head_dim // 2), torch.float64, history=1)}
 
+    def cost(self, s: Sizes) -> Part:
+        """z = x W: C G (+ G) parameters, N C G multiply-adds; then for every token, key head and
+        pair an exponential, an addition, a sine and a cosine; and the rotation.
+
+        Keeps x in fp64. Its parameters are never below fp32; state the phase, G D/2 in fp64.
+        """
+        sines = Part(elementwise=s.N * s.G * s.D)
+        return self.phase_cost(s) + sines + rotation(s, s.D)
+
+    def phase_cost(self, s: Sizes) -> Part:
+        """The same without turning q and k."""
+        return (
+            weights(s.C * s.G + (s.G if self.bias is not None else 0), s.precise)
+            + product(s.N * s.C * s.G)
+            + Part(elementwise=s.N * s.G * s.D)  # exponential, addition
+            + Part(saved_bytes=8 * s.N * s.C if s.e < 8 else 0)
+            + state(self.streams().values(), s, read=1)
+        )
+
+    def replaces(self, s: Sizes) -> bool:
+        return True
+
     def extra_repr(self) -> str:
         return (
             f"embed_dim={self.weight.shape[0]}, num_heads={self.num_heads}, "
@@ -154,3 +177,18 @@ class SharedPhase(Encoding):
     ) -> ByPhase:
         assert x is not None
         return ByPhase(x)
+
+    def cost(self, s: Sizes) -> Part:
+        """A layer's share: sine and cosine of the phase, and the rotation.
+
+        No kernel does it: it keeps phase, sine and cosine, fp32 or better, and q and k in that
+        dtype.
+        """
+        angles = (3 if s.e < 8 else 2) * s.N * s.G * s.D // 2  # fp64 layers share the phase
+        copies = s.N * s.turned if s.e < 4 else 0
+        return rotation(s, s.D) + Part(
+            elementwise=s.N * s.G * s.D, saved_bytes=(angles + copies) * s.precise
+        )
+
+    def replaces(self, s: Sizes) -> bool:
+        return s.e < 4  # by copies

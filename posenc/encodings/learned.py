@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from posenc.accounting import Part, Sizes, weights
 from posenc.checks import check_sizes
 from posenc.encodings.base import Encoding
 
@@ -54,6 +55,10 @@ class Learned(Encoding):
                 )
         rows = positions if positions.ndim == 1 else positions.clamp(min=0)
         return F.embedding(rows, self.weight)
+
+    def cost(self, s: Sizes) -> Part:
+        """A table of max_length C parameters, of which T rows are read and added."""
+        return weights(self.max_length * s.C, s.e, read=s.T * s.C)
 
     def extra_repr(self) -> str:
         return f"max_length={self.max_length}, embed_dim={self.weight.shape[1]}"

@@ -22,6 +22,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from posenc.accounting import Part, Sizes, rotation, weights
 from posenc.cache import Cache
 from posenc.checks import check_base, check_head_dim, check_kv_heads, check_sizes
 from posenc.encodings.base import Encoding
@@ -92,6 +93,13 @@ class Polar(Float32Parameters, Encoding):
         self, place: Placement, x: Tensor | None = None, state: Cache | None = None
     ) -> Scores:
         return Scores(scale=1.0 if self.init == "authors" else None)
+
+    def cost(self, s: Sizes) -> Part:
+        """delta and b: (G + H) D/2 parameters, never below fp32. For each pair of q and of k an
+        arctangent, a sine and a cosine; and the rotation.
+        """
+        pairs = s.turned // 2
+        return weights(pairs, s.precise) + Part(elementwise=3 * s.N * pairs) + rotation(s, s.D)
 
     def extra_repr(self) -> str:
         sizes = f"num_heads={self.num_heads}, head_dim={self.head_dim}"

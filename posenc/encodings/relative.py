@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from posenc.accounting import Part, Sizes, product, weights
 from posenc.cache import Cache
 from posenc.checks import check_even, check_sizes
 from posenc.encodings.base import Encoding
@@ -83,6 +84,8 @@ class Relative(Encoding):
     Raises:
         ValueError: for an unknown kind, a missing or non-positive max_distance, an odd embed_dim.
     """
+
+    in_logits = True
 
     def __init__(
         self,
@@ -159,6 +162,32 @@ class Relative(Encoding):
         r = sinusoid(torch.arange(length, device=self.u.device), self.sinusoid_dim)
         rows = self.W_R(r.to(self.W_R.weight.dtype))
         return rows.unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1)
+
+    def cost(self, s: Sizes) -> Part:
+        """learned: R, S and u, P' (H D + H) + H D parameters for P' rows, of which those of S
+        distances at most are read; q.R: B P H D multiply-adds.
+
+        sinusoidal, W the sinusoid's width: W H D + 2 H D parameters; W_R r for S distances: S W H
+        D, without a gradient to r, and as above B P H D. While decoding fewer than D tokens, and
+        where not causal, the sinusoid splits into products: N H D W + B P H W. Keeps r and W_R r.
+        (H = 1, which the kernels split too, keeps more.)
+        """
+        by_distance = product(s.B * s.pairs * s.inner, kept=s.B * s.pairs * s.A * s.D)
+        if self.kind == "learned":
+            rows, width = self.R.shape[1], s.inner + s.H
+            tables = weights(rows * width, s.e, read=min(rows, s.seen) * width)
+            return tables + weights(s.inner, s.e) + by_distance
+        width = self.sinusoid_dim
+        part = weights(width * s.inner + 2 * s.inner, s.e)
+        if min(s.S, s.D) > s.T or not self.causal:
+            angles = (s.T + s.S) * width
+            on_sines = product(s.N * s.inner * width, kept=s.N * s.A * s.D * width)
+            pairs = s.B * s.pairs * width
+            factored = product(pairs * s.H, pairs * s.A, gradients=1)
+            return part + Part(elementwise=angles) + on_sines + factored
+        saved = s.S * (width + s.inner) * s.e
+        rows_made = Part(elementwise=s.S * width, saved_bytes=saved)
+        return part + rows_made + product(s.S * width * s.inner, gradients=1) + by_distance
 
     def extra_repr(self) -> str:
         sizes = f"num_heads={self.num_heads}, head_dim={self.head_dim}"

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from posenc.accounting import Part, Sizes, rotation
 from posenc.cache import Cache
 from posenc.checks import check_base, check_head_dim
 from posenc.encodings.base import Encoding
@@ -104,6 +105,13 @@ class RoPE(Encoding):
         blocks = self.axes is not None and self.layout == "blocks" and self.pairing == "half"
         pairing: Layout = self.axes if blocks and self.axes is not None else self.pairing
         return ByPosition(place, Spectrum(key, self.frequencies, self._axis), pairing)
+
+    def cost(self, s: Sizes) -> Part:
+        """The rotation; a sine and a cosine for each position and pair of rotary_dim features."""
+        return rotation(s, self.rotary_dim) + Part(elementwise=s.T * self.rotary_dim)
+
+    def replaces(self, s: Sizes) -> bool:
+        return True
 
     def extra_repr(self) -> str:
         return (

@@ -10,6 +10,7 @@ the ratio from the table's side.
 import torch
 from torch import Tensor
 
+from posenc.accounting import Part, Sizes
 from posenc.checks import check_even
 from posenc.encodings.base import Encoding
 from posenc.phase import inverse_frequencies, position_phases
@@ -38,6 +39,10 @@ class Sinusoidal(Encoding):
         phase = position_phases(positions.reshape(-1), frequencies).unflatten(0, positions.shape)
         table = torch.stack((phase.sin(), phase.cos()), dim=-1).flatten(-2)
         return (self.scale * table).to(torch.get_default_dtype())
+
+    def cost(self, s: Sizes) -> Part:
+        """A sine or a cosine for each position and feature."""
+        return Part(elementwise=s.T * s.C)
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, base={self.base}, scale={self.scale}"
