@@ -89,6 +89,7 @@ def prepare(config: TrainConfig, parallel: Parallel, folder: RunFolder) -> Job:
         seed=config.data_seed,
         rank=parallel.rank,
         world_size=parallel.world_size,
+        pack=config.pack,
     )
     dtype = choose_dtype(config.dtype, parallel.device)
     job = Job(config, parallel, folder, corpus, batches, model, module, optimizer, dtype)

@@ -3,6 +3,7 @@
 from posenc.data.batches import Batches, evaluation_windows
 from posenc.data.corpus import Corpus, load_corpus
 from posenc.data.hub import HubStream, StreamError
+from posenc.data.packed import PackedBatch, PackedBatches, packed_windows
 from posenc.data.shards import Tokens, open_shards, write_bin
 from posenc.data.sources import Documents, documents
 from posenc.data.splits import split_documents
@@ -20,6 +21,8 @@ __all__ = [
     "Corpus",
     "Documents",
     "HubStream",
+    "PackedBatch",
+    "PackedBatches",
     "StreamBatches",
     "StreamError",
     "Tokenizer",
@@ -32,6 +35,7 @@ __all__ = [
     "load_corpus",
     "load_tokenizer",
     "open_shards",
+    "packed_windows",
     "split_documents",
     "train_bpe",
     "write_bin",

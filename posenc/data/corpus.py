@@ -15,6 +15,7 @@ from tqdm import tqdm
 from posenc.data.batches import Batches, check_context
 from posenc.data.files import sha256_json
 from posenc.data.hub import HubStream
+from posenc.data.packed import PackedBatches
 from posenc.data.prepare import SAMPLE_CHARACTERS, Preparation
 from posenc.data.shards import Tokens, open_shards, scan_tokens
 from posenc.data.sources import (
@@ -56,18 +57,52 @@ class Corpus:
     description: dict[str, Any]
 
     def batches(
-        self, *, context: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
-    ) -> Batches | StreamBatches:
+        self,
+        *,
+        context: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        pack: bool = False,
+    ) -> Batches | StreamBatches | PackedBatches:
         """Return training batches from the beginning; see `Batches` for the arguments.
 
         A stream keeps the order in which it is published, whatever the seed.
+
+        Args:
+            pack: pack whole documents, see `PackedBatches`.
+
+        Raises:
+            ValueError: for pack where the documents are not known beforehand.
         """
         sizes = {"context": context, "batch_size": batch_size}
         ranks = {"rank": rank, "world_size": world_size}
+        if pack:
+            if not isinstance(self.train, Tokens):
+                raise ValueError(
+                    "packing needs all documents beforehand; a stream from the Hub gives them one "
+                    "by one. Leave --pack out, or download the text."
+                )
+            return PackedBatches(self.train, self.end_of_text(), seed=seed, **sizes, **ranks)
         if isinstance(self.train, Tokens):
             return Batches(self.train, seed=seed, **sizes, **ranks)
         assert self.tokenizer is not None, "a stream of text always has a tokenizer"
         return StreamBatches(copy.copy(self.train), self.tokenizer, **sizes, **ranks)
+
+    def end_of_text(self) -> int:
+        """The token before each document.
+
+        Raises:
+            ValueError: it is not known, or the tokenizer has none.
+        """
+        end = None if self.tokenizer is None else self.tokenizer.end_of_text
+        if end is None:
+            raise ValueError(
+                "documents are told apart by an end-of-text token, which this tokenizer lacks or "
+                "is not known for these token files. Use --tokenizer bpe or gpt2, or the stream."
+            )
+        return end
 
 
 def load_corpus(

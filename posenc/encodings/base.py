@@ -177,7 +177,7 @@ class Encoding(nn.Module):
         return {}
 
     def cost(self, s: Sizes) -> Part:
-        """What the scheme adds to attention: its parameters and streams where it says nothing else."""
+        """What the scheme adds to attention; its parameters and streams if it says nothing else."""
         count = sum(parameter.numel() for parameter in self.parameters())
         return weights(count, s.e) + state(self.streams().values(), s, read=s.seen)
 

@@ -27,6 +27,9 @@ from posenc.errors import unknown
 from posenc.placement import place
 from posenc.zoo import model_attention
 
+#: What a target is where nothing is to be predicted.
+NO_TARGET = -100
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -82,7 +85,7 @@ class GPTOutput(NamedTuple):
     """What a forward returns; `loss` is cross entropy alone, the caller adds `aux_loss` to it."""
 
     logits: Tensor  # (B, T, V)
-    loss: Tensor | None  # mean cross entropy in nats, over targets that are not -100
+    loss: Tensor | None  # mean cross entropy in nats, over targets that are not -100; 0 of none
     aux_loss: Tensor  # mean over layers of the routers' balance loss, 0 without routers
 
 
@@ -248,7 +251,7 @@ class GPT(nn.Module):
         loss = None
         if targets is not None:
             precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss = F.cross_entropy(precise.flatten(0, 1), targets.flatten().long())
+            loss = cross_entropy(precise.flatten(0, 1), targets.flatten().long())
         return GPTOutput(logits, loss, aux_loss)
 
     def head(self, h: Tensor) -> Tensor:
@@ -396,6 +399,12 @@ class GPT(nn.Module):
         from posenc.models.checkpoints import load
 
         return load(path_or_hub_id)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the targets that are not -100, 0 where there are none: (N, V), (N,) -> ()."""
+    count = (targets != NO_TARGET).sum().clamp(min=1)
+    return F.cross_entropy(logits, targets, ignore_index=NO_TARGET, reduction="sum") / count
 
 
 def sample(

@@ -145,6 +145,11 @@ class TrainConfig:
 
     seed: int = 0
     """Of the initial weights and of dropout."""
+    pack: bool = False
+    """Pack whole documents into the sequences, longer ones cut at the context: nothing attends from
+    one to another. Else sequences are cut from one stream of all documents."""
+    eval_documents: bool = False
+    """Score validation documents packed the same way, each with itself before it alone."""
     data_seed: int = 0
     """Of the order of the training text."""
     device: str = "auto"

@@ -6,16 +6,17 @@ bits per byte  = loss / ln 2 * tokens / bytes
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from posenc.data import Corpus, Tokens, evaluation_windows
-from posenc.models.gpt import GPT
+from posenc.data import Corpus, Tokens, evaluation_windows, packed_windows
+from posenc.models.gpt import GPT, NO_TARGET
 from posenc.training.parallel import Parallel
 
 
@@ -70,6 +71,7 @@ def evaluate(
     tokens_per_batch: int,
     parallel: Parallel,
     autocast: AbstractContextManager[None],
+    documents: bool = False,
 ) -> Evaluation:
     """Score validation windows, the ranks taking turns. Mode and randomness are left as they were.
 
@@ -77,21 +79,27 @@ def evaluate(
         context: length of the windows.
         max_tokens: targets to score, rounded to whole windows; 0 is all.
         tokens_per_batch: how much a rank takes at once.
+        documents: score documents packed into the windows, each with itself before it alone.
     """
     rows = max(1, tokens_per_batch // context)
-    windows = evaluation_windows(corpus.validation, context, max_tokens or None, batch_size=rows)
+    limit, text = max_tokens or None, corpus.validation
+    windows: Iterator[Sequence[Tensor]] = (
+        packed_windows(text, corpus.end_of_text(), context, limit, batch_size=rows)
+        if documents
+        else evaluation_windows(text, context, limit, batch_size=rows)
+    )
     totals = torch.zeros(2, dtype=torch.float64, device=parallel.device)  # nll, targets
     training = model.training
     model.eval()
     for turn in _groups(windows, parallel.world_size):
         # FSDP's ranks run in step: one without windows of its own computes others and drops them.
-        inputs, targets = turn[min(parallel.rank, len(turn) - 1)]
+        batch = turn[min(parallel.rank, len(turn) - 1)]
+        inputs, targets, *packed = (ids.to(parallel.device) for ids in batch)
         with autocast:
-            loss = model(inputs.to(parallel.device), targets.to(parallel.device)).loss
+            loss = model(inputs, targets, segments=packed[0] if packed else None).loss
         if parallel.rank < len(turn):
-            totals += torch.stack(
-                (loss.double() * targets.numel(), totals.new_tensor(targets.numel()))
-            )
+            count = (targets != NO_TARGET).sum()
+            totals += torch.stack((loss.double() * count, count.double()))
     model.train(training)
     nll, count = parallel.sum(totals).tolist()
     size = corpus.validation_bytes

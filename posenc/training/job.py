@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from posenc.data import Batches, Corpus, StreamBatches
+from posenc.data import Batches, Corpus, PackedBatches, StreamBatches
 from posenc.models.gpt import GPT
 from posenc.routing.stats import RoutingStats, record_routing, routers
 from posenc.training import checkpoint
@@ -42,7 +42,7 @@ class Job:
     parallel: Parallel
     folder: RunFolder
     corpus: Corpus
-    batches: Batches | StreamBatches
+    batches: Batches | StreamBatches | PackedBatches
     model: GPT
     module: nn.Module
     optimizer: torch.optim.Optimizer
@@ -82,6 +82,7 @@ class Job:
             tokens_per_batch=rows * self.config.context,
             parallel=self.parallel,
             autocast=self.autocast(),
+            documents=self.config.eval_documents,
         )
 
     def validate(self) -> Evaluation:

@@ -73,6 +73,14 @@ class Parallel:
             dist.all_reduce(values)
         return values
 
+    def total(self, number: int) -> int:
+        """The sum of a number of all ranks, over the CPU: no GPU waits for it."""
+        if self.world_size == 1:
+            return number
+        shared = torch.tensor(number)
+        dist.all_reduce(shared)
+        return int(shared)
+
     def highest(self, number: int) -> int:
         """The largest number of all ranks, over the CPU: no GPU waits for it."""
         if self.world_size == 1:
