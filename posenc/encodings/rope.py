@@ -18,12 +18,14 @@ from posenc.accounting import Part, Sizes, rotation
 from posenc.cache import Cache
 from posenc.checks import check_base, check_head_dim
 from posenc.encodings.base import Encoding
-from posenc.encodings.scaling import scaled_frequencies
+from posenc.encodings.scaling import read_mapping, scaled_frequencies
 from posenc.errors import unknown
 from posenc.phase import PAIRINGS, Layout, Pairing, inverse_frequencies
 from posenc.placement import Placement
 from posenc.rotations import ByPosition, Spectrum
 
+Partial = Literal["front", "proportional"]
+PARTIALS: tuple[str, ...] = get_args(Partial)
 Layouts = Literal["blocks", "sections", "interleaved"]
 LAYOUTS: tuple[str, ...] = get_args(Layouts)
 
@@ -33,11 +35,15 @@ class RoPE(Encoding):
 
     Args:
         head_dim: D, even, at least 2.
-        base: of the geometric frequencies.
+        base: of the geometric frequencies; None is the scaling's rope_theta, else 10000.
         pairing: "half" (GPT-NeoX, Llama in Hugging Face) or "interleaved" (GPT-J, the paper).
-        rotary_dim: rotate only the first so many features (even, at most D); frequencies use it in
-            place of D.
-        scaling: a mapping for longer texts, see `posenc.encodings.scaling`.
+        rotary_dim: R, rotate only so many features (even, at most D); None is D, or what the
+            scaling's partial_rotary_factor makes of it.
+        partial: which ones. "front": the first R, frequencies use R in place of D. "proportional"
+            (p-RoPE, arXiv 2410.06205): the R/2 fastest pairs of the whole head, at its
+            frequencies; the others stand still.
+        scaling: a mapping for longer texts, see `posenc.encodings.scaling`. Whatever it holds is
+            used or refused.
         axes: features of each of A axes (even, in all rotary_dim); positions are then (T, A) or
             (B, T, A): images, video. None is one axis, positions without that dimension.
         layout: which features turn with which axis, see `axis_of_pairs`.
@@ -52,9 +58,10 @@ class RoPE(Encoding):
         self,
         head_dim: int,
         *,
-        base: float = 10000.0,
+        base: float | None = None,
         pairing: Pairing = "half",
         rotary_dim: int | None = None,
+        partial: Partial = "front",
         scaling: Mapping[str, Any] | None = None,
         axes: Sequence[int] | None = None,
         layout: Layouts = "blocks",
@@ -62,20 +69,21 @@ class RoPE(Encoding):
     ) -> None:
         super().__init__()
         check_head_dim(head_dim, "RoPE")
-        rotary_dim = head_dim if rotary_dim is None else rotary_dim
-        if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
+        if partial not in PARTIALS:
+            raise ValueError(unknown("RoPE partial", partial, PARTIALS))
+        mapped = read_mapping(head_dim, base, rotary_dim, partial, scaling)
+        base, rotary_dim = mapped.base, mapped.rotary_dim
+        least = 0 if mapped.partial == "proportional" else 2
+        if rotary_dim < least or rotary_dim % 2 or rotary_dim > head_dim:
             raise ValueError(
-                f"rotary_dim must be even, between 2 and head_dim={head_dim}; got {rotary_dim}."
+                f"rotary_dim must be even, between {least} and head_dim={head_dim}; "
+                f"got {rotary_dim}."
             )
         if pairing not in PAIRINGS:
             raise ValueError(unknown("pairing", pairing, PAIRINGS))
         check_base(base)
-        scaled_frequencies(
-            rotary_dim, base, scaling
-        )  # a bad scaling fails here, not in the first forward
-        self.head_dim, self.rotary_dim = head_dim, rotary_dim
-        self.base, self.pairing = base, pairing
-        self.scaling = None if scaling is None else dict(scaling)
+        self.head_dim, self.rotary_dim, self.partial = head_dim, rotary_dim, mapped.partial
+        self.base, self.pairing, self.scaling = base, pairing, mapped.scaling
         self.axes = None if axes is None else tuple(axes)
         self.layout, self.continuous = layout, continuous
         self.axes_count = None if self.axes is None else len(self.axes)
@@ -89,19 +97,24 @@ class RoPE(Encoding):
                     "layout='blocks' has a spectrum of its own for each axis, which no scaling "
                     "describes; got scaling. Use layout='sections' or 'interleaved', or base."
                 )
+        self.frequencies()  # a bad scaling fails here, not in the first forward
 
     def frequencies(self, device: torch.device | None = None) -> tuple[Tensor, float]:
         """The frequencies (R/2,) in fp64, and the factor of cosine and sine."""
         if self.axes is not None and self.layout == "blocks":
             blocks = [inverse_frequencies(width, self.base, device) for width in self.axes]
             return torch.cat(blocks), 1.0
-        return scaled_frequencies(self.rotary_dim, self.base, self.scaling, device)
+        if self.partial == "front":
+            return scaled_frequencies(self.rotary_dim, self.base, self.scaling, device)
+        frequencies, factor = scaled_frequencies(self.head_dim, self.base, self.scaling, device)
+        turning = torch.arange(self.head_dim // 2, device=device) < self.rotary_dim // 2
+        return frequencies * turning, factor
 
     def rotation(
         self, place: Placement, x: Tensor | None = None, state: Cache | None = None
     ) -> ByPosition:
         scaling = None if self.scaling is None else repr(self.scaling)
-        key = ("rope", self.rotary_dim, self.base, scaling, self.axes, self.layout)
+        key = ("rope", self.rotary_dim, self.base, scaling, self.partial, self.axes, self.layout)
         blocks = self.axes is not None and self.layout == "blocks" and self.pairing == "half"
         pairing: Layout = self.axes if blocks and self.axes is not None else self.pairing
         return ByPosition(place, Spectrum(key, self.frequencies, self._axis), pairing)
@@ -117,6 +130,7 @@ class RoPE(Encoding):
         return (
             f"head_dim={self.head_dim}, base={self.base}, pairing={self.pairing!r}, "
             f"rotary_dim={self.rotary_dim}, scaling={self.scaling}"
+            + ("" if self.partial == "front" else f", partial={self.partial!r}")
             + ("" if self.axes is None else f", axes={self.axes}, layout={self.layout!r}")
             + (", continuous=True" if self.continuous else "")
         )

@@ -7,7 +7,8 @@
     dynamic   base' = base (s L/L0 - (s-1))^(D/(D-2)), L = max(target, L0), a = 1
     yarn      (w_i/s)(1-e_i) + w_i e_i, a = 0.1 ln s + 1                        arXiv 2309.00071
               e_i = 1 - clamp((i-lo)/(hi-lo), 0, 1), dim(r) = D ln(L0/(2 pi r)) / (2 ln base),
-              lo = max(floor dim(32), 0), hi = min(ceil dim(1), D-1)
+              lo = max(floor dim(32), 0), hi = min(ceil dim(1), D-1); truncate=False rounds neither
+              with mscale m and mscale_all_dim n: a = (0.1 m ln s + 1) / (0.1 n ln s + 1)
     longrope  w_i / lambda_i: the long list if target > L0, else the short one  arXiv 2402.13753
               a = sqrt(1 + ln s / ln L0)
     llama3    wavelength 2 pi/w: below L0/high keep; above L0/low w/s; between (1-u) w/s + u w,
@@ -18,18 +19,25 @@ already cached. Here both take an explicit, fixed `target_length`, so a prefix n
 decoding equals the full forward.
 
 A scaling is written as in Hugging Face configurations: `{"rope_type": "yarn", "factor": 4.0,
-"original_max_position_embeddings": 2048}`; `target_length` is ours.
+"original_max_position_embeddings": 2048}`; `target_length` is ours, and where a factor is left out
+`max_position_embeddings` over the original length gives it. `rope_theta` and
+`partial_rotary_factor`, which live there too, are the encoding's base and rotary_dim, and
+"proportional" its partial: see `read_mapping`. What a mapping holds is used or refused.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from posenc.errors import unknown
 from posenc.phase import inverse_frequencies
+
+DEFAULT_BASE = 10000.0
+_GIVEN = ("dim", "base", "device")  # of a scaling, by the encoding
 
 #: Frequencies (fp64, on the device) and the attention factor a.
 Scaled = tuple[Tensor, float]
@@ -70,6 +78,9 @@ def yarn(
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
     attention_factor: float | None = None,
+    mscale: float | None = None,
+    mscale_all_dim: float | None = None,
+    truncate: bool = True,
 ) -> Scaled:
     """Fast bands kept, slow bands interpolated, a ramp between; the logits are sharpened by a^2."""
 
@@ -80,15 +91,32 @@ def yarn(
             / (2 * math.log(base))
         )
 
-    low = max(math.floor(band(beta_fast)), 0)
-    high = min(math.ceil(band(beta_slow)), dim - 1)
+    def sharpness(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    low, high = band(beta_fast), band(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
     index = torch.arange(dim // 2, dtype=torch.float64, device=device)
     # A ramp of no width would divide by zero; 0.001 is the usual guard.
     keep = 1 - ((index - low) / max(high - low, 0.001)).clamp(0, 1)
     frequencies = inverse_frequencies(dim, base, device)
-    if attention_factor is None:
-        attention_factor = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    return frequencies / factor * (1 - keep) + frequencies * keep, attention_factor
+    if (mscale is None) != (mscale_all_dim is None):
+        raise ValueError(
+            "yarn's mscale and mscale_all_dim go together; got "
+            f"{mscale} and {mscale_all_dim}. Give both, or attention_factor."
+        )
+    made = sharpness(1.0)
+    if mscale is not None and mscale_all_dim is not None:
+        made = sharpness(mscale) / sharpness(mscale_all_dim)
+        if attention_factor is not None and not math.isclose(made, attention_factor, rel_tol=1e-4):
+            raise ValueError(
+                f"yarn's attention_factor={attention_factor} contradicts mscale and "
+                f"mscale_all_dim, which make {made:.6g}. Give one of the two."
+            )
+    a = made if attention_factor is None else attention_factor
+    return frequencies / factor * (1 - keep) + frequencies * keep, a
 
 
 def longrope(
@@ -117,10 +145,10 @@ def llama3(
     base: float,
     device: torch.device | None,
     *,
-    factor: float = 8.0,
-    original_max_position_embeddings: int = 8192,
-    low_freq_factor: float = 1.0,
-    high_freq_factor: float = 4.0,
+    factor: float,
+    original_max_position_embeddings: int,
+    low_freq_factor: float,
+    high_freq_factor: float,
 ) -> Scaled:
     """Short wavelengths kept, long ones interpolated, those between blended."""
     frequencies = inverse_frequencies(dim, base, device)
@@ -153,23 +181,27 @@ def scaled_frequencies(
     Args:
         dim: the number of rotated features, even.
         scaling: None for plain RoPE, else a mapping with `rope_type` and that scaling's own
-            arguments.
+            arguments; `rope_theta` must be the base. Values of None count as left out.
 
     Raises:
         ValueError: for an unknown `rope_type` or argument, a missing one, or a factor below 1.
     """
     if scaling is None:
         return inverse_frequencies(dim, base, device), 1.0
-    options = dict(scaling)
-    kinds = {options.pop(key) for key in ("rope_type", "type") if key in options}
-    name = kinds.pop() if len(kinds) == 1 else None
-    options.pop("rope_theta", None)  # Hugging Face repeats the base there
+    options = {key: value for key, value in scaling.items() if value is not None}
+    name = rope_type(options)
+    if options.pop("rope_theta", base) != base:
+        raise ValueError(f"the scaling's rope_theta contradicts base={base}: got {dict(scaling)}.")
     if name == "default":
+        if options:
+            raise ValueError(unused(name, options))
         return inverse_frequencies(dim, base, device), 1.0
-    if name not in SCALINGS:
-        raise ValueError(unknown("RoPE scaling (rope_type)", name, SCALINGS))
     for key, value in options.items():
         _check_option(key, value, dim)
+    _derive_factor(name, options)
+    known = inspect.signature(SCALINGS[name]).parameters
+    if strange := {key: value for key, value in options.items() if key not in known}:
+        raise ValueError(unused(name, strange))
     try:
         return SCALINGS[name](dim, base, device, **options)
     except TypeError as error:
@@ -177,17 +209,122 @@ def scaled_frequencies(
         raise ValueError(f"RoPE scaling {name!r}: {reason}.") from None
 
 
+def _derive_factor(name: str, options: dict[str, Any]) -> None:
+    """Take a factor that is left out from the lengths, where both are there."""
+    longest = options.get("max_position_embeddings")
+    original = options.get("original_max_position_embeddings")
+    if name in ("yarn", "longrope") and longest is not None and original is not None:
+        del options["max_position_embeddings"]
+        derived = max(longest / original, 1.0)
+        given = options.setdefault("factor", derived)
+        if not math.isclose(given, derived, rel_tol=1e-4):
+            raise ValueError(
+                f"RoPE scaling {name!r}: factor={given} contradicts max_position_embeddings="
+                f"{longest} over {original}. Leave one of them out."
+            )
+
+
+def rope_type(options: dict[str, Any]) -> str:
+    """Take the kind of a mapping out of it, or ValueError."""
+    kinds = {options.pop(key) for key in ("rope_type", "type") if key in options}
+    name = kinds.pop() if len(kinds) == 1 else None
+    if name not in ("default", *SCALINGS):
+        raise ValueError(unknown("RoPE scaling (rope_type)", name, ("default", *SCALINGS)))
+    return str(name)
+
+
+def unused(name: str, options: Mapping[str, Any]) -> str:
+    """What a mapping holds that its kind does not use, and what to do."""
+    known = (
+        [key for key in inspect.signature(SCALINGS[name]).parameters if key not in _GIVEN]
+        if name in SCALINGS
+        else []
+    )
+    remedy = f"It takes {', '.join(known) or 'nothing'}."
+    if "mrope_section" in options:
+        remedy = "Sections are RoPE(axes=.., layout='sections'), twice the pairs of each."
+    return f"RoPE scaling {name!r} does not use {', '.join(sorted(options))}. {remedy}"
+
+
+class Mapped(NamedTuple):
+    """What a mapping and the arguments beside it say together."""
+
+    base: float
+    rotary_dim: int
+    partial: str
+    scaling: dict[str, Any] | None
+
+
+def read_mapping(
+    head_dim: int,
+    base: float | None,
+    rotary_dim: int | None,
+    partial: str,
+    scaling: Mapping[str, Any] | None,
+) -> Mapped:
+    """Take base, rotary_dim and partial from a mapping where the arguments are not given.
+
+    Hugging Face keeps `rope_theta` and `partial_rotary_factor` there; its "proportional" is
+    partial="proportional", and its factor a linear scaling.
+
+    Raises:
+        ValueError: the mapping contradicts an argument, or is no mapping.
+    """
+    if scaling is not None and not isinstance(scaling, Mapping):
+        raise ValueError(f"scaling must be a mapping with a rope_type; got {scaling!r}.")
+    options = {key: value for key, value in (scaling or {}).items() if value is not None}
+    kinds = [options.get(key) for key in ("rope_type", "type") if key in options]
+    if kinds == ["proportional"]:
+        for key in ("rope_type", "type"):
+            options.pop(key, None)
+        partial, factor = "proportional", options.pop("factor", None)
+        options["rope_type"] = "default" if factor is None else "linear"
+        if factor is not None:
+            options["factor"] = factor
+    theta = options.pop("rope_theta", None)
+    if theta is not None and base is not None and theta != base:
+        raise ValueError(
+            f"the scaling's rope_theta={theta} contradicts base={base}. Give one of the two."
+        )
+    share = options.pop("partial_rotary_factor", None)
+    if share is not None:
+        if not _is_positive(share) or share > 1:
+            raise ValueError(
+                f"the RoPE scaling's partial_rotary_factor must lie in (0, 1]; got {share!r}."
+            )
+        whole = int(head_dim * share)
+        features = 2 * (whole // 2) if partial == "proportional" else whole
+        if rotary_dim not in (None, features):
+            raise ValueError(
+                f"the scaling's partial_rotary_factor={share} makes rotary_dim={features}, which "
+                f"contradicts rotary_dim={rotary_dim}. Give one of the two."
+            )
+        rotary_dim = features
+    base = theta if theta is not None else base
+    return Mapped(
+        DEFAULT_BASE if base is None else base,
+        head_dim if rotary_dim is None else rotary_dim,
+        partial,
+        None if scaling is None else options,
+    )
+
+
 def _check_option(key: str, value: Any, dim: int) -> None:
     """Every option is a finite number above 0, a factor and a length at least 1; or a list."""
-    if value is None:
+    if key == "truncate":
+        if not isinstance(value, bool):
+            raise ValueError(f"the RoPE scaling's truncate must be True or False; got {value!r}.")
         return
     if key in ("short_factor", "long_factor"):
-        if len(value) != dim // 2 or not all(map(_is_positive, value)):
+        row = isinstance(value, Sequence) and not isinstance(value, str)
+        if not row or len(value) != dim // 2 or not all(map(_is_positive, value)):
             raise ValueError(
                 f"longrope needs {dim // 2} positive factors in {key}, one a pair of features; "
-                f"got {list(value)}."
+                f"got {value!r}."
             )
         return
+    if key == "mrope_section":
+        return  # refused by name
     least = 1 if key == "factor" or "length" in key or "embeddings" in key else 0
     if not _is_positive(value) or value < least:
         bound = "at least 1" if least else "above 0"
@@ -195,4 +332,5 @@ def _check_option(key: str, value: Any, dim: int) -> None:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 < value < math.inf
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value < math.inf
