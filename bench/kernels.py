@@ -26,9 +26,9 @@ import posenc
 from bench.layers import Compile, as_is, zoo_case
 from bench.measure import Case, Function, measure, one_head, timed
 from bench.rows import Row, RowFile
+from posenc.backends.case import consecutive
 from posenc.backends.choice import attend
 from posenc.convolution import depthwise_conv
-from posenc.encodings.carope import running_phase, turn_by_phase
 from posenc.encodings.polar import turn_by_content
 from posenc.kernels.carope import carope
 from posenc.kernels.carope_attention import carope_attention
@@ -39,6 +39,7 @@ from posenc.kernels.relative import relative_attention
 from posenc.kernels.rope import rope
 from posenc.kernels.rope_attention import rope_attention
 from posenc.phase import inverse_frequencies, phase_dtype, position_phases
+from posenc.rotations import running_phase, turn_by_phase
 from posenc.scores import RelativeTerm, Scores, add_per_head, relative_logits
 
 #: Batch, heads, length, head dim. GPT-2's layer at three lengths, 16,384 tokens each.
@@ -201,7 +202,7 @@ def relative(
     def by(impl: str) -> Function:
         def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor, s: Tensor, u: Tensor) -> Tensor:
             scores = Scores(content=u, relative=RelativeTerm(table, offset=s))
-            return attend(q, k, v, scores, impl=impl)
+            return attend(consecutive(q, k, v, scores), impl)
 
         return run
 

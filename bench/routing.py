@@ -45,9 +45,10 @@ from bench.measure import (
     timing,
 )
 from bench.rows import Row, RowFile, read, written
-from posenc import core
+from posenc.backends import choice
 from posenc.backends import skipping as skipping_on_cpu
-from posenc.routing.moh import Gates, weigh
+from posenc.backends.case import consecutive
+from posenc.routing.gates import Gates, weigh
 
 #: Shared and selected heads of eight; the share of active heads.
 SPLITS = {(2, 6): 1.0, (2, 4): 0.75, (2, 2): 0.5, (0, 3): 0.375, (0, 2): 0.25}
@@ -66,13 +67,14 @@ Inputs = tuple[Tensor, ...]
 def always_skipping() -> Iterator[None]:
     """Inside, impl="auto" skips on CPU wherever it can."""
     names = ("SKIP_FROM", "SKIP_TOKEN_FROM", "SKIP_UP_TO")
-    before = [getattr(core, name) for name in names]
-    core.SKIP_FROM, core.SKIP_TOKEN_FROM, core.SKIP_UP_TO = 0, 0, 1.0
+    before = [getattr(skipping_on_cpu, name) for name in names]
+    for name, value in zip(names, (0, 0, 1.0), strict=True):
+        setattr(skipping_on_cpu, name, value)
     try:
         yield
     finally:
         for name, value in zip(names, before, strict=True):
-            setattr(core, name, value)
+            setattr(skipping_on_cpu, name, value)
 
 
 def kept_only(gates: Tensor) -> Tensor:
@@ -95,6 +97,11 @@ def masked(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
     return weigh(o, gates)
 
 
+def whole(q: Tensor, k: Tensor, v: Tensor, impl: str) -> Tensor:
+    """Every head, without gates."""
+    return choice.attend(consecutive(q, k, v), impl)
+
+
 def skipping(always: int, active: int, on_cuda: bool) -> Callable[..., Tensor]:
     """What computes the kept pairs alone, for gates with so many heads always on and active."""
     if on_cuda:
@@ -103,7 +110,7 @@ def skipping(always: int, active: int, on_cuda: bool) -> Callable[..., Tensor]:
         return routed_attention
 
     def run(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
-        dense = partial(core.attend, impl="auto")
+        dense = partial(whole, impl="auto")
         return skipping_on_cpu.attend_kept(
             q, k, v, Gates(gates, always, active), q.shape[-1] ** -0.5, dense
         )
@@ -127,7 +134,7 @@ def core_case(
     inputs: Inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
     on_cuda = q.is_cuda
     if split is None:
-        dense = partial(core.attend, impl="fused" if on_cuda else "auto")
+        dense = partial(whole, impl="fused" if on_cuda else "auto")
         return Case("routing", "moh core", inputs, definition, {DENSE: lambda: dense}, one_head)
     router = posenc.MoH(8 * dim, 8, shared=split[0], top_k=split[1]).to(q.device)
     x = torch.randn(batch, queries, 8 * dim, device=q.device)

@@ -6,8 +6,8 @@ import torch
 import posenc
 from bench.layers import as_is, zoo_case
 from bench.throughput import call
-from posenc.encodings.carope import running_phase
 from posenc.phase import inverse_frequencies, position_phases, sines, turn
+from posenc.rotations import running_phase
 
 WIDTH, HEADS = 256, 4
 

@@ -22,7 +22,7 @@ from posenc.backends.case import Case
 from posenc.backends.mask import Mask
 from posenc.backends.projections import from_heads, kept_rows, to_heads
 from posenc.cache import Cache, Stream, cache_dtype, check_cache, check_no_segments, place_after
-from posenc.checks import check_heads, check_kv_heads, check_sizes, check_window
+from posenc.checks import check_heads, check_kv_heads, check_window
 from posenc.convolution import DepthwiseConv
 from posenc.encodings.base import Encoding
 from posenc.errors import UnexpectedArgument
@@ -83,10 +83,7 @@ class Attention(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        check_sizes("Attention", embed_dim=embed_dim, num_heads=num_heads)
-        if head_dim is None:
-            head_dim = check_heads(embed_dim, num_heads)
-        check_sizes("Attention", head_dim=head_dim)
+        head_dim = check_heads(embed_dim, num_heads, head_dim)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1); got {dropout}.")
         if qk_norm not in (None, "rms"):

@@ -19,8 +19,11 @@ def check_head_dim(head_dim: int, who: str) -> None:
     check_even(head_dim, f"{who} needs an even head dim", remedy)
 
 
-def check_heads(embed_dim: int, num_heads: int) -> int:
-    """The head dim embed_dim / num_heads, or ValueError."""
+def check_heads(embed_dim: int, num_heads: int, head_dim: int | None = None) -> int:
+    """The head dim, embed_dim / num_heads where it is None. Or ValueError."""
+    if head_dim is not None:
+        check_sizes("attention", embed_dim=embed_dim, num_heads=num_heads, head_dim=head_dim)
+        return head_dim
     whole = isinstance(embed_dim, int) and isinstance(num_heads, int)
     if not whole or num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
         near = ""

@@ -13,16 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: An additive bias of some rows and some keys: broadcastable to (B, H, rows, keys).
-Bias = Callable[[slice, slice], Tensor]
+#: An additive bias broadcastable to (B, H, T, S), or one made of some rows and some keys at a time.
+Bias = Tensor | Callable[[slice, slice], Tensor]
+#: Rows of distances (H, P, D), or a function that makes them as far as distances reach.
+Table = Tensor | Callable[[int], Tensor]
 
 
 class RelativeTerm(NamedTuple):
     """A query-dependent term of the distance.
 
     Attributes:
-        rows: the table's rows of distances 0 .. N-1: (H, N or fewer, D); further ones are its last.
-            Two-sided, those of distances -(P-1) .. P-1, whatever N is.
+        table: rows of distances 0 .. P-1, (H, P, D), the last for all further ones; two-sided,
+            those of -(P-1) .. P-1.
         query: (H, D), added to q.
         offset: (H, P), without query.
         distances: integer (T, S) or (B, 1, T, S); None: consecutive keys.
@@ -32,13 +34,17 @@ class RelativeTerm(NamedTuple):
         two_sided: whether keys after the query have rows too.
     """
 
-    rows: Callable[[int], Tensor]
+    table: Table
     query: Tensor | None = None
     offset: Tensor | None = None
     distances: Tensor | None = None
     factors: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     width: int = 0
     two_sided: bool = False
+
+    def rows(self, length: int) -> Tensor:
+        """The table where no distance reaches `length`."""
+        return self.table if isinstance(self.table, Tensor) else self.table(length)
 
 
 class Scores(NamedTuple):
@@ -52,6 +58,14 @@ class Scores(NamedTuple):
     def factor(self, head_dim: int) -> float:
         """The scale as a number."""
         return head_dim**-0.5 if self.scale is None else self.scale
+
+    def added(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor | None:
+        """The bias of these rows and keys, broadcastable to (B, H, rows, keys)."""
+        if not isinstance(self.bias, Tensor):
+            return None if self.bias is None else self.bias(rows, keys)
+        every = slice(None)
+        part = self.bias[..., rows if self.bias.shape[-2] > 1 else every, :]
+        return part[..., keys if self.bias.shape[-1] > 1 else every]
 
     @property
     def plain(self) -> bool:

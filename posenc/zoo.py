@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from posenc.attention import Attention
-from posenc.checks import check_heads, check_kv_heads, check_sizes
+from posenc.checks import check_heads, check_kv_heads
 from posenc.convolution import DepthwiseConv
 from posenc.encodings.base import Encoding
 from posenc.encodings.carope import CARoPE, SharedPhase
@@ -247,14 +247,12 @@ def _build_attention(
 
 def _sizes(parts: Parts, embed_dim: int, num_heads: int) -> dict[str, Any]:
     """What the parts of a module are told."""
-    check_sizes("attention", embed_dim=embed_dim, num_heads=num_heads)
     given = parts.options["attention"]
-    head_dim = given.get("head_dim")
     return {
         "embed_dim": embed_dim,
         "num_heads": num_heads,
         "num_kv_heads": check_kv_heads(num_heads, given.get("num_kv_heads")),
-        "head_dim": check_heads(embed_dim, num_heads) if head_dim is None else head_dim,
+        "head_dim": check_heads(embed_dim, num_heads, given.get("head_dim")),
         "causal": given.get("causal", True),
     }
 

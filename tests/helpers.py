@@ -12,7 +12,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import oracles
 import posenc
+from posenc.backends import choice
+from posenc.backends.case import consecutive
 from posenc.encodings.base import Encoding
+from posenc.placement import Placement
+from posenc.scores import Scores
 from posenc.zoo import ENCODINGS, ZOO
 
 # At these sizes a second thread only waits: 60 ms for a product that takes 10 us.
@@ -28,6 +32,21 @@ WIDTH = HEADS * HEAD_DIM
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, dtype=dtype)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *scores: Any, impl: str = "auto", **rest: Any
+) -> Tensor:
+    """Attention of T queries that are the last of S consecutive tokens."""
+    return choice.attend(consecutive(q, k, v, *scores, **rest), impl)
+
+
+def scores_of(
+    part: Encoding, q: Tensor, k: Tensor, positions: Tensor, keys: Tensor | None = None
+) -> Scores:
+    """How an encoding enters the logits of q (.., T, D) and k (.., S, D)."""
+    sizes = {"length": q.shape[-2], "key_length": k.shape[-2]}
+    return part.scores(Placement(positions, keys=keys, **sizes))
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

@@ -1,6 +1,5 @@
 """Attention: every cross of its seams, and its constructor."""
 
-import importlib
 import inspect
 from typing import Any
 
@@ -24,7 +23,11 @@ from helpers import (
     randn,
 )
 from posenc import Attention
+from posenc.attention import Shared
+from posenc.backends import choice
+from posenc.backends.case import Case
 from posenc.encodings.carope import SharedPhase
+from posenc.placement import Placement, place
 
 CROSSES = pytest.mark.parametrize(("encoding", "conv", "router"), crosses())
 
@@ -80,9 +83,10 @@ def test_a_part_may_be_any_encoding() -> None:
         def rotate(self, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
             return 2 * q, k
 
-        def scores(self, q: Tensor, k: Tensor, *_: Any) -> Any:
-            distance = torch.arange(q.shape[-2])[:, None] - torch.arange(k.shape[-2])
-            return posenc.Encoding.scores(self, q, k, None)._replace(bias=-0.5 * distance.double())
+        def scores(self, place: Placement, *_: Any) -> Any:
+            distance = torch.arange(place.length)[:, None] - torch.arange(place.key_length)
+            bias = -0.5 * distance.double()
+            return posenc.Encoding.scores(self, place)._replace(bias=bias)
 
     plain, sloped = Attention(WIDTH, HEADS).double(), Attention(WIDTH, HEADS, encoding=Slope())
     sloped = sloped.double()
@@ -100,8 +104,13 @@ def test_a_phase_from_the_model_takes_the_place_of_the_layer_s_own() -> None:
     shared = Attention(WIDTH, HEADS, encoding=SharedPhase()).double()
     copy_shared(module, shared)
     x = randn(2, 9, WIDTH)
-    close(shared(x, phase=module.encoding.phases(x)), module(x))
-    differs(shared(x, phase=module.encoding.phases(randn(2, 9, WIDTH))), module(x))
+
+    def given(tokens: Tensor) -> Shared:
+        where = place(2, 9, x.device)
+        return Shared(where, module.encoding.phases(tokens))
+
+    close(shared(x, shared=given(x)), module(x))
+    differs(shared(x, shared=given(randn(2, 9, WIDTH))), module(x))
 
 
 @pytest.mark.parametrize(
@@ -144,9 +153,12 @@ def test_every_argument_changes_the_output() -> None:
         "router": {"router": posenc.MoH(WIDTH, HEADS, shared=1, top_k=2)},
         "bias": {"bias": True},
         "dropout": {"dropout": 0.5},
+        "qk_norm": {"qk_norm": "rms"},
+        "causal": {"causal": False},
+        "window": {"window": 3},
     }
     # the sizes change shapes; the back ends compute one function
-    tested_elsewhere = {"self", "embed_dim", "num_heads", "impl"}
+    tested_elsewhere = {"self", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "impl"}
     known = set(inspect.signature(Attention.__init__).parameters)
     assert known == changes.keys() | tested_elsewhere
     x, plain = randn(2, 9, WIDTH), Attention(WIDTH, HEADS).double()
@@ -167,12 +179,11 @@ def test_heads_change_the_output() -> None:
 def test_impl_chooses_the_back_end(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **options: Any) -> Tensor:
-        seen.append(options["impl"])
-        return q
+    def attend(case: Case, impl: str) -> Tensor:
+        seen.append(impl)
+        return case.q
 
-    # as an attribute of posenc, `attention` is the function
-    monkeypatch.setattr(importlib.import_module("posenc.attention"), "attend", attend)
+    monkeypatch.setattr(choice, "attend", attend)
     Attention(WIDTH, HEADS, impl=impl)(torch.zeros(1, 2, WIDTH))
     assert seen == [impl]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import posenc
 from bench import mechanisms
-from helpers import close, perturb
+from helpers import close, perturb, scores_of
 from training_runs import flags, run, write_text
 
 LAYERS, HEADS, DIM, WINDOW, VOCABULARY = 3, 4, 6, 11, 29
@@ -102,8 +102,8 @@ def test_relative_tables(name: str) -> None:
                for part in attn.c_attn(x).chunk(3, -1))  # fmt: skip
     if attn.conv is not None:
         q, k, v = attn.conv(q, k, v)
-    scores = attn.encoding.scores(q, k, torch.arange(WINDOW)).relative
-    rows, query = scores.table, q if scores.query is None else q + scores.query[:, None]
+    scores = scores_of(attn.encoding, q, k, torch.arange(WINDOW)).relative
+    rows, query = scores.rows(WINDOW), q if scores.query is None else q + scores.query[:, None]
     products = torch.einsum("bhtd,hpd->bhtp", query, rows)
     if scores.offset is not None:
         products = products + scores.offset[:, None]

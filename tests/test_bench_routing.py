@@ -6,7 +6,7 @@ import pytest
 
 from bench import routing
 from bench.rows import read
-from posenc import core
+from posenc.backends import skipping as core
 
 
 def test_every_level_and_mode_has_its_rows(

@@ -5,7 +5,8 @@ import torch
 
 import posenc
 from helpers import HEADS, NAMES, WIDTH, build, close, differs, randn, tiny_gpt
-from posenc.cache import Cache, Placement, Stream, place
+from posenc.cache import Cache, Stream
+from posenc.placement import place
 
 
 @pytest.fixture(autouse=True)
@@ -173,11 +174,15 @@ def test_padding_may_return_after_truncation() -> None:
 
 
 def test_a_sequence_without_a_past_is_placed_as_given() -> None:
-    plain = place(torch.arange(3), given=False)
-    assert plain == Placement(plain.positions)
-    padded = place(torch.tensor([[-1, 0], [0, 1]]), given=True)
+    cpu = torch.device("cpu")
+    plain = place(2, 3, cpu)
+    assert torch.equal(plain.positions, torch.arange(3))
+    assert plain.keys is plain.real is None
+    padded = place(2, 2, cpu, torch.tensor([[-1, 0], [0, 1]]))
     assert torch.equal(padded.real, torch.tensor([[False, True], [True, True]]))
-    assert place(torch.tensor([4, 5]), given=True).real is None
+    given = place(2, 2, cpu, torch.tensor([4, 5]))
+    assert given.real is None
+    assert torch.equal(given.keys, torch.tensor([4, 5]))
 
 
 @pytest.mark.parametrize(("batch", "length"), [(0, 4), (2, 0), (-1, 4)])

@@ -10,10 +10,21 @@ from torch import Tensor
 
 import oracles
 import posenc
-from helpers import HEAD_DIM, HEADS, WIDTH, build, close, copy_shared, differs, perturb, randn
+from helpers import (
+    HEAD_DIM,
+    HEADS,
+    WIDTH,
+    attend,
+    build,
+    close,
+    copy_shared,
+    differs,
+    perturb,
+    randn,
+)
 from posenc import CARoPE
-from posenc.backends.choice import attend
-from posenc.encodings.carope import log_rates, running_phase
+from posenc.encodings.carope import log_rates
+from posenc.rotations import running_phase
 
 B, T, PAIRS = 2, 12, HEAD_DIM // 2
 MILLION = 1_000_000
@@ -261,7 +272,7 @@ def test_phases_ignore_autocast_and_low_precision_inputs(autocast: bool) -> None
 def test_every_argument_changes_the_rotation() -> None:
     changes: dict[str, Any] = {"base": 500.0, "init": "paper", "first_power": 1, "head_dim": 12}
     # "token" differs inside a model, where it is tested; the sizes change shapes
-    elsewhere = {"source", "embed_dim", "num_heads"}
+    elsewhere = {"source", "embed_dim", "num_heads", "num_kv_heads"}
     assert set(inspect.signature(CARoPE).parameters) == changes.keys() | elsewhere
     x, plain = randn(B, T, WIDTH), CARoPE(WIDTH, HEADS).double()
     for name, value in changes.items():

@@ -128,9 +128,9 @@ def test_parameter_counts(per_head: bool, bias: bool, count: int) -> None:
 
 
 def test_every_argument_changes_the_output() -> None:
-    changes = {"kernel_size": 5, "per_head": True, "bias": False, "init": "primer"}
+    changes = {"kernel_size": 5, "per_head": True, "bias": False, "init": "primer", "causal": False}
     parameters = set(inspect.signature(DepthwiseConv).parameters)
-    assert parameters == changes.keys() | {"num_heads", "head_dim"}
+    assert parameters == changes.keys() | {"num_heads", "num_kv_heads", "head_dim"}
     inputs = randn(3, B, HEADS, T, HEAD_DIM)
     plain = DepthwiseConv(HEADS, HEAD_DIM).double()
     for name, value in changes.items():

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import oracles
-from helpers import close, differs, randn, rms_error
+from helpers import attend, close, differs, randn, rms_error
 from posenc.backends import blockwise
-from posenc.backends.choice import IMPLS, attend, causal_mask, check_impl, visible
+from posenc.backends.choice import IMPLS, check_impl
+from posenc.backends.mask import Mask
+from posenc.placement import Placement
 from posenc.scores import RelativeTerm, Scores, relative_logits
 
 B, H, D = 2, 3, 6
@@ -32,7 +34,7 @@ def inputs(length: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @LENGTHS
 def test_causal_mask_is_aligned_at_the_lower_right(length: int, keys: int) -> None:
-    mask = causal_mask(length, keys)
+    mask = Mask(Placement(torch.arange(length), key_length=keys)).dense()
     for i in range(length):
         for n in range(keys):
             assert mask[i, n] == (n <= keys - length + i)
@@ -128,7 +130,8 @@ def test_padded_keys_are_not_seen(impl: str) -> None:
 def test_padded_rows_see_themselves() -> None:
     real = torch.tensor([[False, False, True]])
     expected = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.bool)
-    assert torch.equal(visible(3, 3, real, torch.device("cpu"))[0, 0], expected)
+    mask = Mask(Placement(torch.arange(3), real=real))
+    assert torch.equal(mask.dense()[0, 0], expected)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 import oracles
 import posenc
-from helpers import HEAD_DIM, HEADS, WIDTH, close, copy_shared, encodings, perturb, randn
+from helpers import HEAD_DIM, HEADS, WIDTH, attend, close, copy_shared, encodings, perturb, randn
 from posenc import Attention, CARoPE, DepthwiseConv, MoH, NoPE, Polar, Relative, RoPE
-from posenc.backends.choice import attend
 from posenc.encodings.rope import half_to_interleaved, interleaved_to_half
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -94,7 +94,7 @@ def test_token_phases_come_from_the_bare_embedding_once() -> None:
     seen = []
     for block in model.h:
         block.attn.register_forward_pre_hook(
-            lambda module, inputs, options: seen.append(options["phase"]), with_kwargs=True
+            lambda module, inputs, options: seen.append(options["shared"].phase), with_kwargs=True
         )
     model(ids)
     assert seen[0] is seen[1]

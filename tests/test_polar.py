@@ -10,7 +10,7 @@ from torch import Tensor
 
 import oracles
 import posenc
-from helpers import HEAD_DIM, HEADS, WIDTH, close, differs, perturb, randn
+from helpers import HEAD_DIM, HEADS, WIDTH, close, differs, perturb, randn, scores_of
 from posenc import Polar
 
 B, T, PAIRS = 2, 9, HEAD_DIM // 2
@@ -152,12 +152,14 @@ def test_starts_at_rope_or_as_the_authors() -> None:
 
 def test_authors_scale_is_one() -> None:
     part, (q, k) = polar(init="authors"), queries_keys()
-    assert part.scores(q, k, torch.arange(T)).scale == 1.0
+    assert scores_of(part, q, k, torch.arange(T)).scale == 1.0
 
 
 def test_every_argument_changes_the_rotation() -> None:
     changes = {"base": 100.0, "init": "authors"}
-    assert set(inspect.signature(Polar).parameters) == changes.keys() | {"num_heads", "head_dim"}
+    assert set(inspect.signature(Polar).parameters) == changes.keys() | {
+        "num_heads", "num_kv_heads", "head_dim",
+    }  # fmt: skip
     q, k = queries_keys()
     plain = Polar(HEADS, HEAD_DIM).double().rotate(q, k)[0]
     for name, value in changes.items():

@@ -10,9 +10,20 @@ from torch import Tensor
 
 import oracles
 import posenc
-from helpers import HEAD_DIM, HEADS, WIDTH, build, close, differs, left_padded, perturb, randn
+from helpers import (
+    HEAD_DIM,
+    HEADS,
+    WIDTH,
+    attend,
+    build,
+    close,
+    differs,
+    left_padded,
+    perturb,
+    randn,
+    scores_of,
+)
 from posenc import Attention, Relative
-from posenc.backends.choice import attend
 from posenc.encodings.relative import factors, sinusoid
 
 B, S = 2, 13
@@ -50,7 +61,7 @@ def oracle(part: Relative, q: Tensor, k: Tensor, *positions: Tensor | None) -> T
 @pytest.mark.parametrize("impl", ["auto", "sdpa", "reference"])
 def test_attention_is_the_oracle(kind: str, length: int, impl: str) -> None:
     part, (q, k, v) = relative(kind), inputs(length)
-    scores = part.scores(q, k, torch.arange(S - length, S))
+    scores = scores_of(part, q, k, torch.arange(S - length, S))
     close(attend(q, k, v, scores, impl=impl), oracles.causal_attention(oracle(part, q, k), v))
 
 
@@ -60,7 +71,7 @@ def test_given_positions_are_the_oracle(kind: str, length: int) -> None:
     part, (q, k, v) = relative(kind), inputs(length)
     for keys in (torch.arange(S) + 7, torch.randint(40, (B, S)).sort(-1).values):
         queries = keys[..., -length:]
-        scores = part.scores(q, k, queries, keys)
+        scores = scores_of(part, q, k, queries, keys)
         expected = oracles.causal_attention(oracle(part, q, k, queries, keys), v)
         close(attend(q, k, v, scores), expected)
 
@@ -76,17 +87,17 @@ def test_far_distances_score_as_the_last_row(length: int) -> None:
         long.u.copy_(short.u)
     q, k, v = inputs(length)
     positions = torch.arange(S - length, S)
-    first, second = (attend(q, k, v, part.scores(q, k, positions)) for part in (short, long))
+    first, second = (attend(q, k, v, scores_of(part, q, k, positions)) for part in (short, long))
     close(first, second)
     with torch.no_grad():
         long.R[:, -1] += 1
-    differs(attend(q, k, v, long.scores(q, k, positions)), second)
+    differs(attend(q, k, v, scores_of(long, q, k, positions)), second)
 
 
 def log_weights(part: Relative, q: Tensor, k: Tensor) -> Tensor:
     """The logits below the diagonal, each row shifted so that its last entry is 0."""
     every = torch.eye(S).double().expand(B, HEADS, S, S)
-    weights = attend(q, k, every, part.scores(q, k, torch.arange(S)), impl="reference")
+    weights = attend(q, k, every, scores_of(part, q, k, torch.arange(S)), impl="reference")
     log = weights.masked_fill(~torch.ones(S, S).tril().bool(), 1.0).log()
     return (log - log.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).tril()
 
@@ -114,9 +125,11 @@ def test_terms_switch_off_one_by_one_and_add_up() -> None:
 def test_shift_of_positions_changes_nothing(kind: str) -> None:
     part, (q, k, v) = relative(kind), inputs(S)
     keys = torch.arange(S)
-    first, second = (attend(q, k, v, part.scores(q, k, keys + s, keys + s)) for s in (0, 1_000_003))
+    first, second = (
+        attend(q, k, v, scores_of(part, q, k, keys + s, keys + s)) for s in (0, 1_000_003)
+    )
     close(first, second, 1e-8)
-    close(first, attend(q, k, v, part.scores(q, k, keys)))
+    close(first, attend(q, k, v, scores_of(part, q, k, keys)))
 
 
 @KINDS
@@ -193,7 +206,7 @@ def test_every_argument_changes_the_output() -> None:
         return module(randn(B, S, WIDTH))
 
     changes = {"kind": "sinusoidal", "max_distance": 4, "embed_dim": 10}
-    sizes = {"num_heads", "head_dim"}
+    sizes = {"num_heads", "head_dim", "causal"}
     assert set(inspect.signature(Relative).parameters) == changes.keys() | sizes
     differs(run(max_distance=S, kind="sinusoidal"), run(max_distance=S))
     differs(run(max_distance=4), run(max_distance=6))

@@ -170,7 +170,8 @@ def test_every_argument_changes_the_rotation() -> None:
         "rotary_dim": 4,
         "scaling": scaling("linear"),
     }
-    assert set(inspect.signature(RoPE).parameters) == changes.keys() | {"head_dim"}
+    elsewhere = {"head_dim", "partial", "axes", "layout", "continuous"}
+    assert set(inspect.signature(RoPE).parameters) == changes.keys() | elsewhere
     for name, value in changes.items():
         differs(rotated(RoPE(D, **{name: value})), rotated(RoPE(D)))
 
@@ -258,6 +259,8 @@ def test_a_prefix_turns_alike_in_texts_of_any_length(rope_type: str) -> None:
         ("yarn", {"beta_fast": 200.0}),
         ("yarn", {"beta_slow": 30.0}),
         ("yarn", {"attention_factor": 1.5}),
+        ("yarn", {"mscale": 0.7, "mscale_all_dim": 0.2}),
+        ("yarn", {"truncate": False, "original_max_position_embeddings": 2000}),
         ("longrope", {"factor": 2.0}),
         ("longrope", {"original_max_position_embeddings": 32}),
         ("longrope", {"target_length": 64}),
@@ -305,7 +308,8 @@ def test_yarn_with_a_ramp_of_no_width_stays_finite() -> None:
 
 
 def test_llama3_defaults_are_those_of_the_release() -> None:
-    ours = scaled_frequencies(128, 500_000.0, {"rope_type": "llama3"})
+    lengths = {"factor": 8.0, "original_max_position_embeddings": 8192}
+    ours = scaled_frequencies(128, 500_000.0, {"rope_type": "llama3", **lengths})
     expected, _ = oracles.llama3_frequencies(128, base=500_000.0)
     close(ours[0], torch.tensor(expected, dtype=torch.float64), 1e-14)
 

@@ -1,6 +1,5 @@
 """Skipping what gates drop: attention and projections of the kept rows alone, and when it is on."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import oracles
 import posenc
 from helpers import (
+    attend,
     build,
     close,
     counted,
@@ -24,7 +24,8 @@ from helpers import (
     randn,
     rms_error,
 )
-from posenc import MoH, core, skipping
+from posenc import MoH
+from posenc.backends import projections, skipping
 from posenc.backends.skipping import (
     attend_kept,
     merge_kept,
@@ -32,10 +33,9 @@ from posenc.backends.skipping import (
     project_kept,
     projections_pay,
 )
-from posenc.routing.moh import Gates, weigh
+from posenc.routing.gates import Gates, weigh
 from posenc.scores import RelativeTerm, Scores
 
-LAYER = sys.modules[posenc.Attention.__module__]  # posenc.attention is the function
 SCALE = 0.7
 NAN = float("nan")
 
@@ -65,7 +65,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         calls.append((q.shape[2], k.shape[2]))
         return attend_kept(q, k, *rest)
 
-    monkeypatch.setattr(core, "attend_kept", record)
+    monkeypatch.setattr(skipping, "attend_kept", record)
     return calls
 
 
@@ -79,7 +79,7 @@ def projected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             calls.append(function.__name__)
             return function(*args)
 
-        monkeypatch.setattr(LAYER, function.__name__, record)
+        monkeypatch.setattr(projections, function.__name__, record)
     return calls
 
 
@@ -87,7 +87,7 @@ def projected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip from lengths that are quick to test, in blocks of which there are several."""
     for module, constants in (
-        (core, {"SKIP_FROM": 8 * D, "SKIP_TOKEN_FROM": 24}),
+        (skipping, {"SKIP_FROM": 8 * D, "SKIP_TOKEN_FROM": 24}),
         (skipping, {"ROWS": 5, "ROW_STEP": 2, "KEY_STEP": 4}),
     ):
         for name, value in constants.items():
@@ -97,7 +97,7 @@ def early(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip with the narrow heads of `layer` too."""
-    monkeypatch.setattr(core, "SKIP_FROM", 512 * 18)
+    monkeypatch.setattr(skipping, "SKIP_FROM", 512 * 18)
 
 
 def no_rows(shape: tuple[int, int, int]) -> Tensor:
@@ -145,7 +145,7 @@ def gates_for(kept: Tensor, always: int, dtype: torch.dtype = torch.float64) -> 
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return core.attend(q, k, v, Scores(scale=SCALE), impl="reference")
+    return attend(q, k, v, Scores(scale=SCALE), impl="reference")
 
 
 def kept_attention(always: int) -> Callable[..., Tensor]:
@@ -294,7 +294,7 @@ def test_bf16_is_no_worse_than_twice_the_dense_computation(length: int) -> None:
     tensors, probe, kept = (q, k, v, values), torch.randn_like(q), values != 0
 
     def bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return core.attend(q, k, v, Scores(scale=SCALE), impl="sdpa")
+        return attend(q, k, v, Scores(scale=SCALE), impl="sdpa")
 
     def skipped(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
         return attend_kept(q, k, v, Gates(g, 1, 1), SCALE, bf16)
@@ -436,7 +436,7 @@ def test_auto_skips_exactly_where_it_should(
     real = torch.arange(key_length) >= torch.tensor([[0], [3]]) if "real" in options else None
     with torch.set_grad_enabled("no_grad" not in options):
         y, reference = (
-            core.attend(q, k, v, scores, gates=gates, real=real, impl=impl)
+            attend(q, k, v, scores, gates=gates, real=real, impl=impl)
             for impl in (options.get("impl", "auto"), "reference")
         )
     assert taken == ([(length, key_length)] if expected else [])
@@ -445,22 +445,22 @@ def test_auto_skips_exactly_where_it_should(
 
 def test_dropout_and_absent_gates_do_not_skip(taken: list[tuple[int, int]], early: None) -> None:
     q, k, v = inputs(2, H, 13, 13, D)
-    core.attend(q, k, v, gates=some_gates(13, 3), dropout_p=0.1)
-    core.attend(q, k, v)
+    attend(q, k, v, gates=some_gates(13, 3), dropout_p=0.1)
+    attend(q, k, v)
     assert not taken
-    core.attend(q, k, v, gates=some_gates(13, 3))
+    attend(q, k, v, gates=some_gates(13, 3))
     assert taken
 
 
 @pytest.mark.parametrize("below", [0, 1])
 @pytest.mark.parametrize("token", [False, True])
 def test_lengths_from_which_it_pays(token: bool, below: int, taken: list[tuple[int, int]]) -> None:
-    key_length = (core.SKIP_TOKEN_FROM if token else core.SKIP_FROM // 64) - below
+    key_length = (skipping.SKIP_TOKEN_FROM if token else skipping.SKIP_FROM // 64) - below
     length = 1 if token else key_length
     q, k, v = inputs(2, H, length, key_length, 64)
     gates = some_gates(length, 3)
     with torch.no_grad():
-        y, reference = (core.attend(q, k, v, gates=gates, impl=i) for i in ("auto", "reference"))
+        y, reference = (attend(q, k, v, gates=gates, impl=i) for i in ("auto", "reference"))
     assert len(taken) == 1 - below
     close(y, reference)
 

@@ -102,8 +102,8 @@ def _plain(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
                 outputs.append(sdpa(query, key, value, is_causal=True))
                 continue
             allowed = case.mask.dense(batch, piece.rows, piece.keys)
-            if scores.bias is not None:
-                bias = scores.bias(piece.rows, piece.keys)
+            bias = scores.added(piece.rows, piece.keys)
+            if bias is not None:
                 bias = bias[batch] if bias.ndim == 4 and len(bias) > 1 else bias
                 precise = torch.promote_types(q.dtype, torch.float32)
                 allowed = bias.to(precise).masked_fill(~allowed, -math.inf)

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from posenc.autocast import no_autocast
 from posenc.backends.case import Case
-from posenc.backends.mask import ALL
 from posenc.routing.gates import weighed
 from posenc.scores import add_per_head, relative_logits
 
@@ -29,8 +28,8 @@ def attend(case: Case) -> Tensor:
         if scores.relative is not None:
             logits = logits + relative_logits(query, scores.relative, k.shape[-2])
         logits = logits * case.scale
-        if scores.bias is not None:
-            logits = logits + scores.bias(ALL, ALL)
+        bias = scores.added()
+        logits = logits if bias is None else logits + bias
         weights = torch.softmax(logits.masked_fill(~case.mask.whole(), -math.inf), dim=-1)
         if case.dropout_p:
             weights = F.dropout(weights, case.dropout_p)

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from posenc.backends.case import Case
-from posenc.backends.mask import ALL
 from posenc.routing.gates import weighed
 from posenc.scores import add_per_head, relative_logits
 
@@ -34,7 +33,7 @@ def attend_dense(case: Case) -> Tensor:
         scale=case.scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    bias = None if scores.bias is None else scores.bias(ALL, ALL)
+    bias = scores.added()
     if scores.relative is not None:
         relative = case.scale * relative_logits(q, scores.relative, key_length)
         bias = relative if bias is None else bias + relative

@@ -125,6 +125,11 @@ class Encoding(nn.Module):
             continuous=self.continuous,
             ordered=False,
         )
+        if x is not None and x.shape[0] != one.shape[0]:
+            raise ValueError(
+                f"{type(self).__name__} needs x of shape ({one.shape[0]}, T, C), the batch of q "
+                f"and k; got {tuple(x.shape)}."
+            )
         rotation = self.rotation(where, x, state)
         return (q, k) if rotation is None else rotation.apply(q, k)
 
@@ -162,8 +167,8 @@ class Encoding(nn.Module):
         if scores.relative is not None:
             term = scale * relative_logits(q, scores.relative, k.shape[-2])
             added = term if added is None else added + term
-        if scores.bias is not None:
-            dense = scores.bias(slice(None), slice(None))
+        dense = scores.added()
+        if dense is not None:
             dense = dense.reshape((1,) * (4 - dense.ndim) + dense.shape)
             added = dense if added is None else added + dense
         if added is None and scores.scale is None:

@@ -138,7 +138,7 @@ class Relative(Encoding):
             apart = place.once("distances", partial(distances, positions, keys))
         if self.kind == "learned":
             sides = not self.causal
-            term = RelativeTerm(lambda _: self.R, offset=self.S, distances=apart, two_sided=sides)
+            term = RelativeTerm(self.R, offset=self.S, distances=apart, two_sided=sides)
             return Scores(content=self.u, relative=term)
         if keys is None:
             keys = torch.arange(place.key_length, device=positions.device)

@@ -147,8 +147,8 @@ def llama3(
     *,
     factor: float,
     original_max_position_embeddings: int,
-    low_freq_factor: float,
-    high_freq_factor: float,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
 ) -> Scaled:
     """Short wavelengths kept, long ones interpolated, those between blended."""
     frequencies = inverse_frequencies(dim, base, device)
