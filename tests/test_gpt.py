@@ -1,6 +1,12 @@
 """GPT-2 with a pluggable attention."""
 
+import copy
+import gc
 import math
+import pickle
+import random
+import weakref
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
@@ -311,14 +317,42 @@ def test_weights_are_tied_and_named_as_in_gpt2(name: str) -> None:
     assert changed[42] > 1e-3
 
 
+#: Ways to call every module's `reset_parameters`.
+ORDERS: dict[str, Callable[[list[nn.Module]], list[nn.Module]]] = {
+    "none": lambda modules: [],
+    "parents first": lambda modules: modules,
+    "children first": lambda modules: modules[::-1],
+    "shuffled": lambda modules: random.Random(0).sample(modules, len(modules)),
+}
+
+
+def materialised(model: GPT, order: str) -> GPT:
+    """As users of FSDP2 do it."""
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, math.nan)
+    for module in ORDERS[order](list(model.modules())):
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return model
+
+
 @VARIED
-def test_initial_values_are_those_of_gpt2_at_its_width(variant: str) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_initial_values_are_those_of_gpt2_at_its_width(variant: str, order: str) -> None:
     name, options = VARIANTS[variant]
-    model = small(name, attention_options=options)
+    with torch.device("cpu" if order == "none" else "meta"):
+        model = small(name, attention_options=options)
+    model = model if order == "none" else materialised(model, order)
     width = 0.02 * math.sqrt(768 / model.config.embed_dim)
     residual = width / math.sqrt(2 * 3)
     for which, parameter in model.named_parameters():
+        if which.endswith("W_R.weight"):
+            slack = 5 / math.sqrt(2 * parameter.numel())
+            assert parameter.std().item() == pytest.approx(width, rel=slack), which
+            continue
         if ".attn.encoding." in which or ".conv." in which or which.startswith("phase."):
+            assert not parameter.isnan().any()
             continue
         if ".ln_" in which or which.startswith("ln_f"):
             assert (parameter == (1 if which.endswith("weight") else 0)).all()
@@ -343,10 +377,12 @@ def test_parts_keep_their_own_start_inside_a_model() -> None:
     assert (primer[..., -1] == 0.5).all()
     rmha = small("rmha").h[0].attn.encoding
     assert rmha.W_R.weight.std().item() == pytest.approx(0.02 * math.sqrt(768 / 96), rel=0.05)
-    authors = small("cmha", attention_options={"init": "authors"}).h[0].attn
     bound = math.sqrt(6 / 192)
-    for weight in (*authors.c_attn.weight.chunk(3), authors.c_proj.weight):
-        assert 0.98 * bound < weight.abs().max() <= bound
+    for order in ORDERS:
+        model = small("cmha", attention_options={"init": "authors"})
+        authors = (model if order == "none" else materialised(model, order)).h[0].attn
+        for weight in (*authors.c_attn.weight.chunk(3), authors.c_proj.weight):
+            assert 0.98 * bound < weight.abs().max() <= bound
 
 
 def test_all_names_share_their_common_weights_under_one_seed() -> None:
@@ -378,10 +414,12 @@ def test_carope_and_cmha_start_as_the_rope_model() -> None:
 @VARIED
 def test_meta_initialisation_equals_a_direct_one_bit_for_bit(variant: str) -> None:
     name, options = VARIANTS[variant]
+    # of a size at which uniform and normal numbers take the generator on by different steps
+    sizes = {"heads": 5, "embed_dim": 30}
     torch.manual_seed(7)
-    direct = small(name, attention_options=options)
+    direct = small(name, attention_options=options, **sizes)
     with torch.device("meta"):
-        model = small(name, attention_options=options)
+        model = small(name, attention_options=options, **sizes)
     model = model.to_empty(device="cpu")
     torch.manual_seed(7)
     model.reset_parameters()
@@ -389,11 +427,79 @@ def test_meta_initialisation_equals_a_direct_one_bit_for_bit(variant: str) -> No
         assert torch.equal(value, direct.state_dict()[which]), which
 
 
-def test_initial_loss_is_that_of_a_uniform_guess() -> None:
+@pytest.mark.parametrize("variant", ["rmha", "rcmha-sinusoidal", "moh", "cmha-authors", "mdha"])
+def test_a_seed_draws_in_this_order(variant: str) -> None:
+    """Written out: another order would be another model from a seed that somebody has published."""
+    name, options = (VARIANTS | {"cmha-authors": ("cmha", {"init": "authors"})})[variant]
+    changes = {"heads": 5, "embed_dim": 30, "attention_options": options}
+    torch.manual_seed(7)
+    model = small(name, **changes)
+    weights = dict(small(name, **changes).named_parameters())
+    torch.manual_seed(7)
+    std = 0.02 * math.sqrt(768 / 30)
+    nn.init.normal_(weights["wte.weight"], std=0.02)
+    for i in range(3):
+        for which in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+            scale = math.sqrt(6) if which.endswith("c_proj") else 1
+            nn.init.normal_(weights[f"h.{i}.{which}.weight"], std=std / scale)
+    for i in range(3):
+        own = {key: weights.get(f"h.{i}.attn.encoding.{key}") for key in ("u", "v", "W_R.weight")}
+        if variant == "cmha-authors":
+            for which in ("attn.c_attn", "attn.c_proj"):
+                bound = math.sqrt(3 / 30)
+                nn.init.uniform_(weights[f"h.{i}.{which}.weight"], -bound, bound)
+            nn.init.normal_(weights[f"h.{i}.attn.encoding.delta"], std=3**-0.5)
+        if own["W_R.weight"] is not None:
+            nn.init.normal_(own["u"], std=0.02)
+            nn.init.normal_(own["v"], std=0.02)
+            nn.init.kaiming_uniform_(own["W_R.weight"], a=math.sqrt(5))
+        if variant == "rcmha-sinusoidal":
+            for which in ("weight", "bias"):
+                bound = 1 / math.sqrt(3)
+                nn.init.uniform_(weights[f"h.{i}.attn.conv.{which}"], -bound, bound)
+        for which in ("W_s", "W_r", "W_h"):
+            if f"h.{i}.attn.router.{which}.weight" in weights:
+                nn.init.normal_(weights[f"h.{i}.attn.router.{which}.weight"], std=0.02)
+        if own["W_R.weight"] is not None:
+            nn.init.normal_(own["W_R.weight"], std=std)
+    for which, value in model.named_parameters():
+        assert torch.equal(value, weights[which]), which
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_initial_loss_is_that_of_a_uniform_guess(order: str) -> None:
     for name in NAMES:
         model = small(name)
+        model = model if order == "none" else materialised(model, order)
         ids = torch.randint(97, (4, 64))
         assert model(ids, ids.roll(1)).loss.item() == pytest.approx(math.log(97), abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["rmha", "moh"])
+def test_a_copy_resets_itself_and_a_deleted_model_is_gone(name: str) -> None:
+    model = small(name)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        for module in copied.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.constant_(module.weight, math.nan)
+                module.reset_parameters()
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert not any(value.isnan().any() for value in copied.state_dict().values())
+    kept = weakref.ref(model.h[0].attn.c_attn.weight)
+    gc.disable()
+    try:
+        del model
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+def test_linear_layers_are_torch_s_own() -> None:
+    """Quantisers look for the exact type."""
+    for name in ("rmha", "moh"):
+        layers = {type(part) for part in small(name).modules() if isinstance(part, nn.Linear)}
+        assert layers == {nn.Linear}
 
 
 def test_parameter_counts_of_gpt2_small() -> None:
