@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from posenc.attention import Attention
 from posenc.cache import Cache, ModelCache, cache_dtype, check_cache, place
-from posenc.checks import check_positions, check_sizes
+from posenc.checks import check_ids, check_positions, check_sizes, check_vocabulary
 from posenc.encodings.learned import Learned
 from posenc.errors import unknown
 from posenc.start import Start, draw
@@ -247,12 +247,14 @@ class GPT(nn.Module):
         """Logits of the next token at every position.
 
         Args:
-            ids: integer (B, T). targets: integer (B, T), -100 where none; the caller shifts them.
+            ids: int64 or int32 (B, T), 0 .. V-1. targets: integer (B, T), -100 where none; the
+                caller shifts them.
             positions: integer (T,) or (B, T); negative entries of (B, T) mark left padding.
             cache: from `make_cache`.
 
         Raises:
-            ValueError: for wrong shapes, a text longer than a learned table, or a full cache.
+            ValueError: for wrong shapes, ids beyond the vocabulary (found on CPU alone: looking
+                would wait for another device), a text longer than a learned table, or a full cache.
         """
         if targets is not None and targets.shape != ids.shape:
             raise ValueError(
@@ -274,11 +276,8 @@ class GPT(nn.Module):
         self, ids: Tensor, *, positions: Tensor | None = None, cache: ModelCache | None = None
     ) -> tuple[Tensor, Tensor]:
         """The last block's output (B, T, C), and the balance loss; arguments as in `forward`."""
-        if ids.ndim != 2 or ids.dtype.is_floating_point or ids.shape[1] == 0:
-            raise ValueError(
-                "ids must be integers of shape (B, T), T at least 1; "
-                f"got {ids.dtype} {tuple(ids.shape)}."
-            )
+        check_ids(ids)
+        check_vocabulary(ids, len(self.wte.weight))
         batch, length = ids.shape
         past = 0 if cache is None else cache.length
         if self.max_length is not None and positions is None and past + length > self.max_length:

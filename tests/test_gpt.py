@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import oracles
@@ -295,7 +296,7 @@ def test_bad_generation_is_refused(count: int, options: dict[str, Any]) -> None:
         model.generate(text(1, 3), count, **options)
     with pytest.raises(ValueError, match="ids must"):
         model.generate(text()[0], 1)
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=r"vocabulary, 0 to 28; got"):
         model.generate(text(1, 3) + VOCABULARY, 1)
     assert model.training
 
@@ -590,6 +591,21 @@ def test_wrong_inputs_are_refused() -> None:
     for bad in (ids[0], ids.float(), ids[:, :0], ids[None]):
         with pytest.raises(ValueError, match="ids must be integers of shape"):
             model(bad)
+    for dtype in (torch.uint8, torch.int16, torch.bool):
+        with pytest.raises(
+            ValueError, match=rf"int64 or int32; got {dtype} .*Cast others by ids.l"
+        ):
+            model(ids.to(dtype))
+    with pytest.raises(ValueError, match="got list"):
+        model(ids.tolist())
+    assert torch.equal(model(ids.int()).logits, model(ids).logits)
+    for beyond in (VOCABULARY, -1):
+        wrong = ids.clone()
+        wrong[1, 3] = beyond
+        with pytest.raises(ValueError, match=f"vocabulary, 0 to 28; got {beyond}. Use the tok"):
+            model(wrong)
+        with pytest.raises(ValueError, match="vocabulary"):
+            model.generate(wrong, 1)
     with pytest.raises(ValueError, match="targets must have"):
         model(ids, ids[:, 1:])
     with pytest.raises(ValueError, match="positions must be integers"):
@@ -603,6 +619,43 @@ def test_wrong_inputs_are_refused() -> None:
     for other in (tiny_gpt("rope", layers=1), tiny_gpt("mdha"), build_variant("carope-token")):
         with pytest.raises(ValueError, match=r"the cache (has|holds)"):
             model(ids, cache=other.make_cache(2, CONTEXT))
+
+
+def test_ids_are_looked_at_only_where_there_are_numbers() -> None:
+    """Not under vmap (gradients of each sample), nor where tensors are fake."""
+    model, ids = tiny_gpt("rope", attention_options={"impl": "reference"}), text()
+
+    def loss(ids: Tensor) -> Tensor:
+        return model(ids[None], ids[None]).loss
+
+    expected = torch.stack([loss(row) for row in ids])
+    close(torch.func.vmap(loss)(ids), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(torch.zeros(2, 3, dtype=torch.long)).logits.shape == (2, 3, VOCABULARY)
+    assert model.to("meta")(ids.to("meta")).logits.is_meta
+
+
+class Adapter(nn.Module):
+    """A layer and something learned beside it, as adapters wrap them; it has no `weight`."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) * self.scale[0]
+
+
+@EVERY
+def test_layers_without_a_weight_generate_too(name: str) -> None:
+    model, ids = tiny_gpt(name), text(1, 3)
+    expected = model.generate(ids, 5, temperature=0)
+    for block in model.h:
+        block.attn.c_attn = Adapter(block.attn.c_attn)
+    assert torch.equal(model.generate(ids, 5, temperature=0), expected)
+    cache = model.h[0].attn.make_cache(1, 4)
+    assert {rows.dtype for key, rows in cache._rows.items() if key in "kv"} == {torch.float64}
 
 
 def test_text_beyond_the_learned_table_is_refused() -> None:
