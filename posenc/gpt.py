@@ -383,22 +383,34 @@ class GPT(nn.Module):
         return ids
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json and model.safetensors into the folder `path`."""
+        """Write config.json and model.safetensors into the folder `path`.
+
+        Names are those of the bare parts, whatever wraps them (torch.compile, DDP, activation
+        checkpointing). The back end, `impl`, is not stored: who loads the model chooses it.
+        """
         from posenc.pretrained import save
 
         save(self, Path(path))
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path) -> "GPT":
-        """Load a folder or Hub repository written by `save_pretrained`, or a Hugging Face GPT-2
-        (safetensors).
+    def from_pretrained(cls, path_or_hub_id: str | Path, *, impl: str | None = None) -> "GPT":
+        """Load a folder or Hub repository written by `save_pretrained`, a finished run folder of
+        train.py, or a Hugging Face GPT-2 (safetensors).
+
+        Weights are those of the files that model.safetensors.index.json names, without one of
+        model.safetensors. Where they differ in dtype all take the widest, which holds every value;
+        phase parameters are fp32 at least.
+
+        Args:
+            impl: the attention's back end on this machine; None is "auto".
 
         Raises:
-            ValueError: for a missing file, another architecture, or weights that do not fit.
+            ValueError: for a missing file, another architecture, weights that do not fit, or an
+                impl that cannot run.
         """
         from posenc.pretrained import load
 
-        return load(path_or_hub_id)
+        return load(path_or_hub_id, impl)
 
 
 def sample(

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from posenc.training.optimizer import optimizer_tensors
 from posenc.training.parallel import Parallel
+from posenc.wrappers import plain_name
 
 STATE = "state.json"
 FORMAT = 1
@@ -49,8 +50,12 @@ def latest(folder: Path) -> Path | None:
 def training_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, parallel: Parallel
 ) -> dict[str, Tensor]:
-    """Everything that a step changes, by name: the live tensors, and this rank's random states."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    """Everything that a step changes, by name: the live tensors, and this rank's random states.
+
+    Names are those of the bare parts: a run resumes with parts wrapped otherwise, or not at all.
+    """
+    state = model.state_dict()
+    tensors = {f"model.{plain_name(name)}": tensor for name, tensor in state.items()}
     tensors |= {
         f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(model, optimizer).items()
     }

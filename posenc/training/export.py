@@ -1,12 +1,12 @@
 """The trained model as a plain GPT, whatever held its weights, and a sample of its text."""
 
-from dataclasses import replace
-
 import torch
 
 from posenc.data import Tokenizer
 from posenc.gpt import GPT
+from posenc.pretrained import with_impl
 from posenc.training.parallel import Parallel, whole
+from posenc.wrappers import plain_name
 
 
 def plain_model(model: GPT, parallel: Parallel) -> GPT | None:
@@ -15,13 +15,11 @@ def plain_model(model: GPT, parallel: Parallel) -> GPT | None:
     for name, tensor in model.state_dict().items():
         gathered = whole(tensor)
         if parallel.is_main:
-            state[name] = gathered.detach().clone()
+            state[plain_name(name)] = gathered.detach().clone()
     if not parallel.is_main:
         return None
-    # The back end is a choice of this machine, not a property of the model.
-    options = {key: value for key, value in model.config.attention_options.items() if key != "impl"}
     with torch.device("meta"):
-        plain = GPT(replace(model.config, attention_options=options))
+        plain = GPT(with_impl(model.config))
     plain.load_state_dict(state, assign=True)
     return plain.requires_grad_(True).eval()
 
