@@ -9,8 +9,9 @@ suffixes.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -24,6 +25,13 @@ from posenc.cache import Cache, ModelCache, cache_dtype, check_cache, place
 from posenc.checks import check_ids, check_positions, check_sizes, check_vocabulary
 from posenc.encodings.learned import Learned
 from posenc.errors import unknown
+from posenc.generation import (
+    align_right,
+    check_sampling,
+    left_padded_positions,
+    sample,
+    stop_ids,
+)
 from posenc.start import Start, draw
 from posenc.zoo import model_attention
 
@@ -330,57 +338,91 @@ class GPT(nn.Module):
         ids: Tensor,
         max_new_tokens: int,
         *,
+        mask: Tensor | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float | None = None,
+        stop: int | Sequence[int] | None = None,
+        pad: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continue ids (B, T) by sampling: (B, T + max_new_tokens).
+        """Continue ids (B, T) by sampling: (B, T + N), the prompts as given, then the new tokens.
 
-        A model with a learned table starts over from the last half of its context when the table is
-        full.
+        N is max_new_tokens, or less where `stop` has ended every row before. A model with a learned
+        table starts a row over from the last half of its context when the row has filled the table.
 
         Args:
+            mask: bool (B, T), True for the prompts' own tokens, all of them if None. A row may be
+                padded on the left or on the right; it continues as it would alone, and its new
+                tokens are those from T on in either case. What padding holds does not matter.
             temperature: divides the logits; 0 takes the most likely token.
             top_k: sample among the k most likely tokens only.
+            top_p: of those, among the fewest most likely ones whose probability reaches top_p.
+            stop: one id or several. A row ends with the first that it draws, and is then padded.
+                On an accelerator every token waits for the device to see whether all rows have.
+            pad: what follows the end of a row; None is the (first) stop token.
             generator: the source of randomness, on ids' device.
 
         Raises:
-            ValueError: for a negative temperature or count, or top_k below 1.
+            ValueError: for a negative temperature or count, top_k below 1, top_p outside (0, 1],
+                ids or stop beyond the vocabulary, pad without stop, or a mask of another shape or
+                dtype, with a row of padding, or with padding between tokens.
         """
-        if ids.ndim != 2:
-            raise ValueError(f"ids must have shape (B, T); got {tuple(ids.shape)}.")
-        if not temperature >= 0 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
-            raise ValueError(
-                "generate needs temperature >= 0, max_new_tokens >= 0 and top_k >= 1; "
-                f"got {temperature}, {max_new_tokens}, {top_k}."
-            )
+        check_ids(ids)
+        check_sampling(temperature, top_k, top_p, max_new_tokens)
+        stops = stop_ids(stop, pad, len(self.wte.weight))
+        text, lengths = ids, [ids.shape[1]] * len(ids)
+        if mask is not None:
+            text, lengths = align_right(ids, mask)
+        choose = partial(
+            sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+        )
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
-            return self._continue(ids, max_new_tokens, temperature, top_k, generator)
+            new = self._continue(text, lengths, max_new_tokens, choose, stops)
         finally:
             for module, training in modes.items():
                 module.training = training
+        if stops:
+            ends = torch.isin(new, torch.tensor(stops, device=new.device))
+            new = new.masked_fill(ends.cumsum(1) > ends.long(), stops[0] if pad is None else pad)
+        return torch.cat((ids, new), dim=1)
 
     def _continue(
         self,
-        ids: Tensor,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int | None,
-        generator: torch.Generator | None,
+        text: Tensor,
+        lengths: list[int],
+        count: int,
+        choose: Callable[[Tensor], Tensor],
+        stops: list[int],
     ) -> Tensor:
-        limit = self.max_length or ids.shape[1] + max_new_tokens
+        """Up to `count` new tokens (B, N) of text (B, T), whose rows end with `lengths` tokens of
+        their own.
+        """
+        batch, start = text.shape
+        limit = self.max_length or start + count
+        ends = torch.tensor(stops, device=text.device)
+        ended = torch.zeros(batch, 1, dtype=torch.bool, device=text.device)
+        # So many tokens at the end of each row the model sees: those in the cache, and the new one.
+        seen = [min(length, limit) for length in lengths]
         cache: ModelCache | None = None
-        fresh = ids[:, -limit:]
-        for _ in range(max_new_tokens):
-            if cache is None or cache.length + fresh.shape[1] > limit:
-                fresh = fresh if cache is None else ids[:, -max(limit // 2, 1) :]
-                cache = self.make_cache(ids.shape[0], limit)
-            h, _ = self.hidden(fresh, cache=cache)
-            fresh = sample(self.head(h[:, -1]).float(), temperature, top_k, generator)
-            ids = torch.cat((ids, fresh), dim=1)
-        return ids
+        for _ in range(count):
+            fresh, positions = text[:, -1:], None
+            if cache is None or max(seen) > limit:
+                cache = self.make_cache(batch, limit)
+                seen = [length if length <= limit else max(limit // 2, 1) for length in seen]
+                fresh = text[:, -max(seen) :]
+                positions = left_padded_positions(seen, text.device)
+            h, _ = self.hidden(fresh, positions=positions, cache=cache)
+            fresh = choose(self.head(h[:, -1]).float())
+            text = torch.cat((text, fresh), dim=1)
+            seen = [length + 1 for length in seen]
+            if stops:
+                ended |= torch.isin(fresh, ends)
+                if ended.all():
+                    break
+        return text[:, start:]
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json and model.safetensors into the folder `path`.
@@ -411,20 +453,3 @@ class GPT(nn.Module):
         from posenc.pretrained import load
 
         return load(path_or_hub_id, impl)
-
-
-def sample(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """One token (B, 1) from logits (B, V)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    # Less their largest: a small temperature then overflows to -inf at worst.
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kept, index = logits.topk(top_k, dim=-1)
-        return index.gather(-1, torch.multinomial(kept.softmax(-1), 1, generator=generator))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)

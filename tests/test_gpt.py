@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import oracles
 from helpers import HEADS, NAMES, WIDTH, close, copy_shared, differs, left_padded, tiny_gpt
 from posenc import GPT, GPTConfig
+from posenc.generation import sample
 
 VOCABULARY, CONTEXT = 29, 16
 EVERY = pytest.mark.parametrize("name", NAMES)
@@ -242,6 +243,121 @@ def test_full_learned_table_starts_over_from_its_last_half() -> None:
     assert model.generate(longer, 1, temperature=0)[0, -1] == full
 
 
+def padded(rows: list[Tensor], sides: str, fill: int = -1) -> tuple[Tensor, Tensor]:
+    """Prompts as one batch of the longest's length, each padded on its side, and the mask."""
+    longest = max(len(row) for row in rows)
+    ids, mask = torch.full((len(rows), longest), fill), torch.zeros(len(rows), longest).bool()
+    for i, (row, side) in enumerate(zip(rows, sides, strict=True)):
+        where = slice(len(row)) if side == "R" else slice(longest - len(row), longest)
+        ids[i, where], mask[i, where] = row, True
+    return ids, mask
+
+
+@VARIED
+@pytest.mark.parametrize("sides", ["LLL", "RRR", "RLR"])
+def test_padded_prompts_continue_as_each_alone(variant: str, sides: str) -> None:
+    """On either side, whatever stands in the padding: here ids that there are not."""
+    model = build_variant(variant)
+    rows = [text(1, length)[0] for length in (2, 7, 4)]
+    ids, mask = padded(rows, sides)
+    out = model.generate(ids, 6, mask=mask, temperature=0)
+    assert torch.equal(out[:, :7], ids)
+    for row, new in zip(rows, out[:, 7:], strict=True):
+        alone = model.generate(row[None], 6, temperature=0)[0, len(row) :]
+        assert torch.equal(new, alone)
+
+
+@pytest.mark.parametrize("variant", ["mha", "moh-learned-conv"])
+@pytest.mark.parametrize("side", "LR")
+def test_rows_fill_a_learned_table_each_by_itself(variant: str, side: str) -> None:
+    """Of 16 positions, twice over, by prompts longer than it, just as long, and shorter."""
+    model = build_variant(variant)
+    rows = [text(1, length)[0] for length in (3, CONTEXT + 4, CONTEXT - 1, CONTEXT, 9)]
+    ids, mask = padded(rows, side * 5)
+    out = model.generate(ids, 2 * CONTEXT, mask=mask, temperature=0)
+    for row, new in zip(rows, out[:, ids.shape[1] :], strict=True):
+        alone = model.generate(row[None], 2 * CONTEXT, temperature=0)[0, len(row) :]
+        assert torch.equal(new, alone)
+
+
+def test_a_mask_without_padding_changes_no_bit() -> None:
+    model, ids = tiny_gpt("moh", torch.float32), text(3, 5)
+    runs = [
+        model.generate(given, 9, mask=mask, generator=torch.Generator().manual_seed(1))[:, -9:]
+        for given, mask in (
+            (ids, None),
+            (ids, torch.ones(3, 5).bool()),
+            (F.pad(ids, (1, 2), value=99), F.pad(torch.ones(3, 5), (1, 2)).bool()),
+        )
+    ]
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[1, 1, 1], [0, 1, 1]], r"torch.bool of ids' shape \(2, 3\).*got torch.int64 .*by .bool"),
+        ([[True, True]] * 2, r"shape \(2, 3\).*got torch.bool \(2, 2\)"),
+        ([[True] * 3, [False] * 3], "got a row of padding"),
+        ([[True, False, True], [True] * 3], "got padding between tokens"),
+    ],
+)
+def test_other_masks_are_refused(mask: list[list[Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_gpt("rope").generate(text(2, 3), 2, mask=torch.tensor(mask))
+
+
+def test_rows_stop_at_their_stop_token_and_are_padded() -> None:
+    model = tiny_gpt("rope")
+    rows = [text(1, length)[0] for length in (3, 6, 5)]
+    ids, mask = padded(rows, "LLL")
+    whole = model.generate(ids, 12, mask=mask, temperature=0)[:, 6:]
+    first, second = whole[0, 2].item(), whole[1, 4].item()
+    for stop, pad in ((first, None), ([first, second], None), ((second, first), 7), (second, -100)):
+        stops = [stop] if isinstance(stop, int) else list(stop)
+        expected, longest = whole.clone(), 0
+        for row in expected:
+            length = next((i + 1 for i, token in enumerate(row.tolist()) if token in stops), 12)
+            row[length:] = stops[0] if pad is None else pad
+            longest = max(longest, length)
+        out = model.generate(ids, 12, mask=mask, temperature=0, stop=stop, pad=pad)
+        assert torch.equal(out, torch.cat((ids, expected[:, :longest]), 1))
+
+
+def test_generation_ends_with_its_last_row() -> None:
+    model, ids = tiny_gpt("rope"), text(2, 3)
+    whole = model.generate(ids, 12, temperature=0)
+    steps: list[int] = []
+    model.wte.register_forward_hook(lambda module, inputs, output: steps.append(1))
+    out = model.generate(ids, 12, temperature=0, stop=sorted({*whole[:, 4].tolist()}))
+    assert torch.equal(out[:, :4], whole[:, :4])
+    assert 4 <= out.shape[1] <= 5
+    assert len(steps) == out.shape[1] - 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stop": VOCABULARY}, "from 0 to 28; got 29"),
+        ({"stop": -1}, "from 0 to 28; got -1"),
+        ({"stop": [3, 2.5]}, r"got \[3, 2.5\]"),
+        ({"stop": []}, r"got \[\]"),
+        ({"stop": "."}, "got '.'"),
+        ({"pad": 3}, "got 3 with stop=None"),
+        ({"pad": 0.5, "stop": 3}, "pad must be an integer.*got 0.5"),
+    ],
+)
+def test_stops_that_cannot_be_drawn_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_gpt("rope").generate(text(1, 3), 2, **options)
+
+
+def test_unknown_ways_of_generating_are_refused() -> None:
+    with pytest.raises(TypeError, match="repetition_penalty"):
+        tiny_gpt("rope").generate(text(1, 3), 2, repetition_penalty=1.2)
+
+
 def test_sampling_follows_the_generator_the_temperature_and_top_k() -> None:
     model, ids = tiny_gpt("rope"), text(4, 3)
 
@@ -255,20 +371,44 @@ def test_sampling_follows_the_generator_the_temperature_and_top_k() -> None:
     for temperature in (1e-4, 1e-40):
         assert torch.equal(run(temperature=temperature), greedy)
     assert torch.equal(run(top_k=VOCABULARY), run(top_k=10 * VOCABULARY))
+    assert torch.equal(run(top_p=1e-6), greedy)
+    assert torch.equal(run(top_p=1.0), run())
+    assert torch.equal(run(top_p=1.0, top_k=5), run(top_k=5))
     assert not torch.equal(run(temperature=50.0), run())
 
 
-def test_sampled_tokens_follow_the_model_s_probabilities() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 6, "top_p": 0.9}, {"top_p": 0.999}],
+    ids=str,
+)
+def test_sampled_tokens_follow_the_model_s_probabilities(options: dict[str, Any]) -> None:
     model, ids = tiny_gpt("rope"), text(1, 3)
-    logits = model(ids).logits[0, -1]
-    for top_k in (None, 3):
-        kept = logits.topk(top_k).indices if top_k else torch.arange(VOCABULARY)
-        expected = torch.zeros(VOCABULARY).double()
-        expected[kept] = (logits[kept] / 0.7).softmax(-1)
-        drawn = model.generate(ids.expand(4000, 3), 1, temperature=0.7, top_k=top_k)[:, -1]
-        found = torch.bincount(drawn, minlength=VOCABULARY) / 4000
-        assert (found - expected).abs().max() < 0.04
-        assert not found[expected == 0].any()
+    ranked = (model(ids).logits[0, -1] / 0.7).softmax(-1).sort(descending=True)
+    weights = ranked.values[: options.get("top_k")].tolist()
+    nucleus: list[float] = []
+    while sum(nucleus) < options.get("top_p", 1) * sum(weights) and len(nucleus) < len(weights):
+        nucleus.append(weights[len(nucleus)])
+    if len(options) == 2:
+        assert 1 < len(nucleus) < options["top_k"]
+    expected = torch.zeros(VOCABULARY)
+    expected[ranked.indices[: len(nucleus)]] = torch.tensor(nucleus) / sum(nucleus)
+    drawn = model.generate(ids.expand(4000, 3), 1, temperature=0.7, **options)[:, -1]
+    found = torch.bincount(drawn, minlength=VOCABULARY) / 4000
+    assert (found - expected).abs().max() < 0.04
+    assert not found[expected == 0].any()
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_any_small_temperature_takes_the_most_likely_token(
+    dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """Down to those that round to 0: 1e-46 in fp32, 1e-320 in fp64 or its reciprocal."""
+    logits = torch.tensor([[0.5, -3.0, 2.0, 1.9375], [7.0, -1e30, 6.5, -torch.inf]], dtype=dtype)
+    for temperature in (1e-3, 1e-38, 1e-46, 1e-320):
+        drawn = sample(logits, temperature, **options)
+        assert drawn.flatten().tolist() == [2, 0], temperature
 
 
 def test_generation_keeps_the_mode_and_builds_no_graph() -> None:
@@ -288,7 +428,12 @@ def test_generation_keeps_the_mode_and_builds_no_graph() -> None:
 
 @pytest.mark.parametrize(
     ("count", "options"),
-    [(-1, {}), (1, {"temperature": -1.0}), (1, {"temperature": math.nan}), (1, {"top_k": 0})],
+    [
+        (-1, {}),
+        *((1, {"temperature": temperature}) for temperature in (-1.0, math.nan)),
+        (1, {"top_k": 0}),
+        *((1, {"top_p": top_p}) for top_p in (0.0, 1.1, math.nan)),
+    ],
 )
 def test_bad_generation_is_refused(count: int, options: dict[str, Any]) -> None:
     model = tiny_gpt("rope").train()
