@@ -1,6 +1,7 @@
 """Schedule, optimiser, evaluation, run folder, trackers: each against its definition."""
 
 import math
+import shutil
 import signal
 import sys
 from contextlib import nullcontext
@@ -251,6 +252,16 @@ def test_a_checkpoint_fits_parts_wrapped_otherwise(tmp_path, first):
     assert all(torch.equal(value, stored[name]) for name, value in found.items())
 
 
+def test_shards_that_a_checkpoint_does_not_name_are_refused(tmp_path):
+    model = small()
+    optimizer = make_optimizer(model, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)
+    path = checkpoint.save(tmp_path, model, optimizer, {"step": 3}, ALONE)
+    checkpoint.read_state(path)
+    shutil.copy(next(path.glob("*.safetensors")), path / "before.safetensors")
+    with pytest.raises(ValueError, match=r"holds \['before.safetensors'\], which state.json does"):
+        checkpoint.read_state(path)
+
+
 def test_a_model_of_wrapped_parts_is_exported_and_watched_by_plain_names():
     model, ids = wrapped(small("moh")), torch.arange(8)[None]
     plain = plain_model(model, ALONE)
@@ -260,8 +271,17 @@ def test_a_model_of_wrapped_parts_is_exported_and_watched_by_plain_names():
     assert stats.keys() == {"h.0.attn.router", "h.1.attn.router"}
 
 
+def test_samples_end_with_the_end_of_text():
+    ids, model = [3, 5], small()
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)), end_of_text=None)
+    whole = sample_text(model, tokenizer, ids, 12, 1).split()
+    for tokenizer.end_of_text in map(int, whole[2:]):
+        end = whole.index(str(tokenizer.end_of_text), 2)
+        assert sample_text(model, tokenizer, ids, 12, 1).split() == whole[: end + 1]
+
+
 def test_samples_are_reproducible():
-    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)), end_of_text=None)
     texts = [sample_text(small(), tokenizer, [3, 5], 12, seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].split()[:2] == ["3", "5"]

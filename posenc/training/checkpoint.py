@@ -148,6 +148,11 @@ def read_state(path: Path) -> dict[str, Any]:
         for name, size in state["shards"].items():
             if (path / name).stat().st_size != size:
                 raise ValueError(f"{path / name} should have {size} bytes; it is damaged.")
+        # Torch's reader takes every file of this kind, whoever put it there.
+        if strange := {file.name for file in path.glob("*.safetensors")} - state["shards"].keys():
+            raise ValueError(
+                f"{path} holds {sorted(strange)}, which {STATE} does not name. Move them elsewhere."
+            )
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is not a whole checkpoint: {type(error).__name__}: {error}."

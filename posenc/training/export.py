@@ -25,9 +25,14 @@ def plain_model(model: GPT, parallel: Parallel) -> GPT | None:
 
 
 def sample_text(model: GPT, tokenizer: Tokenizer, prompt: list[int], length: int, seed: int) -> str:
-    """The ids of a prompt and `length` tokens that the model continues them with, as one text."""
+    """The ids of a prompt and `length` tokens that the model continues them with, as one text.
+
+    It ends before that with the tokenizer's end of text, where the model draws one.
+    """
     device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     ids = torch.tensor([prompt], device=device)
-    written = model.generate(ids, length, temperature=0.8, top_k=50, generator=generator)
+    written = model.generate(
+        ids, length, temperature=0.8, top_k=50, stop=tokenizer.end_of_text, generator=generator
+    )
     return tokenizer.decode(written[0].tolist())
