@@ -29,7 +29,6 @@ from bench.rows import Row, RowFile
 from posenc.backends.case import consecutive
 from posenc.backends.choice import attend
 from posenc.convolution import depthwise_conv
-from posenc.encodings.polar import turn_by_content
 from posenc.kernels.carope import carope
 from posenc.kernels.carope_attention import carope_attention
 from posenc.kernels.conv import conv
@@ -39,7 +38,7 @@ from posenc.kernels.relative import relative_attention
 from posenc.kernels.rope import rope
 from posenc.kernels.rope_attention import rope_attention
 from posenc.phase import inverse_frequencies, phase_dtype, position_phases
-from posenc.rotations import running_phase, turn_by_phase
+from posenc.rotations import running_phase, turn_by_content, turn_by_phase
 from posenc.scores import RelativeTerm, Scores, add_per_head, relative_logits
 
 #: Batch, heads, length, head dim. GPT-2's layer at three lengths, 16,384 tokens each.

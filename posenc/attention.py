@@ -166,7 +166,9 @@ class Attention(nn.Module):
             dtype: that in which k and v will come if None: autocast's where it is on, else the
                 weights'.
         """
-        weight = self.c_attn.weight
+        # An adapter or a quantised layer in c_attn's place need not have a weight of its own.
+        inside = (weight for part in (self.c_attn, self) for weight in part.parameters())
+        weight = next((weight for weight in inside if weight.is_floating_point()), torch.empty(0))
         device = weight.device if device is None else torch.device(device)
         return Cache(
             batch_size,

@@ -193,6 +193,7 @@ def concrete(x: Tensor) -> bool:
     """Whether the numbers of x can be looked at: not while traced, mapped or fake."""
     return not (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch._C._are_functorch_transforms_active()
         or _get_current_dispatch_mode() is not None
         or x.is_meta
@@ -203,3 +204,27 @@ def check_base(base: float) -> None:
     """Raise ValueError unless the frequencies base^(-2i/D) fall."""
     if not isinstance(base, int | float) or not 1 < base < math.inf:
         raise ValueError(f"base must be a finite number above 1; got {base}.")
+
+
+def check_ids(ids: Tensor) -> None:
+    """Raise ValueError unless ids are integers (B, T) that an embedding can look up."""
+    tensor = isinstance(ids, Tensor)
+    integers = tensor and ids.dtype in (torch.int64, torch.int32)
+    if not integers or ids.ndim != 2 or ids.shape[1] == 0:
+        got = f"{ids.dtype} {tuple(ids.shape)}" if tensor else type(ids).__name__
+        raise ValueError(
+            "ids must be integers of shape (B, T), T at least 1, of torch.int64 or int32; "
+            f"got {got}. Cast others by ids.long(); a single text is ids[None]."
+        )
+
+
+def check_vocabulary(ids: Tensor, size: int) -> None:
+    """Raise ValueError for an id beyond 0 .. size-1; on CPU alone, as looking elsewhere syncs."""
+    if ids.device.type != "cpu" or type(ids) is not Tensor or not concrete(ids) or not ids.numel():
+        return
+    low, high = (int(end) for end in ids.aminmax())
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"ids must lie in the vocabulary, 0 to {size - 1}; got {low if low < 0 else high}. "
+            "Use the tokenizer that the model was trained with."
+        )

@@ -1,17 +1,25 @@
 """GPT-2 with a pluggable attention."""
 
+import copy
+import gc
 import math
+import pickle
+import random
+import weakref
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import oracles
 from helpers import HEADS, NAMES, WIDTH, close, copy_shared, differs, left_padded, tiny_gpt
 from posenc import GPT, GPTConfig
+from posenc.models.generation import sample
 
 VOCABULARY, CONTEXT = 29, 16
 EVERY = pytest.mark.parametrize("name", NAMES)
@@ -235,6 +243,121 @@ def test_full_learned_table_starts_over_from_its_last_half() -> None:
     assert model.generate(longer, 1, temperature=0)[0, -1] == full
 
 
+def padded(rows: list[Tensor], sides: str, fill: int = -1) -> tuple[Tensor, Tensor]:
+    """Prompts as one batch of the longest's length, each padded on its side, and the mask."""
+    longest = max(len(row) for row in rows)
+    ids, mask = torch.full((len(rows), longest), fill), torch.zeros(len(rows), longest).bool()
+    for i, (row, side) in enumerate(zip(rows, sides, strict=True)):
+        where = slice(len(row)) if side == "R" else slice(longest - len(row), longest)
+        ids[i, where], mask[i, where] = row, True
+    return ids, mask
+
+
+@VARIED
+@pytest.mark.parametrize("sides", ["LLL", "RRR", "RLR"])
+def test_padded_prompts_continue_as_each_alone(variant: str, sides: str) -> None:
+    """On either side, whatever stands in the padding: here ids that there are not."""
+    model = build_variant(variant)
+    rows = [text(1, length)[0] for length in (2, 7, 4)]
+    ids, mask = padded(rows, sides)
+    out = model.generate(ids, 6, mask=mask, temperature=0)
+    assert torch.equal(out[:, :7], ids)
+    for row, new in zip(rows, out[:, 7:], strict=True):
+        alone = model.generate(row[None], 6, temperature=0)[0, len(row) :]
+        assert torch.equal(new, alone)
+
+
+@pytest.mark.parametrize("variant", ["mha", "moh-learned-conv"])
+@pytest.mark.parametrize("side", "LR")
+def test_rows_fill_a_learned_table_each_by_itself(variant: str, side: str) -> None:
+    """Of 16 positions, twice over, by prompts longer than it, just as long, and shorter."""
+    model = build_variant(variant)
+    rows = [text(1, length)[0] for length in (3, CONTEXT + 4, CONTEXT - 1, CONTEXT, 9)]
+    ids, mask = padded(rows, side * 5)
+    out = model.generate(ids, 2 * CONTEXT, mask=mask, temperature=0)
+    for row, new in zip(rows, out[:, ids.shape[1] :], strict=True):
+        alone = model.generate(row[None], 2 * CONTEXT, temperature=0)[0, len(row) :]
+        assert torch.equal(new, alone)
+
+
+def test_a_mask_without_padding_changes_no_bit() -> None:
+    model, ids = tiny_gpt("moh", torch.float32), text(3, 5)
+    runs = [
+        model.generate(given, 9, mask=mask, generator=torch.Generator().manual_seed(1))[:, -9:]
+        for given, mask in (
+            (ids, None),
+            (ids, torch.ones(3, 5).bool()),
+            (F.pad(ids, (1, 2), value=99), F.pad(torch.ones(3, 5), (1, 2)).bool()),
+        )
+    ]
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[1, 1, 1], [0, 1, 1]], r"torch.bool of ids' shape \(2, 3\).*got torch.int64 .*by .bool"),
+        ([[True, True]] * 2, r"shape \(2, 3\).*got torch.bool \(2, 2\)"),
+        ([[True] * 3, [False] * 3], "got a row of padding"),
+        ([[True, False, True], [True] * 3], "got padding between tokens"),
+    ],
+)
+def test_other_masks_are_refused(mask: list[list[Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_gpt("rope").generate(text(2, 3), 2, mask=torch.tensor(mask))
+
+
+def test_rows_stop_at_their_stop_token_and_are_padded() -> None:
+    model = tiny_gpt("rope")
+    rows = [text(1, length)[0] for length in (3, 6, 5)]
+    ids, mask = padded(rows, "LLL")
+    whole = model.generate(ids, 12, mask=mask, temperature=0)[:, 6:]
+    first, second = whole[0, 2].item(), whole[1, 4].item()
+    for stop, pad in ((first, None), ([first, second], None), ((second, first), 7), (second, -100)):
+        stops = [stop] if isinstance(stop, int) else list(stop)
+        expected, longest = whole.clone(), 0
+        for row in expected:
+            length = next((i + 1 for i, token in enumerate(row.tolist()) if token in stops), 12)
+            row[length:] = stops[0] if pad is None else pad
+            longest = max(longest, length)
+        out = model.generate(ids, 12, mask=mask, temperature=0, stop=stop, pad=pad)
+        assert torch.equal(out, torch.cat((ids, expected[:, :longest]), 1))
+
+
+def test_generation_ends_with_its_last_row() -> None:
+    model, ids = tiny_gpt("rope"), text(2, 3)
+    whole = model.generate(ids, 12, temperature=0)
+    steps: list[int] = []
+    model.wte.register_forward_hook(lambda module, inputs, output: steps.append(1))
+    out = model.generate(ids, 12, temperature=0, stop=sorted({*whole[:, 4].tolist()}))
+    assert torch.equal(out[:, :4], whole[:, :4])
+    assert 4 <= out.shape[1] <= 5
+    assert len(steps) == out.shape[1] - 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stop": VOCABULARY}, "from 0 to 28; got 29"),
+        ({"stop": -1}, "from 0 to 28; got -1"),
+        ({"stop": [3, 2.5]}, r"got \[3, 2.5\]"),
+        ({"stop": []}, r"got \[\]"),
+        ({"stop": "."}, "got '.'"),
+        ({"pad": 3}, "got 3 with stop=None"),
+        ({"pad": 0.5, "stop": 3}, "pad must be an integer.*got 0.5"),
+    ],
+)
+def test_stops_that_cannot_be_drawn_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_gpt("rope").generate(text(1, 3), 2, **options)
+
+
+def test_unknown_ways_of_generating_are_refused() -> None:
+    with pytest.raises(TypeError, match="repetition_penalty"):
+        tiny_gpt("rope").generate(text(1, 3), 2, repetition_penalty=1.2)
+
+
 def test_sampling_follows_the_generator_the_temperature_and_top_k() -> None:
     model, ids = tiny_gpt("rope"), text(4, 3)
 
@@ -248,20 +371,44 @@ def test_sampling_follows_the_generator_the_temperature_and_top_k() -> None:
     for temperature in (1e-4, 1e-40):
         assert torch.equal(run(temperature=temperature), greedy)
     assert torch.equal(run(top_k=VOCABULARY), run(top_k=10 * VOCABULARY))
+    assert torch.equal(run(top_p=1e-6), greedy)
+    assert torch.equal(run(top_p=1.0), run())
+    assert torch.equal(run(top_p=1.0, top_k=5), run(top_k=5))
     assert not torch.equal(run(temperature=50.0), run())
 
 
-def test_sampled_tokens_follow_the_model_s_probabilities() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 6, "top_p": 0.9}, {"top_p": 0.999}],
+    ids=str,
+)
+def test_sampled_tokens_follow_the_model_s_probabilities(options: dict[str, Any]) -> None:
     model, ids = tiny_gpt("rope"), text(1, 3)
-    logits = model(ids).logits[0, -1]
-    for top_k in (None, 3):
-        kept = logits.topk(top_k).indices if top_k else torch.arange(VOCABULARY)
-        expected = torch.zeros(VOCABULARY).double()
-        expected[kept] = (logits[kept] / 0.7).softmax(-1)
-        drawn = model.generate(ids.expand(4000, 3), 1, temperature=0.7, top_k=top_k)[:, -1]
-        found = torch.bincount(drawn, minlength=VOCABULARY) / 4000
-        assert (found - expected).abs().max() < 0.04
-        assert not found[expected == 0].any()
+    ranked = (model(ids).logits[0, -1] / 0.7).softmax(-1).sort(descending=True)
+    weights = ranked.values[: options.get("top_k")].tolist()
+    nucleus: list[float] = []
+    while sum(nucleus) < options.get("top_p", 1) * sum(weights) and len(nucleus) < len(weights):
+        nucleus.append(weights[len(nucleus)])
+    if len(options) == 2:
+        assert 1 < len(nucleus) < options["top_k"]
+    expected = torch.zeros(VOCABULARY)
+    expected[ranked.indices[: len(nucleus)]] = torch.tensor(nucleus) / sum(nucleus)
+    drawn = model.generate(ids.expand(4000, 3), 1, temperature=0.7, **options)[:, -1]
+    found = torch.bincount(drawn, minlength=VOCABULARY) / 4000
+    assert (found - expected).abs().max() < 0.04
+    assert not found[expected == 0].any()
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_any_small_temperature_takes_the_most_likely_token(
+    dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """Down to those that round to 0: 1e-46 in fp32, 1e-320 in fp64 or its reciprocal."""
+    logits = torch.tensor([[0.5, -3.0, 2.0, 1.9375], [7.0, -1e30, 6.5, -torch.inf]], dtype=dtype)
+    for temperature in (1e-3, 1e-38, 1e-46, 1e-320):
+        drawn = sample(logits, temperature, **options)
+        assert drawn.flatten().tolist() == [2, 0], temperature
 
 
 def test_generation_keeps_the_mode_and_builds_no_graph() -> None:
@@ -281,7 +428,12 @@ def test_generation_keeps_the_mode_and_builds_no_graph() -> None:
 
 @pytest.mark.parametrize(
     ("count", "options"),
-    [(-1, {}), (1, {"temperature": -1.0}), (1, {"temperature": math.nan}), (1, {"top_k": 0})],
+    [
+        (-1, {}),
+        *((1, {"temperature": temperature}) for temperature in (-1.0, math.nan)),
+        (1, {"top_k": 0}),
+        *((1, {"top_p": top_p}) for top_p in (0.0, 1.1, math.nan)),
+    ],
 )
 def test_bad_generation_is_refused(count: int, options: dict[str, Any]) -> None:
     model = tiny_gpt("rope").train()
@@ -289,7 +441,7 @@ def test_bad_generation_is_refused(count: int, options: dict[str, Any]) -> None:
         model.generate(text(1, 3), count, **options)
     with pytest.raises(ValueError, match="ids must"):
         model.generate(text()[0], 1)
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=r"vocabulary, 0 to 28; got"):
         model.generate(text(1, 3) + VOCABULARY, 1)
     assert model.training
 
@@ -311,14 +463,42 @@ def test_weights_are_tied_and_named_as_in_gpt2(name: str) -> None:
     assert changed[42] > 1e-3
 
 
+#: Ways to call every module's `reset_parameters`.
+ORDERS: dict[str, Callable[[list[nn.Module]], list[nn.Module]]] = {
+    "none": lambda modules: [],
+    "parents first": lambda modules: modules,
+    "children first": lambda modules: modules[::-1],
+    "shuffled": lambda modules: random.Random(0).sample(modules, len(modules)),
+}
+
+
+def materialised(model: GPT, order: str) -> GPT:
+    """As users of FSDP2 do it."""
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, math.nan)
+    for module in ORDERS[order](list(model.modules())):
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return model
+
+
 @VARIED
-def test_initial_values_are_those_of_gpt2_at_its_width(variant: str) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_initial_values_are_those_of_gpt2_at_its_width(variant: str, order: str) -> None:
     name, options = VARIANTS[variant]
-    model = small(name, attention_options=options)
+    with torch.device("cpu" if order == "none" else "meta"):
+        model = small(name, attention_options=options)
+    model = model if order == "none" else materialised(model, order)
     width = 0.02 * math.sqrt(768 / model.config.embed_dim)
     residual = width / math.sqrt(2 * 3)
     for which, parameter in model.named_parameters():
+        if which.endswith("W_R.weight"):
+            slack = 5 / math.sqrt(2 * parameter.numel())
+            assert parameter.std().item() == pytest.approx(width, rel=slack), which
+            continue
         if ".attn.encoding." in which or ".conv." in which or which.startswith("phase."):
+            assert not parameter.isnan().any()
             continue
         if ".ln_" in which or which.startswith("ln_f"):
             assert (parameter == (1 if which.endswith("weight") else 0)).all()
@@ -343,10 +523,12 @@ def test_parts_keep_their_own_start_inside_a_model() -> None:
     assert (primer[..., -1] == 0.5).all()
     rmha = small("rmha").h[0].attn.encoding
     assert rmha.W_R.weight.std().item() == pytest.approx(0.02 * math.sqrt(768 / 96), rel=0.05)
-    authors = small("cmha", attention_options={"init": "authors"}).h[0].attn
     bound = math.sqrt(6 / 192)
-    for weight in (*authors.c_attn.weight.chunk(3), authors.c_proj.weight):
-        assert 0.98 * bound < weight.abs().max() <= bound
+    for order in ORDERS:
+        model = small("cmha", attention_options={"init": "authors"})
+        authors = (model if order == "none" else materialised(model, order)).h[0].attn
+        for weight in (*authors.c_attn.weight.chunk(3), authors.c_proj.weight):
+            assert 0.98 * bound < weight.abs().max() <= bound
 
 
 def test_all_names_share_their_common_weights_under_one_seed() -> None:
@@ -378,10 +560,12 @@ def test_carope_and_cmha_start_as_the_rope_model() -> None:
 @VARIED
 def test_meta_initialisation_equals_a_direct_one_bit_for_bit(variant: str) -> None:
     name, options = VARIANTS[variant]
+    # of a size at which uniform and normal numbers take the generator on by different steps
+    sizes = {"heads": 5, "embed_dim": 30}
     torch.manual_seed(7)
-    direct = small(name, attention_options=options)
+    direct = small(name, attention_options=options, **sizes)
     with torch.device("meta"):
-        model = small(name, attention_options=options)
+        model = small(name, attention_options=options, **sizes)
     model = model.to_empty(device="cpu")
     torch.manual_seed(7)
     model.reset_parameters()
@@ -389,11 +573,79 @@ def test_meta_initialisation_equals_a_direct_one_bit_for_bit(variant: str) -> No
         assert torch.equal(value, direct.state_dict()[which]), which
 
 
-def test_initial_loss_is_that_of_a_uniform_guess() -> None:
+@pytest.mark.parametrize("variant", ["rmha", "rcmha-sinusoidal", "moh", "cmha-authors", "mdha"])
+def test_a_seed_draws_in_this_order(variant: str) -> None:
+    """Written out: another order would be another model from a seed that somebody has published."""
+    name, options = (VARIANTS | {"cmha-authors": ("cmha", {"init": "authors"})})[variant]
+    changes = {"heads": 5, "embed_dim": 30, "attention_options": options}
+    torch.manual_seed(7)
+    model = small(name, **changes)
+    weights = dict(small(name, **changes).named_parameters())
+    torch.manual_seed(7)
+    std = 0.02 * math.sqrt(768 / 30)
+    nn.init.normal_(weights["wte.weight"], std=0.02)
+    for i in range(3):
+        for which in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+            scale = math.sqrt(6) if which.endswith("c_proj") else 1
+            nn.init.normal_(weights[f"h.{i}.{which}.weight"], std=std / scale)
+    for i in range(3):
+        own = {key: weights.get(f"h.{i}.attn.encoding.{key}") for key in ("u", "v", "W_R.weight")}
+        if variant == "cmha-authors":
+            for which in ("attn.c_attn", "attn.c_proj"):
+                bound = math.sqrt(3 / 30)
+                nn.init.uniform_(weights[f"h.{i}.{which}.weight"], -bound, bound)
+            nn.init.normal_(weights[f"h.{i}.attn.encoding.delta"], std=3**-0.5)
+        if own["W_R.weight"] is not None:
+            nn.init.normal_(own["u"], std=0.02)
+            nn.init.normal_(own["v"], std=0.02)
+            nn.init.kaiming_uniform_(own["W_R.weight"], a=math.sqrt(5))
+        if variant == "rcmha-sinusoidal":
+            for which in ("weight", "bias"):
+                bound = 1 / math.sqrt(3)
+                nn.init.uniform_(weights[f"h.{i}.attn.conv.{which}"], -bound, bound)
+        for which in ("W_s", "W_r", "W_h"):
+            if f"h.{i}.attn.router.{which}.weight" in weights:
+                nn.init.normal_(weights[f"h.{i}.attn.router.{which}.weight"], std=0.02)
+        if own["W_R.weight"] is not None:
+            nn.init.normal_(own["W_R.weight"], std=std)
+    for which, value in model.named_parameters():
+        assert torch.equal(value, weights[which]), which
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_initial_loss_is_that_of_a_uniform_guess(order: str) -> None:
     for name in NAMES:
         model = small(name)
+        model = model if order == "none" else materialised(model, order)
         ids = torch.randint(97, (4, 64))
         assert model(ids, ids.roll(1)).loss.item() == pytest.approx(math.log(97), abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["rmha", "moh"])
+def test_a_copy_resets_itself_and_a_deleted_model_is_gone(name: str) -> None:
+    model = small(name)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        for module in copied.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.constant_(module.weight, math.nan)
+                module.reset_parameters()
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert not any(value.isnan().any() for value in copied.state_dict().values())
+    kept = weakref.ref(model.h[0].attn.c_attn.weight)
+    gc.disable()
+    try:
+        del model
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+def test_linear_layers_are_torch_s_own() -> None:
+    """Quantisers look for the exact type."""
+    for name in ("rmha", "moh"):
+        layers = {type(part) for part in small(name).modules() if isinstance(part, nn.Linear)}
+        assert layers == {nn.Linear}
 
 
 def test_parameter_counts_of_gpt2_small() -> None:
@@ -484,6 +736,21 @@ def test_wrong_inputs_are_refused() -> None:
     for bad in (ids[0], ids.float(), ids[:, :0], ids[None]):
         with pytest.raises(ValueError, match="ids must be integers of shape"):
             model(bad)
+    for dtype in (torch.uint8, torch.int16, torch.bool):
+        with pytest.raises(
+            ValueError, match=rf"int64 or int32; got {dtype} .*Cast others by ids.l"
+        ):
+            model(ids.to(dtype))
+    with pytest.raises(ValueError, match="got list"):
+        model(ids.tolist())
+    assert torch.equal(model(ids.int()).logits, model(ids).logits)
+    for beyond in (VOCABULARY, -1):
+        wrong = ids.clone()
+        wrong[1, 3] = beyond
+        with pytest.raises(ValueError, match=f"vocabulary, 0 to 28; got {beyond}. Use the tok"):
+            model(wrong)
+        with pytest.raises(ValueError, match="vocabulary"):
+            model.generate(wrong, 1)
     with pytest.raises(ValueError, match="targets must have"):
         model(ids, ids[:, 1:])
     with pytest.raises(ValueError, match="positions must be integers"):
@@ -497,6 +764,43 @@ def test_wrong_inputs_are_refused() -> None:
     for other in (tiny_gpt("rope", layers=1), tiny_gpt("mdha"), build_variant("carope-token")):
         with pytest.raises(ValueError, match=r"the cache (has|holds)"):
             model(ids, cache=other.make_cache(2, CONTEXT))
+
+
+def test_ids_are_looked_at_only_where_there_are_numbers() -> None:
+    """Not under vmap (gradients of each sample), nor where tensors are fake."""
+    model, ids = tiny_gpt("rope", attention_options={"impl": "reference"}), text()
+
+    def loss(ids: Tensor) -> Tensor:
+        return model(ids[None], ids[None]).loss
+
+    expected = torch.stack([loss(row) for row in ids])
+    close(torch.func.vmap(loss)(ids), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(torch.zeros(2, 3, dtype=torch.long)).logits.shape == (2, 3, VOCABULARY)
+    assert model.to("meta")(ids.to("meta")).logits.is_meta
+
+
+class Adapter(nn.Module):
+    """A layer and something learned beside it, as adapters wrap them; it has no `weight`."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) * self.scale[0]
+
+
+@EVERY
+def test_layers_without_a_weight_generate_too(name: str) -> None:
+    model, ids = tiny_gpt(name), text(1, 3)
+    expected = model.generate(ids, 5, temperature=0)
+    for block in model.h:
+        block.attn.c_attn = Adapter(block.attn.c_attn)
+    assert torch.equal(model.generate(ids, 5, temperature=0), expected)
+    cache = model.h[0].attn.make_cache(1, 4)
+    assert {rows.dtype for key, rows in cache._rows.items() if key in "kv"} == {torch.float64}
 
 
 def test_text_beyond_the_learned_table_is_refused() -> None:

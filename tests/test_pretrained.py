@@ -3,12 +3,17 @@
 import json
 import os
 import pickle
+import shutil
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import posenc
 from helpers import NAMES, close, tiny_gpt
@@ -196,20 +201,207 @@ def test_pickles_are_not_opened(saved: Path) -> None:
 
     (saved / "model.safetensors").unlink()
     (saved / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(ValueError, match=r"no \.safetensors file; pickled weights are not read"):
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors nor .*; pickled weights are not read"
+    ):
         GPT.from_pretrained(saved)
     assert not trap.exists()
 
 
-def test_weights_may_lie_in_several_files(saved: Path) -> None:
+def shard(folder: Path, count: int, state: dict[str, Tensor] | None = None) -> dict[str, str]:
+    """Store a model in so many files and an index of them, as Hugging Face does; the index."""
+    state = load_file(folder / "model.safetensors") if state is None else state
+    home = {}
+    for i in range(count):
+        file = f"model-{i + 1:05}-of-{count:05}.safetensors"
+        part = {name: state[name] for name in sorted(state)[i::count]}
+        save_file(part, folder / file)
+        home |= dict.fromkeys(part, file)
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    write_index(folder, home)
+    return home
+
+
+def write_index(folder: Path, home: Any) -> None:
+    index = {"metadata": {}, "weight_map": home}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def same_weights(model: GPT, state: dict[str, Tensor]) -> bool:
+    found = model.state_dict()
+    return found.keys() == state.keys() and all(
+        torch.equal(found[key], state[key]) for key in state
+    )
+
+
+def test_only_the_files_of_the_index_are_read(saved: Path) -> None:
     state = load_file(saved / "model.safetensors")
-    expected = GPT.from_pretrained(saved)
-    names = sorted(state)
-    for i, part in enumerate((names[::2], names[1::2])):
-        save_file({name: state[name] for name in part}, saved / f"model-0000{i}.safetensors")
+    stale = {name: torch.zeros_like(value) for name, value in state.items()}
+    shard(saved, 3, stale)
+    home = shard(saved, 2, state)
+    save_file(stale, saved / "model.safetensors")
+    save_file(stale, saved / "model_ema.safetensors")
+    (saved / "training.safetensors").write_bytes(b"not one")
+    assert same_weights(GPT.from_pretrained(saved), state)
+    # a weight that the index places elsewhere is stale in whichever file
+    first, second = sorted(set(home.values()))
+    part = load_file(saved / second)
+    moved = next(iter(load_file(saved / first)))
+    save_file(part | {moved: stale[moved]}, saved / second)
+    assert same_weights(GPT.from_pretrained(saved), state)
+
+
+def test_without_an_index_there_is_one_file(saved: Path) -> None:
+    state = load_file(saved / "model.safetensors")
+    other = {name: torch.zeros_like(value) for name, value in state.items()}
+    save_file(other, saved / "a.safetensors")
+    save_file(other, saved / "model-00001-of-00001.safetensors")
+    assert same_weights(GPT.from_pretrained(saved), state)
     (saved / "model.safetensors").unlink()
-    ids = torch.zeros(1, 3, dtype=torch.long)
-    assert torch.equal(GPT.from_pretrained(saved)(ids).logits, expected(ids).logits)
+    with pytest.raises(ValueError, match=r"neither model.safetensors nor model.safetensors.index"):
+        GPT.from_pretrained(saved)
+
+
+def test_broken_indices_are_refused(saved: Path) -> None:
+    home = shard(saved, 2)
+    gone = saved / home.popitem()[1]
+    content = gone.read_bytes()
+    gone.unlink()
+    with pytest.raises(ValueError, match=f"holds no {gone.name}, which model.safetensors.index"):
+        GPT.from_pretrained(saved)
+    gone.write_bytes(content)
+    for wrong in ({}, ["a"], None, {"wte.weight": 3}):
+        write_index(saved, wrong)
+        with pytest.raises(ValueError, match="must map weights to files by its weight_map"):
+            GPT.from_pretrained(saved)
+    (saved / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"index\.json is not valid JSON"):
+        GPT.from_pretrained(saved)
+
+
+def test_saving_over_a_model_in_several_files_replaces_it(saved: Path) -> None:
+    shard(saved, 2)
+    other = tiny_gpt("rope", torch.float32)
+    other.save_pretrained(saved)
+    assert same_weights(GPT.from_pretrained(saved), other.state_dict())
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_the_hub_is_asked_for_what_describes_a_model(
+    saved: Path, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = load_file(saved / "model.safetensors")
+    wanted = {"config.json", "model.safetensors"}
+    if count:
+        wanted = {"config.json", "model.safetensors.index.json", *shard(saved, count).values()}
+    save_file(state, saved / "other.safetensors")
+    (saved / "pytorch_model.bin").write_bytes(b"")
+    local = tmp_path / "local"
+
+    def download(repository: str, *, allow_patterns: list[str]) -> str:
+        assert repository == "someone/model"
+        local.mkdir(exist_ok=True)
+        for file in saved.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, local)
+        return str(local)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert same_weights(GPT.from_pretrained("someone/model"), state)
+    assert {file.name for file in local.iterdir()} == wanted
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+@pytest.mark.parametrize("key", ["impl", "attention_impl"])
+def test_the_back_end_is_the_loader_s_choice(
+    saved: Path, key: str, impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = GPT.from_pretrained(saved).config
+    assert config.attention_options == {}
+    state = load_file(saved / "model.safetensors")
+    options = {key: impl, "init": "rope"}
+    with monkeypatch.context() as there:  # a machine with a GPU
+        there.setattr("posenc.fused.check_available", lambda: None)
+        model = GPT(replace(config, attention_options=options))
+        model.load_state_dict(state)
+        model.save_pretrained(saved)
+    assert json.loads((saved / "config.json").read_text())["attention_options"] == {"init": "rope"}
+    edit_config(saved, attention_options=options)  # as versions before stored it
+    for chosen, expected in ((None, "auto"), ("sdpa", "sdpa")):
+        loaded = GPT.from_pretrained(saved, impl=chosen)
+        assert {block.attn.impl for block in loaded.h} == {expected}
+        assert loaded.config.attention_options["init"] == "rope"
+        assert same_weights(loaded, state)
+    with pytest.raises(ValueError, match="Did you mean 'fused'"):
+        GPT.from_pretrained(saved, impl="fussed")
+
+
+def test_a_run_folder_is_its_model(saved: Path) -> None:
+    run, state = saved.parent, load_file(saved / "model.safetensors")
+    (run / "config.json").write_text('{"data": "stdlib", "attention": "rope", "layers": 7}')
+    assert same_weights(GPT.from_pretrained(run), state)
+    (run / "checkpoints").mkdir()
+    shutil.rmtree(saved)
+    with pytest.raises(ValueError, match=f"run that has not ended.*train.py --resume {run}$"):
+        GPT.from_pretrained(run)
+
+
+@pytest.mark.parametrize("name", ["rope", "cmha", "carope"])
+@pytest.mark.parametrize(
+    ("low", "high"), [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16)], ids=str
+)
+def test_files_of_several_dtypes_load_in_the_one_that_holds_them_all(
+    tmp_path: Path, name: str, low: torch.dtype, high: torch.dtype
+) -> None:
+    tiny_gpt(name, torch.float32).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = {
+        key: value.to(low if "mlp" in key or "ln_1" in key else high)
+        for key, value in load_file(path).items()
+    }
+    save_file(state, path)
+    model = GPT.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key].float())
+    assert model(torch.zeros(1, 3, dtype=torch.long)).logits.dtype == torch.float32
+
+
+def test_quantised_weights_are_refused(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        state = load_file(path)
+        state["h.1.mlp.c_fc.weight"] = state["h.1.mlp.c_fc.weight"].to(dtype)
+        save_file(state, path)
+        with pytest.raises(ValueError, match=f"c_fc.weight is of {dtype}; expected one of torch.f"):
+            GPT.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("part", ["block", "attention", "activation checkpointing", "DDP"])
+def test_wrapped_parts_save_plain_names(saved: Path, tmp_path: Path, part: str) -> None:
+    model = GPT.from_pretrained(saved)
+    state = model.state_dict()
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    expected = model.generate(ids, 3, temperature=0)
+    if part == "block":
+        model.h[0] = torch.compile(model.h[0], backend="eager")
+        assert torch.equal(model.generate(ids, 3, temperature=0), expected)
+    elif part == "attention":
+        model.h[1].attn = torch.compile(model.h[1].attn, backend="eager")
+    elif part == "DDP":
+        model.h[0].mlp = nn.ModuleDict({"module": model.h[0].mlp})  # as DDP holds it
+    else:
+        model.h[0] = checkpoint_wrapper(model.h[0])
+        assert torch.equal(model.generate(ids, 3, temperature=0), expected)
+    model.save_pretrained(tmp_path / "again")
+    loaded = GPT.from_pretrained(tmp_path / "again")
+    assert same_weights(loaded, state)
+    assert load_file(tmp_path / "again/model.safetensors").keys() == state.keys()
+    # and files of versions that stored the wrappers' names
+    save_file(dict(model.state_dict()), saved / "model.safetensors")
+    assert same_weights(GPT.from_pretrained(saved), state)
+    torch._dynamo.reset()
 
 
 def test_checkpoints_from_before_a_field_was_added_load(saved: Path) -> None:

@@ -282,6 +282,14 @@ def test_start_is_small_and_never_zero() -> None:
         assert parameter.std().item() == pytest.approx(0.02, rel=0.1)
 
 
+def test_layers_reset_one_by_one_start_as_the_router_does() -> None:
+    router = MoH(96, 12, shared=4, top_k=5)
+    for part in router.modules():
+        part.reset_parameters()
+    for parameter in router.parameters():
+        assert parameter.std().item() == pytest.approx(0.02, rel=0.3)
+
+
 def test_every_argument_changes_the_result() -> None:
     changes = {
         "shared": 3,

@@ -1,6 +1,7 @@
 """Schedule, optimiser, evaluation, run folder, trackers: each against its definition."""
 
 import math
+import shutil
 import signal
 import sys
 from contextlib import nullcontext
@@ -10,12 +11,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 
 import posenc
+from posenc import record_routing
 from posenc.data import Tokens
 from posenc.models.gpt import GPT, GPTConfig
+from posenc.training import checkpoint
 from posenc.training.environment import environment, peak_memory
 from posenc.training.errors import Refused
 from posenc.training.evaluate import Evaluation, contexts, evaluate
@@ -215,8 +220,68 @@ def test_the_exported_model_is_the_trained_one(tmp_path):
     assert plain.wte.weight.abs().sum() > 0  # a copy
 
 
+def wrapped(model: GPT) -> GPT:
+    """With parts as torch.compile and activation checkpointing wrap them."""
+    model.h[0] = torch.compile(model.h[0], backend="eager")
+    model.h[1].mlp = checkpoint_wrapper(model.h[1].mlp)
+    return model
+
+
+@pytest.mark.parametrize("first", [wrapped, lambda model: model], ids=["wrapped", "plain"])
+def test_a_checkpoint_fits_parts_wrapped_otherwise(tmp_path, first):
+    def make(wrap):
+        model = wrap(small("moh"))
+        optimizer = make_optimizer(model, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)
+        return model, optimizer
+
+    second = wrapped if first is not wrapped else lambda model: model
+    model, optimizer = make(first)
+    torch.manual_seed(1)
+    for tensor in checkpoint.training_tensors(model, optimizer, ALONE).values():
+        if tensor.is_floating_point():
+            tensor.detach().normal_()
+    path = checkpoint.save(tmp_path, model, optimizer, {"step": 3}, ALONE)
+    stored = load_file(next(path.glob("*.safetensors")))
+    names = {name.split(".", 1)[1] for name in stored if name.startswith("model.")}
+    assert names == small("moh").state_dict().keys()
+    assert checkpoint.read_state(path)["step"] == 3
+    other, its_optimizer = make(second)
+    checkpoint.load(path, other, its_optimizer, ALONE)
+    found = checkpoint.training_tensors(other, its_optimizer, ALONE)
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(value, stored[name]) for name, value in found.items())
+
+
+def test_shards_that_a_checkpoint_does_not_name_are_refused(tmp_path):
+    model = small()
+    optimizer = make_optimizer(model, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)
+    path = checkpoint.save(tmp_path, model, optimizer, {"step": 3}, ALONE)
+    checkpoint.read_state(path)
+    shutil.copy(next(path.glob("*.safetensors")), path / "before.safetensors")
+    with pytest.raises(ValueError, match=r"holds \['before.safetensors'\], which state.json does"):
+        checkpoint.read_state(path)
+
+
+def test_a_model_of_wrapped_parts_is_exported_and_watched_by_plain_names():
+    model, ids = wrapped(small("moh")), torch.arange(8)[None]
+    plain = plain_model(model, ALONE)
+    assert plain.state_dict().keys() == small("moh").state_dict().keys()
+    with record_routing(model) as stats:
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+    assert stats.keys() == {"h.0.attn.router", "h.1.attn.router"}
+
+
+def test_samples_end_with_the_end_of_text():
+    ids, model = [3, 5], small()
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)), end_of_text=None)
+    whole = sample_text(model, tokenizer, ids, 12, 1).split()
+    for tokenizer.end_of_text in map(int, whole[2:]):
+        end = whole.index(str(tokenizer.end_of_text), 2)
+        assert sample_text(model, tokenizer, ids, 12, 1).split() == whole[: end + 1]
+
+
 def test_samples_are_reproducible():
-    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)), end_of_text=None)
     texts = [sample_text(small(), tokenizer, [3, 5], 12, seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].split()[:2] == ["3", "5"]

@@ -31,7 +31,7 @@ def attend_dense(case: Case) -> Tensor:
         F.scaled_dot_product_attention,
         dropout_p=case.dropout_p,
         scale=case.scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=bool(q.shape[1] != k.shape[1]),  # traced, sizes are tensors
     )
     bias = scores.added()
     if scores.relative is not None:

@@ -5,7 +5,8 @@ Only safetensors and JSON are read: loading never runs code from a checkpoint.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,18 @@ import torch
 from torch import Tensor
 
 from posenc.files import atomic_file
+from posenc.phase import Float32Parameters
+from posenc.wrappers import plain_name
 
 if TYPE_CHECKING:
     from posenc.models.gpt import GPT, GPTConfig
 
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 #: GPT-2 stores these linear weights as (in, out).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 #: Buffers of old GPT-2 checkpoints, and the output layer, which is tied.
 IGNORED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def save(model: "GPT", path: Path) -> None:
@@ -28,49 +33,119 @@ def save(model: "GPT", path: Path) -> None:
     from safetensors.torch import save_file
 
     # What JSON cannot hold fails here, before a file is touched.
-    config = json.dumps({"model_type": "posenc", **asdict(model.config)}, indent=2)
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    with atomic_file(path / "model.safetensors") as file:
+    config = json.dumps({"model_type": "posenc", **asdict(with_impl(model.config))}, indent=2)
+    state = model.state_dict()
+    tensors = {plain_name(name): tensor.contiguous() for name, tensor in state.items()}
+    with atomic_file(path / WEIGHTS) as file:
         save_file(tensors, file, metadata={"format": "pt"})
-    with atomic_file(path / "config.json") as file:
+    # Of a model in several files that lay here: it would name the weights that count.
+    (path / INDEX).unlink(missing_ok=True)
+    with atomic_file(path / CONFIG) as file:
         file.write_text(config + "\n", encoding="utf-8")
 
 
-def load(path_or_hub_id: str | Path) -> "GPT":
+def load(path_or_hub_id: str | Path, impl: str | None = None) -> "GPT":
     """See `GPT.from_pretrained`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     from posenc.models.gpt import GPT
 
     folder = _folder(path_or_hub_id)
     raw = _read_config(folder)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
+    if "model_type" not in raw and (folder / "model").is_dir():
+        # The run folder of train.py, whose config.json is that of the training.
+        folder = folder / "model"
+        raw = _read_config(folder)
+    elif "model_type" not in raw and (folder / "checkpoints").is_dir():
         raise ValueError(
-            f"{folder} holds no .safetensors file; pickled weights are not read. "
-            "Convert the checkpoint to safetensors."
+            f"{folder} is a run that has not ended: it holds no model/. "
+            f"End it by python train.py --resume {folder}"
         )
-    state: dict[str, Tensor] = {}
-    for file in weights:
-        try:
-            state |= load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a readable safetensors file: {error}.") from None
     kind = raw.get("model_type")
-    if kind == "gpt2":
-        config, state = gpt2_config(raw), gpt2_state(state)
-    elif kind == "posenc":
-        config = our_config(raw)
-    else:
+    if kind not in ("posenc", "gpt2"):
         raise ValueError(
             f"config.json names the architecture {kind!r}; expected 'posenc' or 'gpt2'."
         )
+    state = _read_weights(folder)
+    if kind == "gpt2":
+        config, state = gpt2_config(raw), gpt2_state(state)
+    else:
+        config = our_config(raw)
     with torch.device("meta"):
-        model = GPT(config)
+        model = GPT(with_impl(config, impl))
     _check_fit(model.state_dict(), state)
     model.load_state_dict(state, assign=True)
-    return model.requires_grad_(True).eval()
+    return _of_one_dtype(model).requires_grad_(True).eval()
+
+
+def with_impl(config: "GPTConfig", impl: str | None = None) -> "GPTConfig":
+    """A config with this back end in place of its own: a property of a machine, not of a model."""
+    options = {
+        key: value
+        for key, value in config.attention_options.items()
+        if key not in ("impl", "attention_impl")
+    }
+    if impl is not None:
+        options["impl"] = impl
+    return replace(config, attention_options=options)
+
+
+def _of_one_dtype(model: "GPT") -> "GPT":
+    """The model in the widest dtype of its weights, phase parameters aside."""
+    dtypes = {
+        parameter.dtype
+        for part in model.modules()
+        if not isinstance(part, Float32Parameters)
+        for parameter in part.parameters(recurse=False)
+    }
+    if len(dtypes) > 1:
+        model.to(reduce(torch.promote_types, dtypes))
+    return model
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the files that describe the model, by the names of bare parts."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    home = _read_index(folder)
+    state: dict[str, Tensor] = {}
+    for name in _weight_files(home):
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(
+                f"{folder} holds no {name}, which {INDEX} names. Download it again."
+                if home
+                else f"{folder} holds neither {WEIGHTS} nor {INDEX}; pickled weights are not read. "
+                "Convert the checkpoint to safetensors."
+            )
+        try:
+            tensors = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a readable safetensors file: {error}.") from None
+        # A tensor that the index places elsewhere is a stale one.
+        state |= {
+            plain_name(key): tensor
+            for key, tensor in tensors.items()
+            if home.get(key, name) == name
+        }
+    return state
+
+
+def _weight_files(home: Mapping[str, str]) -> list[str]:
+    return sorted(set(home.values())) or [WEIGHTS]
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """The file of every weight, or nothing where there is no index."""
+    if not (folder / INDEX).exists():
+        return {}
+    home = _read_json(folder / INDEX).get("weight_map")
+    mapping = isinstance(home, dict) and all(isinstance(file, str) for file in home.values())
+    if not mapping or not home:
+        raise ValueError(
+            f"{folder / INDEX} must map weights to files by its weight_map; got {home!r}. "
+            "Download it again."
+        )
+    return home
 
 
 def _folder(path_or_hub_id: str | Path) -> Path:
@@ -82,6 +157,11 @@ def _folder(path_or_hub_id: str | Path) -> Path:
         repository = f"openai-community/{repository}"
     if path.exists() or isinstance(path_or_hub_id, Path) or repository.count("/") != 1:
         raise ValueError(f"{path_or_hub_id} is neither a folder nor a Hub id OWNER/NAME.")
+    folder = _download(repository, [CONFIG, INDEX])
+    return _download(repository, [CONFIG, INDEX, *_weight_files(_read_index(folder))])
+
+
+def _download(repository: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -90,27 +170,29 @@ def _folder(path_or_hub_id: str | Path) -> Path:
     )
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=["config.json", "*.safetensors"]))
+        return Path(snapshot_download(repository, allow_patterns=files))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{path_or_hub_id} is no local folder, and the Hub did not give it: {reason}"
+            f"{repository} is no local folder, and the Hub did not give it: {reason}"
         ) from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / CONFIG).exists():
         raise ValueError(
             f"{folder} holds no config.json; expected a folder written by save_pretrained."
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not valid JSON: {error}.") from None
-    if not isinstance(raw, dict):
-        raise ValueError(
-            f"{folder / 'config.json'} must hold a JSON object; got {type(raw).__name__}."
         )
+    return _read_json(folder / CONFIG)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}.") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} must hold a JSON object; got {type(raw).__name__}.")
     return raw
 
 
@@ -185,4 +267,9 @@ def _check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> N
         if tensor.shape != state[name].shape:
             raise ValueError(
                 f"{name} has shape {tuple(state[name].shape)}; expected {tuple(tensor.shape)}."
+            )
+        if state[name].dtype not in DTYPES:
+            raise ValueError(
+                f"{name} is of {state[name].dtype}; expected one of {', '.join(map(str, DTYPES))}. "
+                "Store the weights dequantised."
             )

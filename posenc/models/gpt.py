@@ -9,8 +9,9 @@ suffixes.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -21,14 +22,23 @@ from torch.utils.checkpoint import checkpoint
 
 from posenc.attention import Attention, Shared
 from posenc.cache import Cache, ModelCache, cache_dtype, check_cache, check_no_segments, place_after
-from posenc.checks import check_sizes
+from posenc.checks import check_ids, check_sizes, check_vocabulary
 from posenc.encodings.learned import Learned
 from posenc.errors import unknown
+from posenc.models.generation import (
+    align_right,
+    check_sampling,
+    left_padded_positions,
+    sample,
+    stop_ids,
+)
 from posenc.placement import place
+from posenc.start import Start, draw
 from posenc.zoo import model_attention
 
 #: What a target is where nothing is to be predicted.
 NO_TARGET = -100
+EMBEDDING_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -153,38 +163,59 @@ class GPT(nn.Module):
             self.dropout = nn.Dropout(config.dropout)
             self.h = nn.ModuleList(Block(config, attention) for attention in made.layers)
             self.ln_f = nn.LayerNorm(config.embed_dim, bias=config.bias)
+        Start(self.wte, EMBEDDING_STD)
+        for block in self.blocks:
+            prescribed = block.attn.encoding.init_projection
+            for layer, std in self._projections(block):
+                of_attention = layer is block.attn.c_attn or layer is block.attn.c_proj
+                Start(layer, std, prescribed if of_attention else None)
         self.reset_parameters()
 
-    @torch.no_grad()
+    @property
+    def _std(self) -> float:
+        """At which projections start."""
+        # GPT-2's 0.02 at its width of 768; products keep that scale at any width. Four layers of
+        # width 128 reach 1.78 instead of 1.91 nats a character on Shakespeare.
+        return 0.02 * math.sqrt(768 / self.config.embed_dim)
+
+    def _projections(self, block: Block) -> tuple[tuple[nn.Linear, float], ...]:
+        """A block's linear layers, and the standard deviation of each at the start."""
+        attn, mlp = block.attn, block.mlp
+        std = self._std
+        residual_std = std / math.sqrt(2 * self.config.layers)
+        return (
+            (attn.c_attn, std),
+            (attn.c_proj, residual_std),
+            (mlp.c_fc, std),
+            (mlp.c_proj, residual_std),
+        )
+
     def reset_parameters(self) -> None:
         """Embeddings N(0, 0.02); projections N(0, 0.02 sqrt(768 / C)), those onto the residual
         stream 1/sqrt(2 L) of it; then the parts, by their rules.
+
+        Calling this of every module, in any order, gives the same start with other numbers.
         """
-        nn.init.normal_(self.wte.weight, std=0.02)
-        # GPT-2's 0.02 at its width of 768; products keep that scale at any width. Four layers of
-        # width 128 reach 1.78 instead of 1.91 nats a character on Shakespeare.
-        std = 0.02 * math.sqrt(768 / self.config.embed_dim)
-        residual_std = std / math.sqrt(2 * self.config.layers)
+        draw(self.wte, EMBEDDING_STD)
         for block in self.blocks:
-            attn, mlp = block.attn, block.mlp
             for norm in (block.ln_1, block.ln_2):
                 norm.reset_parameters()
-            for linear in (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj):
-                residual = linear is attn.c_proj or linear is mlp.c_proj
-                nn.init.normal_(linear.weight, std=residual_std if residual else std)
-                if linear.bias is not None:
-                    nn.init.zeros_(linear.bias)
+            for layer, std in self._projections(block):
+                draw(layer, std)
         self.ln_f.reset_parameters()
         for part in (self.wpe, self.phase):
             if part is not None:
                 part.reset_parameters()
         for block in self.blocks:
             block.attn.init_projections()
+            # Transformer-XL's W_R is a projection like the others, once torch's own start is drawn:
+            # what a seed gives depends on how many numbers are.
+            inner = [part for part in block.attn.encoding.modules() if isinstance(part, nn.Linear)]
+            for layer in inner:
+                vars(layer).pop("reset_parameters", None)
             block.attn.reset_parts()
-            for module in block.attn.encoding.modules():
-                # Transformer-XL's W_R is a projection like the others.
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=std)
+            for layer in inner:
+                Start(layer, self._std)()
 
     @property
     def max_length(self) -> int | None:
@@ -231,14 +262,16 @@ class GPT(nn.Module):
         """Logits of the next token at every position.
 
         Args:
-            ids: integer (B, T). targets: integer (B, T), -100 where none; the caller shifts them.
+            ids: int64 or int32 (B, T), 0 .. V-1. targets: integer (B, T), -100 where none; the
+                caller shifts them.
             positions: integer (T,), (1, T) or (B, T); negative entries of (B, T) are padding.
             mask: bool (B, T), True for real tokens. segments: integer (B, T), equal within a
                 document, in which a table of positions starts anew. See `Attention.forward`.
             cache: from `make_cache`.
 
         Raises:
-            ValueError: for wrong shapes, a text longer than a learned table, or a full cache.
+            ValueError: for wrong shapes, ids beyond the vocabulary (found on CPU alone: looking
+                would wait for another device), a text longer than a learned table, or a full cache.
         """
         if targets is not None and targets.shape != ids.shape:
             raise ValueError(
@@ -268,11 +301,8 @@ class GPT(nn.Module):
         cache: ModelCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The last block's output (B, T, C), and the balance loss; arguments as in `forward`."""
-        if ids.ndim != 2 or ids.dtype.is_floating_point or ids.shape[1] == 0:
-            raise ValueError(
-                "ids must be integers of shape (B, T), T at least 1; "
-                f"got {ids.dtype} {tuple(ids.shape)}."
-            )
+        check_ids(ids)
+        check_vocabulary(ids, len(self.wte.weight))
         batch, length = ids.shape
         past = 0 if cache is None else cache.length
         counted = positions is mask is segments is None
@@ -330,95 +360,124 @@ class GPT(nn.Module):
         ids: Tensor,
         max_new_tokens: int,
         *,
+        mask: Tensor | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float | None = None,
+        stop: int | Sequence[int] | None = None,
+        pad: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continue ids (B, T) by sampling: (B, T + max_new_tokens).
+        """Continue ids (B, T) by sampling: (B, T + N), the prompts as given, then the new tokens.
 
-        A model with a learned table starts over from the last half of its context when the table is
-        full.
+        N is max_new_tokens, or less where `stop` has ended every row before. A model with a learned
+        table starts a row over from the last half of its context when the row has filled the table.
 
         Args:
+            mask: bool (B, T), True for the prompts' own tokens, all of them if None. A row may be
+                padded on the left or on the right; it continues as it would alone, and its new
+                tokens are those from T on in either case. What padding holds does not matter.
             temperature: divides the logits; 0 takes the most likely token.
             top_k: sample among the k most likely tokens only.
+            top_p: of those, among the fewest most likely ones whose probability reaches top_p.
+            stop: one id or several. A row ends with the first that it draws, and is then padded.
+                On an accelerator every token waits for the device to see whether all rows have.
+            pad: what follows the end of a row; None is the (first) stop token.
             generator: the source of randomness, on ids' device.
 
         Raises:
-            ValueError: for a negative temperature or count, or top_k below 1.
+            ValueError: for a negative temperature or count, top_k below 1, top_p outside (0, 1],
+                ids or stop beyond the vocabulary, pad without stop, or a mask of another shape or
+                dtype, with a row of padding, or with padding between tokens.
         """
-        if ids.ndim != 2:
-            raise ValueError(f"ids must have shape (B, T); got {tuple(ids.shape)}.")
-        if not temperature >= 0 or max_new_tokens < 0 or (top_k is not None and top_k < 1):
-            raise ValueError(
-                "generate needs temperature >= 0, max_new_tokens >= 0 and top_k >= 1; "
-                f"got {temperature}, {max_new_tokens}, {top_k}."
-            )
+        check_ids(ids)
+        check_sampling(temperature, top_k, top_p, max_new_tokens)
+        stops = stop_ids(stop, pad, len(self.wte.weight))
+        text, lengths = ids, [ids.shape[1]] * len(ids)
+        if mask is not None:
+            text, lengths = align_right(ids, mask)
+        choose = partial(
+            sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+        )
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
-            return self._continue(ids, max_new_tokens, temperature, top_k, generator)
+            new = self._continue(text, lengths, max_new_tokens, choose, stops)
         finally:
             for module, training in modes.items():
                 module.training = training
+        if stops:
+            ends = torch.isin(new, torch.tensor(stops, device=new.device))
+            new = new.masked_fill(ends.cumsum(1) > ends.long(), stops[0] if pad is None else pad)
+        return torch.cat((ids, new), dim=1)
 
     def _continue(
         self,
-        ids: Tensor,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int | None,
-        generator: torch.Generator | None,
+        text: Tensor,
+        lengths: list[int],
+        count: int,
+        choose: Callable[[Tensor], Tensor],
+        stops: list[int],
     ) -> Tensor:
-        limit = self.max_length or ids.shape[1] + max_new_tokens
+        """Up to `count` new tokens (B, N) of text (B, T), whose rows end with `lengths` tokens of
+        their own.
+        """
+        batch, start = text.shape
+        limit = self.max_length or start + count
+        ends = torch.tensor(stops, device=text.device)
+        ended = torch.zeros(batch, 1, dtype=torch.bool, device=text.device)
+        # So many tokens at the end of each row the model sees: those in the cache, and the new one.
+        seen = [min(length, limit) for length in lengths]
         cache: ModelCache | None = None
-        fresh = ids[:, -limit:]
-        for _ in range(max_new_tokens):
-            if cache is None or cache.length + fresh.shape[1] > limit:
-                fresh = fresh if cache is None else ids[:, -max(limit // 2, 1) :]
-                cache = self.make_cache(ids.shape[0], limit)
-            h, _ = self.hidden(fresh, cache=cache)
-            fresh = sample(self.head(h[:, -1]).float(), temperature, top_k, generator)
-            ids = torch.cat((ids, fresh), dim=1)
-        return ids
+        for _ in range(count):
+            fresh, positions = text[:, -1:], None
+            if cache is None or max(seen) > limit:
+                cache = self.make_cache(batch, limit)
+                seen = [length if length <= limit else max(limit // 2, 1) for length in seen]
+                fresh = text[:, -max(seen) :]
+                positions = left_padded_positions(seen, text.device)
+            h, _ = self.hidden(fresh, positions=positions, cache=cache)
+            fresh = choose(self.head(h[:, -1]).float())
+            text = torch.cat((text, fresh), dim=1)
+            seen = [length + 1 for length in seen]
+            if stops:
+                ended |= torch.isin(fresh, ends)
+                if ended.all():
+                    break
+        return text[:, start:]
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json and model.safetensors into the folder `path`."""
+        """Write config.json and model.safetensors into the folder `path`.
+
+        Names are those of the bare parts, whatever wraps them (torch.compile, DDP, activation
+        checkpointing). The back end, `impl`, is not stored: who loads the model chooses it.
+        """
         from posenc.models.checkpoints import save
 
         save(self, Path(path))
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path) -> "GPT":
-        """Load a folder or Hub repository written by `save_pretrained`, or a Hugging Face GPT-2
-        (safetensors).
+    def from_pretrained(cls, path_or_hub_id: str | Path, *, impl: str | None = None) -> "GPT":
+        """Load a folder or Hub repository written by `save_pretrained`, a finished run folder of
+        train.py, or a Hugging Face GPT-2 (safetensors).
+
+        Weights are those of the files that model.safetensors.index.json names, without one of
+        model.safetensors. Where they differ in dtype all take the widest, which holds every value;
+        phase parameters are fp32 at least.
+
+        Args:
+            impl: the attention's back end on this machine; None is "auto".
 
         Raises:
-            ValueError: for a missing file, another architecture, or weights that do not fit.
+            ValueError: for a missing file, another architecture, weights that do not fit, or an
+                impl that cannot run.
         """
         from posenc.models.checkpoints import load
 
-        return load(path_or_hub_id)
+        return load(path_or_hub_id, impl)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the targets that are not -100, 0 where there are none: (N, V), (N,) -> ()."""
     count = (targets != NO_TARGET).sum().clamp(min=1)
     return F.cross_entropy(logits, targets, ignore_index=NO_TARGET, reduction="sum") / count
-
-
-def sample(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """One token (B, 1) from logits (B, V)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    # Less their largest: a small temperature then overflows to -inf at worst.
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kept, index = logits.topk(top_k, dim=-1)
-        return index.gather(-1, torch.multinomial(kept.softmax(-1), 1, generator=generator))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)

@@ -29,6 +29,10 @@ from torch import Tensor, nn
 from posenc.autocast import no_autocast
 from posenc.errors import unknown
 from posenc.routing.gates import Gates
+from posenc.start import Start, draw
+
+#: Never zero: tied scores would send every token to the same heads.
+ROUTER_STD = 0.02
 
 
 def select(scores: Tensor, top_k: int) -> Tensor:
@@ -111,7 +115,12 @@ class MoH(nn.Module):
         self.W_s = nn.Linear(embed_dim, shared, bias=False) if linear and shared > 1 else None
         self.W_r = nn.Linear(embed_dim, routed, bias=False) if linear and routed else None
         self.W_h = nn.Linear(embed_dim, 2, bias=False) if linear and shared and routed else None
+        for layer in self._layers():
+            Start(layer, ROUTER_STD)
         self.reset_parameters()
+
+    def _layers(self) -> list[nn.Linear]:
+        return [layer for layer in (self.W_s, self.W_r, self.W_h) if layer is not None]
 
     @property
     def reads_queries(self) -> bool:
@@ -124,10 +133,8 @@ class MoH(nn.Module):
         return Gates(values, self.shared, self.shared + self.top_k, straight_through)
 
     def reset_parameters(self) -> None:
-        # Never zero: tied scores would send every token to the same heads.
-        for layer in (self.W_s, self.W_r, self.W_h):
-            if layer is not None:
-                nn.init.normal_(layer.weight, std=0.02)
+        for layer in self._layers():
+            draw(layer, ROUTER_STD)
 
     def forward(
         self, x: Tensor, q: Tensor | None = None, *, real: Tensor | None = None

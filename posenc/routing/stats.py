@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from posenc.routing.moh import MoH, select
+from posenc.wrappers import plain_name
 
 
 class RoutingSums(NamedTuple):
@@ -144,7 +145,8 @@ class RoutingStats:
 
 def routers(model: nn.Module) -> dict[str, MoH]:
     """The routers of a model by qualified name, e.g. "h.0.attn.router" in GPT."""
-    return {name: part for name, part in model.named_modules() if isinstance(part, MoH)}
+    modules = model.named_modules()
+    return {plain_name(name): part for name, part in modules if isinstance(part, MoH)}
 
 
 @contextmanager

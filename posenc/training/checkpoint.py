@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from posenc.training.optimizer import optimizer_tensors
 from posenc.training.parallel import Parallel
+from posenc.wrappers import plain_name
 
 STATE = "state.json"
 FORMAT = 1
@@ -58,8 +59,12 @@ def _own(folder: Path, before: str = "") -> list[Path]:
 def training_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, parallel: Parallel
 ) -> dict[str, Tensor]:
-    """Everything that a step changes, by name: the live tensors, and this rank's random states."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    """Everything that a step changes, by name: the live tensors, and this rank's random states.
+
+    Names are those of the bare parts: a run resumes with parts wrapped otherwise, or not at all.
+    """
+    state = model.state_dict()
+    tensors = {f"model.{plain_name(name)}": tensor for name, tensor in state.items()}
     tensors |= {
         f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(model, optimizer).items()
     }
@@ -152,6 +157,11 @@ def read_state(path: Path) -> dict[str, Any]:
         for name, size in state["shards"].items():
             if (path / name).stat().st_size != size:
                 raise ValueError(f"{path / name} should have {size} bytes; it is damaged.")
+        # Torch's reader takes every file of this kind, whoever put it there.
+        if strange := {file.name for file in path.glob("*.safetensors")} - state["shards"].keys():
+            raise ValueError(
+                f"{path} holds {sorted(strange)}, which {STATE} does not name. Move them elsewhere."
+            )
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is not a whole checkpoint: {type(error).__name__}: {error}."

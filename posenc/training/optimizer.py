@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from posenc.encodings.learned import Learned
+from posenc.wrappers import plain_name
 
 #: The matrices and tables that GPT-2's recipe decays. Norms, biases, convolution kernels, tables of
 #: relative distances and an encoding's own parameters do not decay.
@@ -52,7 +53,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state by parameter name, made where the first step has yet to make it.
+    """AdamW's state by the parameters' bare names, made where the first step has yet to make it.
 
     The tensors are the optimiser's own: loading into them is loading the optimiser.
     """
@@ -63,5 +64,5 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        tensors |= {f"{key}.{name}": value for key, value in state.items()}
+        tensors |= {f"{key}.{plain_name(name)}": value for key, value in state.items()}
     return tensors
