@@ -41,7 +41,7 @@ sys.meta_path.insert(0, Block())
 OPTIONAL = (
     "datasets", "tokenizers", "triton", "transformers", "safetensors", "tyro", "huggingface_hub",
     "tqdm", "matplotlib", "pyarrow", "pandas", "wandb", "trackio", "tensorboard", "kernels",
-    "numpy", "pytest",
+    "numpy", "pytest", "onnx", "onnxruntime", "onnxscript",
 )  # fmt: skip
 
 
