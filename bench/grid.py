@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from bench.comparison import label
-from bench.losses import Losses, Question, losses
+from bench.losses import Losses, Question, losses, read_losses
 from bench.rows import written
 from posenc.cost import model_cost, model_flops_per_token
 from posenc.models.gpt import GPT
@@ -133,19 +133,20 @@ class Cell:
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
     def losses(self, question: Question) -> Losses | None:
-        """What it answered, None if it was not asked this question since it was trained."""
+        """What it answered, None if it was not asked this question since it was trained.
+
+        A damaged answer is named once, and removed.
+        """
         answered, trained = self.folder.path / LOSSES, self.folder.path / SUMMARY
+        if not (answered.exists() and self.trained):
+            return None
+        if answered.stat().st_mtime_ns < trained.stat().st_mtime_ns:
+            return None  # of the run as it was before it went on
         try:
-            found = json.loads(answered.read_text(encoding="utf-8"))
-            if not self.trained or answered.stat().st_mtime_ns < trained.stat().st_mtime_ns:
-                return None  # of the run as it was before it went on
-            if found["question"] != question.digest():
-                return None
-            return {
-                protocol: {int(key): values for key, values in by_length.items()}
-                for protocol, by_length in found["losses"].items()
-            }
-        except (OSError, ValueError, KeyError):
+            return read_losses(answered.read_text(encoding="utf-8"), question)
+        except ValueError as error:
+            print(f"{answered} is damaged and will be scored anew: {error}", file=sys.stderr)
+            answered.unlink()
             return None
 
     def check(self) -> None:

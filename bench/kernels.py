@@ -453,10 +453,17 @@ def ratios(rows: list[Row]) -> Iterator[str]:
 
 
 def parse_shape(text: str) -> tuple[int, int, int, int]:
-    """A name of SHAPES or B,H,T,D."""
+    """A name of SHAPES or B,H,T,D; argparse.ArgumentTypeError for anything else."""
     if text in SHAPES:
         return SHAPES[text]
-    batch, heads, length, dim = map(int, text.split(","))
+    try:
+        batch, heads, length, dim = map(int, text.split(","))
+    except ValueError:
+        batch = heads = length = dim = 0
+    if min(batch, heads, length, dim) < 1 or dim % 2:
+        raise argparse.ArgumentTypeError(
+            f"expected {', '.join(SHAPES)} or B,H,T,D, all positive, D even; got {text!r}"
+        )
     return batch, heads, length, dim
 
 
@@ -474,11 +481,16 @@ def main() -> None:
     device = torch.device("cpu" if INTERPRETED else "cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("bench.kernels needs a CUDA device, or TRITON_INTERPRET=1 to try it on a CPU.")
+    if INTERPRETED and args.dtype == "bfloat16":
+        sys.exit("Triton's interpreter computes bfloat16 wrongly. Use --dtype float32 or float16.")
     dtype = getattr(torch, args.dtype or ("float32" if INTERPRETED else "bfloat16"))
     torch.manual_seed(0)
     # Gates and modes differentiate one compiled forward pass more than once.
     functorch_config.donated_buffer = False
-    file, failed = RowFile(args.out, device), False
+    try:
+        file, failed = RowFile(args.out, device), False
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
     for row in ceilings(device):
         file.add(row)
         print(f"{row.name} {row.implementation}: {row.p50:.2f} {row.unit}", flush=True)

@@ -15,6 +15,7 @@ changes nothing but the context.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -283,3 +284,25 @@ def losses(
             mean = float(np.concatenate(parts).mean())
             answers.setdefault(protocol, {}).setdefault(length, []).append(mean)
     return answers
+
+
+def read_losses(text: str, question: Question) -> Losses | None:
+    """The answers of a losses.json, None if they are to another question.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    values = json.loads(text)
+    try:
+        if values["question"] != question.digest():
+            return None
+        found = {
+            protocol: {int(length): [float(x) for x in nats] for length, nats in by_length.items()}
+            for protocol, by_length in values["losses"].items()
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    units = {len(nats) for by_length in found.values() for nats in by_length.values()}
+    if units - {len(question.text.blocks)}:
+        raise ValueError(f"expected {len(question.text.blocks)} losses at every length")
+    return found

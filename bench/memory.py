@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import posenc
+from bench.arguments import check_device, check_least
 from bench.measure import bytes_saved, peak_mib, timing
 from bench.rows import Row, RowFile, written
 from posenc.backends.blockwise import RECOMPUTE_FROM
@@ -189,7 +190,15 @@ def resident(field: str) -> int:
 
 
 def send_peak(setting: Setting, out: Connection) -> None:
-    """Send the peak of one training step, less what was resident before it."""
+    """Send the peak of one training step, or in words why there is none."""
+    try:
+        out.send(peak_here(setting))
+    except (OSError, RuntimeError) as error:  # a traceback would stand above the parent's line
+        out.send(str(error))
+
+
+def peak_here(setting: Setting) -> int:
+    """Bytes at the peak of one training step, less what was resident before it."""
     layer = setting.layer()
     # What libraries load and allocate at first use is not counted.
     checkpoint(layer, setting.x(2), use_reentrant=False).sum().backward()
@@ -197,25 +206,30 @@ def send_peak(setting: Setting, out: Connection) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = resident("VmRSS")
     step(layer, x)
-    out.send(resident("VmHWM") - before)
+    return resident("VmHWM") - before
 
 
 def in_fresh_process(setting: Setting) -> int:
-    """Bytes that a training step adds to a process that did nothing before."""
+    """Bytes that a training step adds to a process that did nothing before.
+
+    Raises:
+        RuntimeError: the process could not measure it.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send_peak, args=(setting, sender))
     process.start()
     sender.close()  # or a child that dies would leave the reader waiting
     try:
-        return receiver.recv()
+        found = receiver.recv()
     except EOFError:
         process.join()
-        sys.exit(
-            f"measuring {setting.name} at T={setting.length} failed, exit code {process.exitcode}"
-        )
+        raise RuntimeError(f"the process ended with exit code {process.exitcode}") from None
     finally:
         process.join()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
 
 
 def tables(settings: list[Setting], quantities: list[str]) -> Iterator[tuple[str, list[Setting]]]:
@@ -248,12 +262,18 @@ def main() -> None:
         for impl in args.impls
         for length in args.lengths
     ]  # fmt: skip
-    check(settings)
+    try:
+        check_least(1, lengths=args.lengths)
+        check_device(args.device)
+        check(settings)
+        file = RowFile(args.out, torch.device(args.device))
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
     print(
         f"B=1 C={args.embed_dim} H={args.heads} {args.dtype} on {args.device}, "
         f"torch {torch.__version__}"
     )
-    file, off = RowFile(args.out, torch.device(args.device)), []
+    off = []
     measures = {"activations": activations, "state": state, "peak": peak}
     titles = {"activations": "kept for the backward pass, B/token",
               "state": "decoding state, B/token",
@@ -264,8 +284,9 @@ def main() -> None:
         for setting in chosen:
             try:
                 reading = measures[quantity](setting)
-            except ValueError as error:
-                sys.exit(f"{setting.name} cannot be measured: {error}")
+            except (ValueError, RuntimeError) as error:  # RuntimeError: too little memory
+                reason, _, _ = str(error).partition("\n")
+                sys.exit(f"{setting.name} at T={setting.length} cannot be measured: {reason}")
             for row in reading.rows():
                 file.add(row)
             print(reading, flush=True)
@@ -305,18 +326,14 @@ def option(text: str) -> tuple[str, Any]:
 
 
 def check(settings: list[Setting]) -> None:
-    """Exit in one line where a setting cannot be built, before any is measured."""
+    """Raise ValueError where a setting cannot be built, before any is measured."""
     for setting in settings:
-        if setting.length < 1:
-            sys.exit(f"--lengths must be at least 1; got {setting.length}.")
-        if setting.device == "cuda" and not torch.cuda.is_available():
-            sys.exit("--device cuda needs a CUDA device, and there is none. Use --device cpu.")
         try:
             with torch.device("meta"):
                 replace(setting, device="meta").layer()
         except (TypeError, ValueError) as error:  # TypeError: a value of another type
             options = f" with {written(setting.options)}" if setting.options else ""
-            sys.exit(f"{setting.name}{options} cannot be measured: {error}")
+            raise ValueError(f"{setting.name}{options} cannot be measured: {error}") from error
 
 
 if __name__ == "__main__":

@@ -317,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.readme:
             text = readme(README.read_text(encoding="utf-8"))
             README.write_text(text, encoding="utf-8")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
     print(*written, sep="\n")
 

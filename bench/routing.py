@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import posenc
+from bench.arguments import check_device, check_least
 from bench.measure import (
     Case,
     Function,
@@ -392,8 +393,8 @@ def figure(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def main() -> None:
-    """Measure, print a line a row, then the ratios; draw the plot beside the rows."""
+def parse() -> argparse.Namespace:
+    """The command line; ValueError for what cannot be measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     on_cuda = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if on_cuda else "cpu")
@@ -407,7 +408,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="on CPU")
     parser.add_argument("--out", type=Path, help="append the rows to this file, draw beside it")
     args = parser.parse_args()
-    file, rows = RowFile(args.out, torch.device(args.device)), []
+    check_device(args.device)
+    check_least(1, lengths=args.lengths, tokens=args.tokens, rounds=args.rounds)
+    if args.dim < 2 or args.dim % 2:
+        raise ValueError(f"--dim must be even and at least 2; got {args.dim}.")
+    return args
+
+
+def main() -> None:
+    """Measure, print a line a row, then the ratios; draw the plot beside the rows."""
+    try:
+        args = parse()
+        file = RowFile(args.out, torch.device(args.device))
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    rows = []
     with always_skipping():
         for length in args.lengths:
             for level in args.levels:
@@ -429,4 +444,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

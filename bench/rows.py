@@ -102,12 +102,20 @@ def environment(device: torch.device) -> Environment:
 
 
 class RowFile:
-    """Appends rows to a file as they are measured, so that a run that breaks off keeps its rows."""
+    """Appends rows to a file as they are measured, so that a run that breaks off keeps its rows.
+
+    Raises:
+        OSError: for a file that cannot be written.
+        ValueError: for one that holds anything but rows.
+    """
 
     def __init__(self, path: Path | None, device: torch.device) -> None:
         self.path, self.shared = path, asdict(environment(device))
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+            # What cannot be written fails now, not once it is measured.
+            path.open("a").close()
+            read(path)
 
     def add(self, row: Row, **measured_on: Any) -> dict[str, Any]:
         """Write one row; returns it as it lies in the file.

@@ -27,6 +27,7 @@ import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 
 import posenc
+from bench.arguments import check_device, check_least
 from bench.layers import Compile, Layer, Reference, as_is, one_row, zoo_case
 from bench.measure import (
     Case,
@@ -346,12 +347,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="append the rows to this file")
     args = parser.parse_args(arguments)
-    kind = args.device.partition(":")[0]
-    if kind not in DEFAULTS:
-        raise ValueError(unknown("device", args.device, DEFAULTS))
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device} needs a CUDA device; there is none. Use cpu.")
-    for option, value in DEFAULTS[kind].items():
+    check_device(args.device)
+    for option, value in DEFAULTS[args.device.partition(":")[0]].items():
         if getattr(args, option) is None:
             setattr(args, option, value)
     for option, given, known in (
@@ -363,11 +360,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
                 raise ValueError(unknown(option, value, known))
     if "fused" in args.impls:
         posenc.attention("nope", 2, 1, impl="fused")  # raises where no kernel can run
-    for option in ("tokens", "decode_batch", "rounds"):
-        if getattr(args, option) < 1:
-            raise ValueError(f"--{option.replace('_', '-')} must be at least 1.")
-    if min(args.lengths) < 2:
-        raise ValueError(f"--lengths must be at least 2; got {min(args.lengths)}.")
+    check_least(1, tokens=args.tokens, decode_batch=args.decode_batch, rounds=args.rounds)
+    check_least(2, lengths=args.lengths)
     if args.peak is not None and not args.peak > 0:
         raise ValueError(f"--peak must be above 0; got {args.peak}.")
     if check_heads(args.embed_dim, args.heads) % 2:
@@ -399,12 +393,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure; print what was left out, a table a mode, and the checks."""
     try:
         args = parse(arguments)
-    except ValueError as error:
+        file = RowFile(args.out, torch.device(args.device))
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
     # Gates and modes differentiate one compiled forward pass more than once.
     functorch_config.donated_buffer = False
-    file, rows = RowFile(args.out, torch.device(args.device)), []
-    peak = args.peak
+    rows, peak = [], args.peak
     if peak is None:
         ceiling = matmul_peak(args)
         file.add(ceiling)

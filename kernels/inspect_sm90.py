@@ -12,6 +12,7 @@ import argparse
 import importlib
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from posenc.errors import unknown
 from posenc.kernels.common import INTERPRETED
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -127,7 +129,7 @@ def launches(family: str) -> list[tuple[str, Launch]]:
 
 
 def families() -> list[str]:
-    """The kernel files that have examples."""
+    """The kernel files that have examples; RuntimeError where kernels are interpreted."""
     if INTERPRETED:
         raise RuntimeError("Interpreted kernels do not compile: unset TRITON_INTERPRET.")
     files = sorted(Path(__file__).parent.glob("*.py"))
@@ -136,12 +138,23 @@ def families() -> list[str]:
 
 def main() -> None:
     """Print the table."""
+    try:
+        known = families()
+    except RuntimeError as error:
+        sys.exit(str(error))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("family", nargs="*", choices=families(), help="all if none is named")
+    # No `choices`: argparse compares the empty list with them where no family is named.
+    parser.add_argument(
+        "family", nargs="*", metavar="FAMILY", help=f"of {', '.join(known)}; all if none is named"
+    )
+    chosen = parser.parse_args().family
+    for family in chosen:
+        if family not in known:
+            parser.error(unknown("family", family, known))
     row = "{:<28} {:<16} {:>9} {:>7} {:>9} {:>5} {:>6}  {}"
     heads = ("example", "kernel", "registers", "spilled", "shared", "warps", "stages", "cores")
     print(row.format(*heads))
-    for family in parser.parse_args().family or families():
+    for family in chosen or known:
         for example, launch in launches(family):
             *fields, _, _ = report(f"{family} {example}", launch)
             print(row.format(*fields), flush=True)

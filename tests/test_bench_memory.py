@@ -110,6 +110,7 @@ def test_what_is_recomputed_is_not_counted() -> None:
         ("--embed-dim 10 --heads 4", "cannot be measured: "),
         ("--lengths 4 0", "--lengths must be at least 1; got 0"),
         ("--impls quick", "cannot be measured: unknown impl: 'quick'"),
+        ("--names nope --out .", "Is a directory: '.'"),
     ],
 )
 def test_wrong_input_is_one_line_before_any_measurement(
@@ -122,6 +123,17 @@ def test_wrong_input_is_one_line_before_any_measurement(
         run(monkeypatch, f"--impls auto --device cpu {arguments}")
     assert "\n" not in str(error.value)
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quantity", ["activations", "peak"])
+def test_too_long_a_text_is_one_line(
+    quantity: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = f"--quantities {quantity} --names nope --impls sdpa --lengths {10**12} --device cpu"
+    with pytest.raises(SystemExit, match=r"nope at T=10{12} cannot be measured: .*memory") as error:
+        run(monkeypatch, arguments)
+    assert "\n" not in str(error.value)
+    assert not capfd.readouterr().err  # of the process that measures a peak, too
 
 
 def test_an_option_needs_a_value(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,40 @@ def test_a_run_that_goes_on_is_not_finished_and_is_scored_anew(tmp_path: Path) -
     os.utime(more.folder.path / "summary.json", (later, later))
     assert grid.finished([more.folder.path])
     assert more.losses(question) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: '{"losses": {}}',
+        lambda text: text.replace("3.5", "null", 1),
+        lambda text: text.replace("3.5, ", "", 1),
+    ],
+)
+def test_a_damaged_answer_is_named_once_and_scored_anew(
+    damage: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question = compared(tmp_path)[0].question
+    cell = Cell(dataclasses.replace(parse([]), out=str(tmp_path / "a"), steps=6))
+    cell.folder.path.mkdir()
+    cell.folder.write_json("summary.json", {"steps": 6})
+    losses = {"windows": {"8": [3.5] * len(question.text.blocks)}}
+    path = cell.folder.path / "losses.json"
+    whole = json.dumps({"question": question.digest(), "losses": losses})
+    path.write_text(whole)
+    assert cell.losses(question) == {"windows": {8: losses["windows"]["8"]}}
+    path.write_text(damage(whole))
+    assert cell.losses(question) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{path} is damaged and will be scored anew: ")
+    assert cell.losses(question) is None
+    path.write_text(json.dumps({"question": "another", "losses": losses}))
+    assert cell.losses(question) is None
+    assert path.exists()
+    assert not capsys.readouterr().err
 
 
 # Rows

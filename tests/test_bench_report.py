@@ -312,6 +312,10 @@ def test_an_empty_folder_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text('{"loss": 1}\n')
     with pytest.raises(SystemExit, match=r"other.jsonl:1 is no row"):
         report.main([str(tmp_path)])
+    (tmp_path / "other.jsonl").unlink()
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(SystemExit, match=r"Is a directory: .*folder.jsonl"):
+        report.main([str(tmp_path)])
 
 
 @pytest.mark.parametrize("asked", ["nothing, cpu/routing.jsonl", "memory, cpu/nothing.jsonl"])

@@ -65,6 +65,30 @@ def test_break_even(points: list[tuple[float, float]], expected: float | None) -
     assert routing.break_even(points) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--device gpu", "unknown device: 'gpu'. .*Known: cpu"),
+        ("--lengths 9 0", "--lengths must be at least 1; got 0"),
+        ("--tokens 0", "--tokens must be at least 1; got 0"),
+        ("--rounds -1", "--rounds must be at least 1; got -1"),
+        ("--dim 7", "--dim must be even and at least 2; got 7"),
+        ("--out .", "Is a directory: '.'"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(
+    arguments: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["routing", "--device", "cpu", *arguments.split()])
+    with pytest.raises(SystemExit, match=message) as stopped:
+        routing.main()
+    assert "\n" not in str(stopped.value)
+    assert not capsys.readouterr().out
+
+
 def test_always_skipping_ends() -> None:
     before = core.SKIP_FROM
     with routing.always_skipping():

@@ -36,6 +36,21 @@ def test_a_row_is_written_and_read(tmp_path: Path) -> None:
     written = [file.add(a_row()), file.add(a_row(T=9, seed=2))]
     assert read(path) == written
     assert written[1]["torch"] == torch.__version__
+    RowFile(path, torch.device("cpu")).add(a_row(T=17))
+    assert read(path)[:2] == written
+
+
+def test_rows_are_not_appended_to_anything_else(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine\n")
+    with pytest.raises(ValueError, match=r"notes.txt:1 is no row of measurements"):
+        RowFile(path, torch.device("cpu"))
+    assert path.read_text() == "mine\n"
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_first_row(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError):
+        RowFile(tmp_path, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

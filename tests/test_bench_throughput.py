@@ -185,6 +185,8 @@ def test_forgetting_sums_the_gates_in_between() -> None:
         ("--names rpoe", "rope"),
         ("--impls flash", "implementation"),
         ("--device gpu", "unknown device"),
+        ("--device cpu:1", "unknown device"),
+        ("--out .", "Is a directory: '.'"),
         ("--impls fused", "Triton"),
         ("--lengths 1", "--lengths must be at least 2; got 1"),
         ("--tokens 0", "--tokens must be at least 1"),

@@ -41,7 +41,7 @@ sys.meta_path.insert(0, Block())
 OPTIONAL = (
     "datasets", "tokenizers", "triton", "transformers", "safetensors", "tyro", "huggingface_hub",
     "tqdm", "matplotlib", "pyarrow", "pandas", "wandb", "trackio", "tensorboard", "kernels",
-    "numpy", "pytest",
+    "numpy", "pytest", "onnx", "onnxruntime", "onnxscript",
 )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def test_library_needs_torch_and_einops_alone() -> None:
 def test_importing_the_library_and_its_kernels_imports_no_extra() -> None:
     pytest.importorskip("triton")
     optional = [name for name in OPTIONAL if name not in ("numpy", "triton", "tqdm")]  # torch's
-    files = [path.stem for path in (ROOT / "kernels").glob("*.py")]
+    files = [path.stem for path in (ROOT / "posenc" / "kernels").glob("*.py")]
     code = (
         f"import importlib, sys, posenc; print([n for n in {optional!r} if n in sys.modules])\n"
         f"for name in {files!r}: importlib.import_module('posenc.kernels.' + name)"
@@ -73,6 +73,8 @@ def test_importing_the_library_and_its_kernels_imports_no_extra() -> None:
 
 def test_kernels_is_a_bare_folder_behind_a_relative_link() -> None:
     link = ROOT / "posenc" / "kernels"
+    if not (ROOT / "kernels").exists():
+        pytest.skip("an sdist holds the folder in place of the link")
     assert link.is_symlink()
     assert link.readlink() == Path("../kernels")
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -48,4 +48,9 @@ def attend_dense(case: Case) -> Tensor:
         on_cpu = q.device.type == "cpu"
         bias = bias.to(torch.promote_types(q.dtype, torch.float32) if on_cpu else q.dtype)
         allowed = bias.masked_fill(~allowed, -math.inf)
-    return sdpa(content, k, v, attn_mask=allowed)
+    y = sdpa(content, k, v, attn_mask=allowed)
+    if bias is not None and torch.compiler.is_exporting():
+        # Where a mask needs a gradient torch lays y out otherwise. An exporter that looks at the
+        # graph with and without gradients (ONNX's does) would differ about what is a view of it.
+        y = y.clone(memory_format=torch.contiguous_format)
+    return y

@@ -45,8 +45,17 @@ def log_rates(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # fp64, H columns wide: cheap, and TF32, which a trainer may allow, cannot reach it.
         z = weight.double().mT @ x.double().mT  # (B, H, T)
     z = z if bias is None else z + bias.double().unsqueeze(-1)
-    # softplus turns linear past its threshold; the default, 20, is 2e-9 off there.
-    return -torch.log1p(F.softplus(z, threshold=40))
+    return -torch.log1p(softplus(z))
+
+
+def softplus(z: Tensor) -> Tensor:
+    """log(1 + e^z), of fp64."""
+    if torch.compiler.is_exporting():
+        # onnxruntime has no Softplus in fp64. At 0 the gradient of a maximum, unlike a clamp's, is
+        # one half, as it should be.
+        return torch.maximum(z, torch.zeros_like(z)) + torch.log1p(torch.exp(-z.abs()))
+    # It turns linear past its threshold; the default, 20, is 2e-9 off there.
+    return F.softplus(z, threshold=40)
 
 
 class CARoPE(Float32Parameters, Encoding):

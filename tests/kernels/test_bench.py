@@ -5,6 +5,7 @@ import torch
 
 from bench import kernels, measure
 from bench.rows import read
+from posenc.kernels.common import INTERPRETED
 
 LAYERS = ("mha", "rope", "carope", "cmha", "rmha", "mdha", "rcmha", "moh")
 
@@ -31,6 +32,25 @@ def test_every_provider_has_a_row(tmp_path, monkeypatch, capsys):
         assert 0 < row["p20"] <= row["p50"] <= row["p80"]
         assert row["error_vs_fp64"] < 1e-2
         assert row["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("shape", ["1,4,9", "1,4,9,sixteen", "1,0,9,16", "1,4,9,15"])
+def test_a_wrong_shape_is_named_before_any_measurement(shape, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["kernels", "--shapes", shape])
+    with pytest.raises(SystemExit) as stopped:
+        kernels.main()
+    assert stopped.value.code == 2
+    told = capsys.readouterr()
+    assert f"expected S1, S2, S3 or B,H,T,D, all positive, D even; got '{shape}'" in told.err
+    assert not told.out
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="compiled kernels take bfloat16")
+def test_bfloat16_in_the_interpreter_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["kernels", "--shapes", "1,4,9,16", "--dtype", "bfloat16"])
+    with pytest.raises(SystemExit, match=r"computes bfloat16 wrongly\. Use --dtype float32"):
+        kernels.main()
+    assert not capsys.readouterr().out
 
 
 def test_gate_refuses_what_is_wrong(device):

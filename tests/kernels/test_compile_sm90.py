@@ -55,6 +55,23 @@ def test_examples_cover_the_table(family, monkeypatch):
     assert used == set(family.CONFIGS)
 
 
+def test_command_takes_all_families_where_none_is_named(monkeypatch):
+    taken = []
+    monkeypatch.setattr(inspect_sm90, "launches", lambda family: taken.append(family) or [])
+    monkeypatch.setattr("sys.argv", ["inspect_sm90"])
+    inspect_sm90.main()
+    assert taken == inspect_sm90.families()
+
+
+def test_command_names_the_families_that_there_are(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["inspect_sm90", "flahs"])
+    with pytest.raises(SystemExit) as stopped:
+        inspect_sm90.main()
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err.splitlines()
+    assert "unknown family: 'flahs'. Did you mean 'flash'? Known: carope," in told[-1]
+
+
 def test_command_prints_a_row_a_kernel(monkeypatch, capsys):
     one = inspect_sm90.launches("flash")[:1]
     monkeypatch.setattr(inspect_sm90, "launches", lambda family: one)
