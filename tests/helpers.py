@@ -71,6 +71,29 @@ def copy_shared(source: nn.Module, target: nn.Module) -> None:
                 parameter.copy_(weights[name])
 
 
+def repeat_key_heads(grouped: nn.Module, whole: nn.Module, groups: int) -> None:
+    """Give `whole`, with HEADS key heads, the weights of `grouped`, each key head's repeated."""
+    times, rows = HEADS // groups, HEADS + 2 * groups
+
+    def repeated(weight: Tensor, shape: torch.Size) -> Tensor:
+        if weight.shape == shape:
+            return weight
+        if weight.numel() * 3 * HEADS == shape.numel() * rows:  # heads of q | k | v
+            q, k, v = weight.reshape(rows, -1).split((HEADS, groups, groups))
+            heads = (q, k.repeat_interleave(times, 0), v.repeat_interleave(times, 0))
+            return torch.cat(heads).reshape(shape)
+        (dim,) = (i for i, (a, b) in enumerate(zip(weight.shape, shape, strict=True)) if a != b)
+        return weight.repeat_interleave(times, dim)
+
+    wanted = whole.state_dict()
+    whole.load_state_dict(
+        {
+            name: repeated(weight, wanted[name].shape)
+            for name, weight in grouped.state_dict().items()
+        }
+    )
+
+
 def min_heads(name: str) -> int:
     """A default split into shared and routed heads needs four."""
     return 4 if ZOO[name].router is not None else 1

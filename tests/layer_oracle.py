@@ -3,7 +3,7 @@
     q, k, v   rows q | k | v of c_attn                              (B, H, T, D), (B, G, T, D) twice
     conv      y[t] = sum_j w_j z[t + j - present] (+ bias)          q, k and v; see `convolve`
     qk-norm   z / sqrt(mean(z^2) + 1e-6) * weight                   q and k, over D
-    scores    the encoding's: query head h, key head h // (H/G)    (B, H, T, T)
+    scores    the encoding's: query head h, key head h // (H/G)     (B, H, T, T)
     o[m]      sum over visible n of softmax(score[m, .])[n] v[n]    see `Tokens.sees`
     y         sum_h gate_h o_h W_o[h]                               gates of MoH, else 1
 
@@ -268,6 +268,8 @@ def attention_layer(
     oracles.require_float64(x, *weights.values())
     groups = num_heads if num_kv_heads is None else num_kv_heads
     dim = x.shape[-1] // num_heads if head_dim is None else head_dim
+    if positions is not None and getattr(encoding, "continuous", False):
+        positions = positions.double()  # below 0 they are positions like others, not padding
     tokens = place(x, positions, mask, segments, causal, window)
 
     def part(name: str) -> dict[str, Tensor]:
