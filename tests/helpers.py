@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import oracles
 import posenc
+from layer_oracle import attention_layer
 from posenc.backends import choice
 from posenc.backends.case import consecutive
 from posenc.encodings.base import Encoding
@@ -88,6 +88,29 @@ def copy_shared(source: nn.Module, target: nn.Module) -> None:
         for name, parameter in target.named_parameters():
             if name in weights and weights[name].shape == parameter.shape:
                 parameter.copy_(weights[name])
+
+
+def repeat_key_heads(grouped: nn.Module, whole: nn.Module, groups: int) -> None:
+    """Give `whole`, with HEADS key heads, the weights of `grouped`, each key head's repeated."""
+    times, rows = HEADS // groups, HEADS + 2 * groups
+
+    def repeated(weight: Tensor, shape: torch.Size) -> Tensor:
+        if weight.shape == shape:
+            return weight
+        if weight.numel() * 3 * HEADS == shape.numel() * rows:  # heads of q | k | v
+            q, k, v = weight.reshape(rows, -1).split((HEADS, groups, groups))
+            heads = (q, k.repeat_interleave(times, 0), v.repeat_interleave(times, 0))
+            return torch.cat(heads).reshape(shape)
+        (dim,) = (i for i, (a, b) in enumerate(zip(weight.shape, shape, strict=True)) if a != b)
+        return weight.repeat_interleave(times, dim)
+
+    wanted = whole.state_dict()
+    whole.load_state_dict(
+        {
+            name: repeated(weight, wanted[name].shape)
+            for name, weight in grouped.state_dict().items()
+        }
+    )
 
 
 def min_heads(name: str) -> int:
@@ -210,74 +233,6 @@ def counted(
         torch._dynamo.reset()
 
 
-def _nope(part: Encoding, weights: dict[str, Tensor], q: Tensor, k: Tensor, *_: Any) -> Tensor:
-    return oracles.dot_scores(q, k)
-
-
-def _rope(
-    part: posenc.RoPE,
-    weights: dict[str, Tensor],
-    q: Tensor,
-    k: Tensor,
-    x: Tensor,
-    positions: Tensor | None,
-) -> Tensor:
-    assert part.scaling is None
-    options = {"base": part.base, "pairing": part.pairing, "rotary_dim": part.rotary_dim}
-    return oracles.rope_scores(q, k, positions, positions, **options)
-
-
-def _carope(
-    part: posenc.CARoPE,
-    weights: dict[str, Tensor],
-    q: Tensor,
-    k: Tensor,
-    x: Tensor,
-    positions: Tensor | None,
-) -> Tensor:
-    W, bias = weights["weight"], weights.get("bias")
-    return oracles.carope_scores(q, k, x, W, bias, first_power=part.first_power)
-
-
-def _polar(
-    part: posenc.Polar,
-    weights: dict[str, Tensor],
-    q: Tensor,
-    k: Tensor,
-    x: Tensor,
-    positions: Tensor | None,
-) -> Tensor:
-    scale = 1.0 if part.init == "authors" else None
-    delta, b = weights["delta"], weights["b"]
-    return oracles.cmha_scores(q, k, delta, b, positions, positions, scale, part.base)
-
-
-def _relative(
-    part: posenc.Relative,
-    weights: dict[str, Tensor],
-    q: Tensor,
-    k: Tensor,
-    x: Tensor,
-    positions: Tensor | None,
-) -> Tensor:
-    if part.kind == "learned":
-        terms = (weights["u"], weights["R"], weights["S"])
-        return oracles.relative_learned_scores(q, k, *terms, positions, positions)
-    terms = (weights["u"], weights["v"], weights["W_R.weight"])
-    return oracles.relative_sinusoidal_scores(q, k, *terms, positions, positions)
-
-
-#: The oracle of every encoding class; a new method adds its own here.
-SCORES: dict[str, Callable[..., Tensor]] = {
-    "Encoding": _nope,
-    "NoPE": _nope,
-    "RoPE": _rope,
-    "CARoPE": _carope,
-    "Polar": _polar,
-    "Relative": _relative,
-}
-
-
 def raw_weights(module: nn.Module) -> dict[str, Tensor]:
     """Leaf copies of all parameters in fp64, by name."""
     return {
@@ -291,48 +246,17 @@ def oracle_layer(
     x: Tensor,
     positions: Tensor | None = None,
     weights: dict[str, Tensor] | None = None,
+    **features: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Output and balance loss of a layer in fp64: project, convolve, encode, attend, route, merge.
+    """Output and balance loss of a layer in fp64, by `layer_oracle.attention_layer`.
 
-    From the layer it takes its weights and its public options, none of its code.
+    From the layer it takes its weights and the public options of its parts, none of its code.
+    `features` are what the test asked of the layer and of the call, never read back from the layer.
     """
     weights = raw_weights(layer) if weights is None else weights
-    heads = layer.num_heads
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {
-            name.removeprefix(f"{prefix}."): weight
-            for name, weight in weights.items()
-            if name.startswith(f"{prefix}.")
-        }
-
-    biases = weights["c_attn.bias"].chunk(3) if "c_attn.bias" in weights else (None,) * 3
-    q, k, v = (
-        oracles.project(x, W, bias, heads)
-        for W, bias in zip(weights["c_attn.weight"].chunk(3), biases, strict=True)
-    )
-    if layer.conv is not None:
-        taps, shifts = weights["conv.weight"], weights.get("conv.bias", (None,) * 3)
-        q, k, v = (
-            oracles.depthwise_conv(z, w, shift)
-            for z, w, shift in zip((q, k, v), taps, shifts, strict=True)
-        )
-    encoding = layer.encoding
-    scores = SCORES[type(encoding).__name__](encoding, part("encoding"), q, k, x, positions)
-    o = oracles.causal_attention(scores, v)
-    aux = x.new_zeros(())
-    if layer.router is not None:
-        router = layer.router
-        if router.router == "linear":
-            matrices = (weights.get(f"router.{name}.weight") for name in ("W_s", "W_r", "W_h"))
-            gates = oracles.moh_linear_gates(
-                x, *matrices, shared=router.shared, top_k=router.top_k, scaling=router.scaling
-            )
-        else:
-            gates = oracles.moh_query_norm_gates(q, shared=router.shared, top_k=router.top_k)
-        o = oracles.weigh_heads(o, gates.gates)
-        aux = oracles.moh_aux(gates.probabilities, gates.selected, router.aux_scale)
-    return oracles.merge(o, weights["c_proj.weight"], weights.get("c_proj.bias")), aux
+    parts = {"encoding": layer.encoding, "router": layer.router}
+    sizes = {"num_heads": layer.num_heads, "positions": positions}
+    return attention_layer(x, weights, **parts, **sizes, **features)
 
 
 @contextmanager

@@ -217,6 +217,60 @@ def rope_scores(
     return dot_scores(turn(q, positions_q), turn(k, positions_k), scale)
 
 
+def proportional_frequencies(
+    dim: int, rotary_dim: int, *, base: float = 10000.0
+) -> tuple[list[float], float]:
+    """Proportional RoPE (p-RoPE, 2410.06205; Gemma 4): the r = rotary_dim/2 fastest pairs turn.
+
+    omega_i = base^(-2i/D) for i < r, 0 for the others: frequencies and pairs of the whole head.
+    """
+    whole = rope_frequencies(dim, base)
+    turning = rotary_dim // 2
+    return whole[:turning] + [0.0] * (len(whole) - turning), 1.0
+
+
+def axis_of_pair(i: int, axes: Sequence[int], layout: str) -> int:
+    """The axis whose position turns pair i of the head, for a layout with one spectrum.
+
+    "sections" (Qwen2-VL): axes[0]/2 pairs of the first axis, then axes[1]/2 of the second, ...
+    "interleaved" (Qwen3-VL): axis k = i mod A if i < A axes[k]/2, else the first
+    """
+    if layout == "sections":
+        return [axis for axis, features in enumerate(axes) for _ in range(features // 2)][i]
+    axis = i % len(axes)
+    return axis if i < len(axes) * axes[axis] // 2 else 0
+
+
+def axial_rotate(
+    x: Tensor,
+    positions: Tensor,
+    axes: Sequence[int],
+    layout: str = "blocks",
+    *,
+    base: float = 10000.0,
+    pairing: str = "half",
+) -> Tensor:
+    """RoPE over A axes; x (B, H, T, D), positions (T, A) or (B, T, A), axes[k] features an axis.
+
+    "blocks" (rope-vit, 2403.13298): axes[k] features next to each other are a RoPE of that width,
+    turned by the position on axis k: angle base^(-2j/axes[k]) pos_k of the block's pair j.
+    "sections", "interleaved": angle base^(-2i/D) pos_k of the head's pair i, k = axis_of_pair(i).
+    """
+    require_float64(x)
+    batch, _, length, dim = x.shape
+    positions = positions.expand(batch, length, len(axes))
+    if layout == "blocks":
+        blocks = x.split(list(axes), -1)
+        options = {"base": base, "pairing": pairing}
+        turned = [rope_rotate(z, positions[..., k], **options) for k, z in enumerate(blocks)]
+        return torch.cat(turned, -1)
+    angles = [
+        omega * positions[:, :, axis_of_pair(i, axes, layout)].double()
+        for i, omega in enumerate(rope_frequencies(dim, base))
+    ]
+    return rotate(x, torch.stack(angles, -1)[:, None], pairing)
+
+
 def linear_frequencies(
     dim: int, factor: float, *, base: float = 10000.0
 ) -> tuple[list[float], float]:
@@ -469,22 +523,28 @@ def relative_learned_scores(
     S: Tensor,
     positions_q: Tensor | None = None,
     positions_k: Tensor | None = None,
+    causal: bool = True,
 ) -> Tensor:
     """Learned relative logits of RCMHA (2308.03429); u (H, D), R (H, P, D), S (H, P).
 
     score[m,n] = ((q[m] + u_h).k[n] + q[m].R[h,dist] + S[h,dist]) / sqrt(D)
     dist = m - n, clamped to 0..P-1: farther keys use the last row; below 0 is the masked future
+
+    causal=False: R (H, 2P-1, D), S (H, 2P-1); m - n is clamped to -(P-1)..P-1 and its row is
+    m - n + P-1.
     """
     require_float64(u, R, S)
     batch, _, queries, dim = q.shape
     rows_q = position_rows(positions_q, batch, queries, k.shape[2])
     rows_k = position_rows(positions_k, batch, k.shape[2], k.shape[2])
+    last = R.shape[1] - 1
+    zero = 0 if causal else last // 2  # the row of distance 0
 
     def entry(b: int, m: int, n: int) -> Tensor:
-        distance = min(max(rows_q[b][m] - rows_k[b][n], 0), R.shape[1] - 1)
+        row = min(max(rows_q[b][m] - rows_k[b][n] + zero, 0), last)
         content = ((q[b, :, m] + u) * k[b, :, n]).sum(-1)
-        position = (q[b, :, m] * R[:, distance]).sum(-1)
-        return (content + position + S[:, distance]) / math.sqrt(dim)
+        position = (q[b, :, m] * R[:, row]).sum(-1)
+        return (content + position + S[:, row]) / math.sqrt(dim)
 
     return score_matrix(q, k, entry)
 
@@ -519,11 +579,14 @@ def relative_sinusoidal_scores(
     positions_q: Tensor | None = None,
     positions_k: Tensor | None = None,
     base: float = 10000.0,
+    causal: bool = True,
 ) -> Tensor:
     """Sinusoidal relative logits of Transformer-XL (1901.02860); u, v (H, D), W_R (H*D, C).
 
     score[m,n] = ((q[m] + u_h).k[n] + (q[m] + v_h).(W_R r[dist])_h) / sqrt(D)
     dist = m - n, negative ones (the masked future) taken as 0; no upper limit
+
+    causal=False: r[dist] of negative distances too.
     """
     require_float64(u, v, W_R)
     batch, heads, queries, dim = q.shape
@@ -535,7 +598,8 @@ def relative_sinusoidal_scores(
         return relative_rows(W_R, [distance], heads, base)[:, 0]
 
     def entry(b: int, m: int, n: int) -> Tensor:
-        distance = max(rows_q[b][m] - rows_k[b][n], 0)
+        distance = rows_q[b][m] - rows_k[b][n]
+        distance = max(distance, 0) if causal else distance
         content = ((q[b, :, m] + u) * k[b, :, n]).sum(-1)
         return (content + ((q[b, :, m] + v) * row(distance)).sum(-1)) / math.sqrt(dim)
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oracles import (
+    axial_rotate,
+    axis_of_pair,
     carope_bias,
     carope_phases,
     carope_rates,
@@ -30,6 +32,7 @@ from oracles import (
     moh_query_norm_gates,
     ntk_frequencies,
     project,
+    proportional_frequencies,
     relative_learned_scores,
     relative_rows,
     relative_sinusoid,
@@ -222,6 +225,49 @@ def test_llama3_bands() -> None:
             kinds.add("between")
             assert s / w == pytest.approx(1 / 8 + (turns - 1) / 3 * 7 / 8)
     assert kinds == {"kept", "divided", "between"}
+
+
+def test_proportional_frequencies_between_rope_and_none() -> None:
+    assert proportional_frequencies(8, 8) == (rope_frequencies(8), 1.0)
+    assert proportional_frequencies(8, 0) == ([0.0] * 4, 1.0)
+    assert proportional_frequencies(8, 4)[0] == [*rope_frequencies(8)[:2], 0.0, 0.0]
+    x = randn(B, H, T, D)
+    turned = rope_rotate(x, frequencies=proportional_frequencies(D, 4)[0])
+    still = [2, 3, 6, 7]  # both members of the slow pairs of the whole head
+    assert torch.equal(turned[..., still], x[..., still])
+    close(turned[..., [0, 1, 4, 5]], rope_rotate(x)[..., [0, 1, 4, 5]])
+
+
+def test_axes_of_the_named_models() -> None:
+    sections = [axis_of_pair(i, (32, 48, 48), "sections") for i in range(64)]
+    assert sections == [0] * 16 + [1] * 24 + [2] * 24  # Qwen2-VL
+    interleaved = [axis_of_pair(i, (48, 40, 40), "interleaved") for i in range(64)]
+    assert interleaved == [0, 1, 2] * 20 + [0] * 4  # Qwen3-VL
+
+
+LAYOUTS = pytest.mark.parametrize("layout", ["blocks", "sections", "interleaved"])
+PAIRED = pytest.mark.parametrize("pairing", ["half", "interleaved"])
+
+
+@LAYOUTS
+@PAIRED
+def test_one_axis_is_rope(layout: str, pairing: str) -> None:
+    x, where = randn(B, H, T, D), torch.randint(99, (B, T))
+    turned = axial_rotate(x, where[..., None], (D,), layout, pairing=pairing)
+    close(turned, rope_rotate(x, where, pairing=pairing))
+
+
+@LAYOUTS
+@PAIRED
+def test_equal_positions_on_all_axes(layout: str, pairing: str) -> None:
+    """RoPE again where the head has one spectrum; blocks have a spectrum each."""
+    x, where = randn(B, H, T, D), torch.arange(T) + 1
+    turned = axial_rotate(x, where[:, None].expand(T, 2), (4, 4), layout, pairing=pairing)
+    plain = rope_rotate(x, where, pairing=pairing)
+    assert (layout == "blocks") != torch.allclose(turned, plain)
+    if layout == "blocks":
+        halves = [rope_rotate(z, where, pairing=pairing) for z in x.split(4, -1)]
+        close(turned, torch.cat(halves, -1))
 
 
 @pytest.mark.parametrize(("dim", "bias"), [(64, -0.92666), (96, -1.44577), (128, -1.78735)])

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import posenc
-from helpers import HEAD_DIM, HEADS, NAMES, SCORES, WIDTH, close, copy_shared, differs, randn
+from helpers import HEAD_DIM, HEADS, NAMES, WIDTH, close, copy_shared, differs, randn
+from layer_oracle import SCORES
 from posenc.zoo import ENCODINGS, ZOO, default_moh, model_attention
 
 #: Parameters of a layer beside its four projections, for C, H and P = max_distance.
