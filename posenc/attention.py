@@ -165,7 +165,15 @@ class Attention(nn.Module):
             device: the weights' if None.
             dtype: that in which k and v will come if None: autocast's where it is on, else the
                 weights'.
+
+        Raises:
+            ValueError: where attention is not causal.
         """
+        if not self.causal:
+            raise ValueError(
+                "attention with causal=False has no cache: later tokens change earlier outputs. "
+                "Give the whole text at once."
+            )
         # An adapter or a quantised layer in c_attn's place need not have a weight of its own.
         inside = (weight for part in (self.c_attn, self) for weight in part.parameters())
         weight = next((weight for weight in inside if weight.is_floating_point()), torch.empty(0))
@@ -315,12 +323,9 @@ class Attention(nn.Module):
         if cache is None:
             given = (positions, mask, segments)
             return place(batch, length, device, *given, axes=axes, continuous=continuous)
-        if axes is not None or continuous:
-            raise ValueError(
-                "decoding counts tokens: a cache goes with integer positions of one axis alone. "
-                "Give the whole text at once."
-            )
-        return place_after(cache, batch, length, device, positions, mask)
+        return place_after(
+            cache, batch, length, device, positions, mask, axes=axes, continuous=continuous
+        )
 
     def _check_cache(self, cache: Cache, x: Tensor, segments: Tensor | None) -> None:
         """Raise ValueError for a cache that does not fit the call."""

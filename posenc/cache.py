@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from posenc.checks import check_ascending, check_mask, check_positions
+from posenc.checks import check_ascending, check_mask, check_positions, concrete
 from posenc.placement import Placement
 
 
@@ -269,6 +269,13 @@ def check_index(index: Tensor, batch_size: int) -> None:
             f"reorder takes an integer tensor of shape ({batch_size},), a row of the batch each; "
             f"got {got}."
         )
+    if index.device.type == "cpu" and concrete(index):
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= batch_size:
+            raise ValueError(
+                f"reorder takes rows 0 .. {batch_size - 1} of the batch; got "
+                f"{low if low < 0 else high}. Give the row that each goes on with."
+            )
 
 
 def cache_dtype(weight: Tensor) -> torch.dtype:
@@ -341,10 +348,21 @@ def place_after(
     device: torch.device,
     positions: Tensor | None = None,
     mask: Tensor | None = None,
+    *,
+    axes: int | None = None,
+    continuous: bool = False,
 ) -> Placement:
-    """Placement of the tokens of a call after those of a cache; arguments as in `place`."""
+    """Placement of the tokens of a call after those of a cache; arguments as in `place`.
+
+    Where positions are no counts of tokens (several axes, floating-point numbers) the cache counts
+    tokens, and the caller gives their positions at every call.
+    """
     if mask is not None:
         check_mask(mask, batch, length)
-    if positions is not None:
-        positions = check_positions(positions, batch, length, device)
-    return cache.place(positions, length, mask)
+    if positions is None and axes is None:
+        return cache.place(None, length, mask)
+    positions = check_positions(positions, batch, length, device, axes=axes, continuous=continuous)
+    if axes is None and not continuous:
+        return cache.place(positions, length, mask)
+    where = cache.place(None, length, mask)
+    return Placement(positions, length=length, key_length=where.key_length, real=where.real)

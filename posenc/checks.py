@@ -96,6 +96,7 @@ def check_positions(
     *,
     axes: int | None = None,
     continuous: bool = False,
+    name: str = "positions",
 ) -> Tensor:
     """Positions (length,), (1, length) or (batch, length), with axes (.., A), or ValueError.
 
@@ -114,13 +115,13 @@ def check_positions(
         return torch.arange(length, device=device)
     if not isinstance(positions, Tensor):
         raise ValueError(
-            f"positions must be an integer tensor of shape {wanted}; got "
+            f"{name} must be an integer tensor of shape {wanted}; got "
             f"{type(positions).__name__}. Pass torch.arange(start, start + {length})."
         )
     real = positions.dtype.is_floating_point
     if positions.dtype.is_complex or positions.dtype == torch.bool or (real and not continuous):
         raise ValueError(
-            f"positions must be {kind}s; got {positions.dtype}. Pass a torch.long tensor."
+            f"{name} must be {kind}s; got {positions.dtype}. Pass a torch.long tensor."
         )
     inner = () if axes is None else (axes,)
     if positions.shape not in (
@@ -129,7 +130,7 @@ def check_positions(
         (batch, length, *inner),
     ):
         raise ValueError(
-            f"positions must have shape {wanted}; got {tuple(positions.shape)}. "
+            f"{name} must have shape {wanted}; got {tuple(positions.shape)}. "
             "Give one position per token."
         )
     return positions.double() if real else positions.long()

@@ -177,18 +177,22 @@ def segments(
         raise ValueError("segments takes the documents' lengths or cu_seqlens=, one of the two.")
     if cu_seqlens is not None:
         bounds = torch.as_tensor(cu_seqlens)
-        if bounds.dtype.is_floating_point or bounds.ndim != 1 or len(bounds) < 2 or bounds[0] != 0:
+        whole = not (bounds.dtype.is_floating_point or bounds.dtype == torch.bool)
+        row = whole and bounds.ndim == 1 and len(bounds) > 1
+        if not row or bounds[0] != 0 or (bounds.diff() < 1).any():
             raise ValueError(
-                "cu_seqlens must be integers (N + 1,), from 0 to the number of tokens; "
-                f"got {cu_seqlens}."
+                "cu_seqlens must be integers (N + 1,) that rise from 0 to the number of tokens; "
+                f"got {cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens}. "
+                "Leave empty documents out."
             )
         counts = bounds.diff()
     else:
         counts = torch.as_tensor(lengths)
-    if counts.dtype.is_floating_point or counts.ndim != 1 or not len(counts) or (counts < 1).any():
-        raise ValueError(
-            "the lengths of documents must be integers of at least 1; "
-            f"got {counts.tolist()}. Leave empty documents out."
-        )
+        whole = not (counts.dtype.is_floating_point or counts.dtype == torch.bool)
+        if not whole or counts.ndim != 1 or not len(counts) or (counts < 1).any():
+            raise ValueError(
+                "the lengths of documents must be integers of at least 1; "
+                f"got {counts.tolist()}. Leave empty documents out."
+            )
     index = torch.arange(len(counts), device=counts.device)
     return index.repeat_interleave(counts.long()).unsqueeze(0)

@@ -4,8 +4,9 @@ A row fills the seams of `Attention`. A new method is its file, a row here, and 
 tests.
 """
 
-import ast
 import inspect
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -310,19 +311,24 @@ def parse_layer(entry: str) -> tuple[str, dict[str, Any]]:
         ValueError: for text of another form.
     """
     name, colon, rest = entry.partition(":")
-    pairs = [pair.partition("=") for pair in rest.split(",")] if colon else []
-    if not name or any(not (key and equals and value) for key, equals, value in pairs):
+    # A value may hold commas of its own: a list or a mapping.
+    words = re.split(r",(?=\s*\w+=)", rest) if colon else []
+    pairs = [word.partition("=") for word in words]
+    keys = [key.strip() for key, _, _ in pairs]
+    whole = all(key and equals and value for key, equals, value in pairs)
+    if not name or not whole or len(set(keys)) < len(keys):
         raise ValueError(
-            f"a layer of an attention pattern is NAME or NAME:KEY=VALUE,KEY=VALUE; got {entry!r}."
+            "a layer of an attention pattern is NAME or NAME:KEY=VALUE,KEY=VALUE, each key once; "
+            f"got {entry!r}."
         )
     return name, {key.strip(): parse_value(value.strip()) for key, _, value in pairs}
 
 
 def parse_value(text: str) -> Any:
-    """A Python literal, or the text itself."""
+    """What JSON reads in the text, or the text itself."""
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        return json.loads(text)
+    except ValueError:
         return text
 
 
@@ -334,7 +340,8 @@ def sort_layers(
     Args:
         options: of every layer; those in the pattern go before them.
     """
-    pattern = (attention,) if isinstance(attention, str) else tuple(attention)
+    one = isinstance(attention, str) or not isinstance(attention, Sequence)
+    pattern: tuple[Any, ...] = (attention,) if one else tuple(attention)
     if not pattern or not all(isinstance(entry, str) for entry in pattern):
         raise ValueError(
             f"attention must be a name or a sequence of names, one a layer; got {attention!r}."

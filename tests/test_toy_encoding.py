@@ -3,8 +3,6 @@
 Everything else here are the tests of the others, run over it.
 """
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -68,24 +66,6 @@ class Toy(posenc.Encoding):
         if apart.ndim == 2:
             apart = apart.unsqueeze(0)
         return -self.slope[:, None, None] * apart.unsqueeze(1)
-
-    # THE SEAM for an additive bias in the logits: these lines alone depend on its form. Here it is
-    # that of version 0.1, where key positions are None for consecutive keys.
-    def scores(
-        self,
-        q: Tensor,
-        k: Tensor,
-        positions: Tensor,
-        key_positions: Tensor | None = None,
-        x: Tensor | None = None,
-        state: Any = None,
-    ) -> Any:
-        from posenc.scores import Scores
-
-        if key_positions is None:
-            key_positions = torch.arange(k.shape[-2])
-            positions = key_positions[-q.shape[-2] :]
-        return Scores(bias=self.score_bias(positions, key_positions).to(q.dtype))
 
 
 def toy_scores(call: layer_oracle.Call) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from posenc.accounting import Part, Sizes, state, weights
 from posenc.cache import Cache, Stream
-from posenc.checks import check_pair
+from posenc.checks import check_pair, check_positions
 from posenc.placement import Placement, place
 from posenc.rotations import ByFunction, Rotation
 from posenc.scores import Scores, relative_logits
@@ -109,6 +109,16 @@ class Encoding(nn.Module):
         apart = q is not None and k is not None and key_positions is not None
         check_pair(q, k, getattr(self, "head_dim", None), apart=apart)
         if apart:
+            assert k is not None
+            check_positions(
+                key_positions,
+                k.shape[0],
+                k.shape[-2],
+                k.device,
+                axes=self.axes_count,
+                continuous=self.continuous,
+                name="key_positions",
+            )
             q, _ = self.rotate(q, None, positions, x, state)
             _, k = self.rotate(None, k, key_positions, x, state)
             return q, k

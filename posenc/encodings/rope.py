@@ -84,6 +84,13 @@ class RoPE(Encoding):
         check_base(base)
         self.head_dim, self.rotary_dim, self.partial = head_dim, rotary_dim, mapped.partial
         self.base, self.pairing, self.scaling = base, pairing, mapped.scaling
+        if axes is None and layout != "blocks":
+            raise ValueError(
+                f"layout={layout!r} says which features turn with which axis; got axes=None. "
+                "Give axes=, the features of each."
+            )
+        if axes is not None and not isinstance(axes, Sequence):
+            raise ValueError(f"axes must be numbers of features, one an axis; got {axes!r}.")
         self.axes = None if axes is None else tuple(axes)
         self.layout, self.continuous = layout, continuous
         self.axes_count = None if self.axes is None else len(self.axes)

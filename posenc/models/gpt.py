@@ -82,7 +82,7 @@ class GPTConfig:
                 f"attention_options must map names to values; got {self.attention_options!r}."
             )
         object.__setattr__(self, "attention_options", dict(self.attention_options))
-        if not isinstance(self.attention, str):
+        if isinstance(self.attention, Sequence) and not isinstance(self.attention, str):
             object.__setattr__(self, "attention", tuple(self.attention))
 
     @property

@@ -16,7 +16,7 @@ from posenc.backends.choice import IMPLS
 from posenc.errors import unknown
 from posenc.models.gpt import GPTConfig
 from posenc.training.schedule import learning_rate
-from posenc.zoo import names
+from posenc.zoo import names, parse_value
 
 PARALLEL = ("none", "ddp", "fsdp")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -38,10 +38,7 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"expected KEY=VALUE; got {word!r}. For example init=paper.")
         if key in options:
             raise ValueError(f"{key!r} is given twice. Give it once.")
-        try:
-            options[key] = json.loads(text)
-        except ValueError:
-            options[key] = text
+        options[key] = parse_value(text)
     return options
 
 
