@@ -5,7 +5,8 @@ from posenc.cache import Cache
 from posenc.convolution import DepthwiseConv
 from posenc.cost import attention_cost, model_cost
 from posenc.encodings import CARoPE, Encoding, Learned, NoPE, Polar, Relative, RoPE, Sinusoidal
-from posenc.models.gpt import GPT, GPTConfig
+from posenc.models.config import GPTConfig
+from posenc.models.gpt import GPT
 from posenc.placement import segments
 from posenc.routing.moh import MoH
 from posenc.routing.stats import record_routing

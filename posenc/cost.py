@@ -31,7 +31,8 @@ from posenc.attention import Attention
 from posenc.cache import POSITIONS, Stream
 from posenc.checks import check_sizes
 from posenc.encodings.carope import CARoPE
-from posenc.models.gpt import GPT, GPTConfig
+from posenc.models.config import GPTConfig
+from posenc.models.gpt import GPT
 
 
 @dataclass(frozen=True)

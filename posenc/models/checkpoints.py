@@ -8,17 +8,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from posenc.files import atomic_file
+from posenc.models.config import GPTConfig
 from posenc.phase import Float32Parameters
 from posenc.wrappers import plain_name
-
-if TYPE_CHECKING:
-    from posenc.models.gpt import GPT, GPTConfig
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 #: GPT-2 stores these linear weights as (in, out).
@@ -28,26 +26,23 @@ IGNORED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def save(model: "GPT", path: Path) -> None:
+def save(config: GPTConfig, state: Mapping[str, Tensor], path: Path) -> None:
     """Write both files, each by renaming a finished temporary file into place."""
     from safetensors.torch import save_file
 
     # What JSON cannot hold fails here, before a file is touched.
-    config = json.dumps({"model_type": "posenc", **asdict(with_impl(model.config))}, indent=2)
-    state = model.state_dict()
+    text = json.dumps({"model_type": "posenc", **asdict(with_impl(config))}, indent=2)
     tensors = {plain_name(name): tensor.contiguous() for name, tensor in state.items()}
     with atomic_file(path / WEIGHTS) as file:
         save_file(tensors, file, metadata={"format": "pt"})
     # Of a model in several files that lay here: it would name the weights that count.
     (path / INDEX).unlink(missing_ok=True)
     with atomic_file(path / CONFIG) as file:
-        file.write_text(config + "\n", encoding="utf-8")
+        file.write_text(text + "\n", encoding="utf-8")
 
 
-def load(path_or_hub_id: str | Path, impl: str | None = None) -> "GPT":
-    """See `GPT.from_pretrained`."""
-    from posenc.models.gpt import GPT
-
+def read(path_or_hub_id: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The config and the weights of a checkpoint, see `GPT.from_pretrained`."""
     folder = _folder(path_or_hub_id)
     raw = _read_config(folder)
     if "model_type" not in raw and (folder / "model").is_dir():
@@ -66,17 +61,18 @@ def load(path_or_hub_id: str | Path, impl: str | None = None) -> "GPT":
         )
     state = _read_weights(folder)
     if kind == "gpt2":
-        config, state = gpt2_config(raw), gpt2_state(state)
-    else:
-        config = our_config(raw)
-    with torch.device("meta"):
-        model = GPT(with_impl(config, impl))
+        return gpt2_config(raw), gpt2_state(state)
+    return our_config(raw), state
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a model on `meta` its weights, all in the widest of their dtypes, or ValueError."""
     _check_fit(model.state_dict(), state)
     model.load_state_dict(state, assign=True)
-    return _of_one_dtype(model).requires_grad_(True).eval()
+    _to_one_dtype(model)
 
 
-def with_impl(config: "GPTConfig", impl: str | None = None) -> "GPTConfig":
+def with_impl(config: GPTConfig, impl: str | None = None) -> GPTConfig:
     """A config with this back end in place of its own: a property of a machine, not of a model."""
     options = {
         key: value
@@ -88,8 +84,8 @@ def with_impl(config: "GPTConfig", impl: str | None = None) -> "GPTConfig":
     return replace(config, attention_options=options)
 
 
-def _of_one_dtype(model: "GPT") -> "GPT":
-    """The model in the widest dtype of its weights, phase parameters aside."""
+def _to_one_dtype(model: nn.Module) -> None:
+    """To the widest dtype of the weights, phase parameters aside."""
     dtypes = {
         parameter.dtype
         for part in model.modules()
@@ -98,7 +94,6 @@ def _of_one_dtype(model: "GPT") -> "GPT":
     }
     if len(dtypes) > 1:
         model.to(reduce(torch.promote_types, dtypes))
-    return model
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -196,10 +191,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     return raw
 
 
-def our_config(raw: Mapping[str, Any]) -> "GPTConfig":
+def our_config(raw: Mapping[str, Any]) -> GPTConfig:
     """The GPTConfig in a config.json of ours; unknown keys are an error, not ignored."""
-    from posenc.models.gpt import GPTConfig
-
     known = {field.name for field in fields(GPTConfig)}
     values = {key: value for key, value in raw.items() if key != "model_type"}
     if strange := sorted(values.keys() - known):
@@ -209,10 +202,8 @@ def our_config(raw: Mapping[str, Any]) -> "GPTConfig":
     return GPTConfig(**values)
 
 
-def gpt2_config(raw: Mapping[str, Any]) -> "GPTConfig":
+def gpt2_config(raw: Mapping[str, Any]) -> GPTConfig:
     """The GPTConfig of a Hugging Face GPT-2 configuration."""
-    from posenc.models.gpt import GPTConfig
-
     activations = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
     activation = raw.get("activation_function", "gelu_new")
     expected: dict[str, Any] = {

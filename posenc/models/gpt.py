@@ -9,11 +9,10 @@ suffixes.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from posenc.attention import Attention, Shared
 from posenc.cache import Cache, ModelCache, cache_dtype, check_cache, check_no_segments, place_after
-from posenc.checks import check_ids, check_sizes, check_vocabulary
+from posenc.checks import check_ids, check_vocabulary
 from posenc.encodings.learned import Learned
-from posenc.errors import unknown
+from posenc.models import checkpoints
+from posenc.models.config import GPTConfig
 from posenc.models.generation import (
     align_right,
     check_sampling,
@@ -39,56 +39,6 @@ from posenc.zoo import model_attention
 #: What a target is where nothing is to be predicted.
 NO_TARGET = -100
 EMBEDDING_STD = 0.02
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The shape of a GPT.
-
-    Args:
-        context: the training length, and the rows of a learned table; other encodings can go beyond
-            it.
-        attention: one of `posenc.names()`, or a sequence of them that repeats over the layers, each
-            NAME or NAME:KEY=VALUE,..: `("rope:window=128", "rope:window=128", "nope")`.
-        attention_options: of every layer, see `posenc.attention`.
-        dropout: after the embedding, on attention weights and on residual branches.
-        bias: of every linear layer and LayerNorm.
-        gelu: "none" is the exact GELU, "tanh" GPT-2's approximation.
-        mlp_dim: hidden width of the MLP; None is 4 embed_dim.
-    """
-
-    vocab_size: int = 50304
-    context: int = 1024
-    layers: int = 12
-    heads: int = 12
-    embed_dim: int = 768
-    attention: str | Sequence[str] = "rope"
-    attention_options: Mapping[str, Any] = field(default_factory=dict)
-    dropout: float = 0.0
-    bias: bool = True
-    gelu: Literal["none", "tanh"] = "none"
-    mlp_dim: int | None = None
-
-    def __post_init__(self) -> None:
-        sizes = ("vocab_size", "context", "layers", "heads", "embed_dim")
-        check_sizes("GPTConfig", **{name: getattr(self, name) for name in sizes})
-        check_sizes("GPTConfig", mlp_dim=self.mlp_width)
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}.")
-        if self.gelu not in ("none", "tanh"):
-            raise ValueError(unknown("gelu", self.gelu, ("none", "tanh")))
-        if not isinstance(self.attention_options, Mapping):
-            raise ValueError(
-                f"attention_options must map names to values; got {self.attention_options!r}."
-            )
-        object.__setattr__(self, "attention_options", dict(self.attention_options))
-        if isinstance(self.attention, Sequence) and not isinstance(self.attention, str):
-            object.__setattr__(self, "attention", tuple(self.attention))
-
-    @property
-    def mlp_width(self) -> int:
-        """M, the hidden width of the MLP."""
-        return 4 * self.embed_dim if self.mlp_dim is None else self.mlp_dim
 
 
 class GPTOutput(NamedTuple):
@@ -452,9 +402,7 @@ class GPT(nn.Module):
         Names are those of the bare parts, whatever wraps them (torch.compile, DDP, activation
         checkpointing). The back end, `impl`, is not stored: who loads the model chooses it.
         """
-        from posenc.models.checkpoints import save
-
-        save(self, Path(path))
+        checkpoints.save(self.config, self.state_dict(), Path(path))
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, *, impl: str | None = None) -> "GPT":
@@ -472,9 +420,11 @@ class GPT(nn.Module):
             ValueError: for a missing file, another architecture, weights that do not fit, or an
                 impl that cannot run.
         """
-        from posenc.models.checkpoints import load
-
-        return load(path_or_hub_id, impl)
+        config, state = checkpoints.read(path_or_hub_id)
+        with torch.device("meta"):
+            model = cls(checkpoints.with_impl(config, impl))
+        checkpoints.fill(model, state)
+        return model.requires_grad_(True).eval()
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

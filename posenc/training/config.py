@@ -14,7 +14,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from posenc.backends.choice import IMPLS
 from posenc.errors import unknown
-from posenc.models.gpt import GPTConfig
+from posenc.models.config import GPTConfig
 from posenc.training.schedule import learning_rate
 from posenc.zoo import names, parse_value
 
