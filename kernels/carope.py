@@ -30,6 +30,7 @@ from torch import Tensor
 
 from posenc.kernels.common import (
     OPTIONS,
+    backward_only,
     device_of,
     head_of,
     load_tile,
@@ -535,6 +536,7 @@ def check(q: Tensor, k: Tensor, log_rates: Tensor, carry: Tensor | None, first_p
     require_runnable("carope", q, k)
 
 
+@backward_only
 def carope(
     q: Tensor,
     k: Tensor,
@@ -564,6 +566,7 @@ def carope(
     return _forward_op(q, k, log_rates, carry, first_power, False)[:3]
 
 
+@backward_only
 def carope_with_phases(
     q: Tensor,
     k: Tensor,

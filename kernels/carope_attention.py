@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posenc.kernels import carope, flash
-from posenc.kernels.common import head_of, rows_by_head, store_tile, strided
+from posenc.kernels.common import backward_only, head_of, rows_by_head, store_tile, strided
 from posenc.kernels.hooks import Hook
 from posenc.kernels.turns import cos_sin, upper
 
@@ -180,6 +180,7 @@ def _differentiate(ctx, do, *_):
 _forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
+@backward_only
 def carope_attention(
     q: Tensor,
     k: Tensor,

@@ -7,18 +7,24 @@ before a million tokens do.
 """
 
 import contextlib
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
 
 #: Whether kernels decorated in this process run in Triton's interpreter, on the CPU.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 #: Options of every launch. Contracting multiply and add is Triton's default, but a changing one.
 OPTIONS = {"enable_fp_fusion": True}
+
+Op = TypeVar("Op", bound=Callable[..., Any])
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -47,6 +53,44 @@ def require_runnable(op: str, *tensors: Tensor) -> None:
             f"{op} got bfloat16, which Triton's interpreter computes wrongly. "
             "Use float32 or float16, or a CUDA device without TRITON_INTERPRET."
         )
+
+
+def backward_only(op: Op) -> Op:
+    """Decorate a public op: ValueError where anything but backward() would differentiate it.
+
+    A custom op has no other gradient. Forward mode would lose its tangent without a word, and
+    `torch.func.grad` would fail inside torch.
+    """
+
+    @functools.wraps(op)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        # Nearly always nothing is on, which takes 0.2 us to see. While compiling, the question
+        # would become a node of the graph; torch.func.grad then fails in torch's words.
+        compiling = torch.compiler.is_compiling()
+        transformed = not compiling and torch._C._are_functorch_transforms_active()
+        if transformed or forward_ad._current_level >= 0:
+            for x in (*args, *kwargs.values()):
+                if isinstance(x, Tensor) and _is_followed(x):
+                    raise ValueError(
+                        f"{op.__name__} is differentiated by backward() alone, neither in forward "
+                        "mode nor by torch.func. Use impl='reference', or for torch.func.grad "
+                        "'sdpa'."
+                    )
+        return op(*args, **kwargs)
+
+    return checked
+
+
+def _is_followed(x: Tensor) -> bool:
+    """Whether forward mode or a transform of torch.func differentiates by x."""
+    while functorch.is_functorch_wrapped_tensor(x):
+        # Of two levels of forward mode, the inner one cannot see a tangent of the outer.
+        tangents = forward_ad._current_level >= 0
+        if functorch.is_gradtrackingtensor(x) and (x.requires_grad or tangents):
+            return True
+        x = functorch.get_unwrapped(x)
+    with torch._C._DisableFuncTorch():
+        return forward_ad.unpack_dual(x).tangent is not None
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from posenc.kernels.common import (
     OPTIONS,
+    backward_only,
     device_of,
     head_of,
     require_runnable,
@@ -402,6 +403,7 @@ def check(
         raise ValueError(f"past must be {before}; got {tuple(past.shape)}.")
 
 
+@backward_only
 def conv(
     q: Tensor,
     k: Tensor,

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from posenc.kernels.common import (
     OPTIONS,
+    backward_only,
     block_of,
     device_of,
     head_of,
@@ -359,6 +360,7 @@ def _differentiate(ctx, do, _):
 _forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
+@backward_only
 def flash_attention_with_lse(
     q: Tensor,
     k: Tensor,

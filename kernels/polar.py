@@ -27,6 +27,7 @@ from torch import Tensor
 
 from posenc.kernels.common import (
     OPTIONS,
+    backward_only,
     device_of,
     head_of,
     load_tile,
@@ -342,6 +343,7 @@ def _differentiate(ctx, dq_out, dk_out):
 _forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
+@backward_only
 def polar(
     q: Tensor,
     k: Tensor,

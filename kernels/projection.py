@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posenc.kernels.common import (
+    backward_only,
     block_of,
     device_of,
     head_of,
@@ -137,6 +138,7 @@ def _differentiate(ctx, dy):
 _forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
+@backward_only
 def project_kept(x: Tensor, weight: Tensor, bias: Tensor | None, gates: Tensor) -> Tensor:
     """Project into heads what the gates keep; differentiable in x, weight and bias.
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from posenc.kernels import flash
 from posenc.kernels.common import (
+    backward_only,
     block_of,
     device_of,
     head_of,
@@ -379,6 +380,7 @@ def _differentiate(ctx, do, _):
 _forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
+@backward_only
 def relative_attention(
     q: Tensor,
     k: Tensor,

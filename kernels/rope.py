@@ -18,6 +18,7 @@ from torch import Tensor
 
 from posenc.kernels.common import (
     OPTIONS,
+    backward_only,
     device_of,
     head_of,
     load_tile,
@@ -283,6 +284,7 @@ def check(
         raise ValueError(f"unknown pairing: {pairing!r}. Known: {', '.join(PAIRINGS)}.")
 
 
+@backward_only
 def rope(
     q: Tensor,
     k: Tensor,

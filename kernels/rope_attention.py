@@ -22,7 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from posenc.kernels import flash, rope
-from posenc.kernels.common import head_of, load_tile, rows_by_head, store_tile, strided
+from posenc.kernels.common import (
+    backward_only,
+    head_of,
+    load_tile,
+    rows_by_head,
+    store_tile,
+    strided,
+)
 from posenc.kernels.hooks import Hook
 from posenc.kernels.turns import position_arguments, rotate_rows, turns_from_radians
 
@@ -186,6 +193,7 @@ def _differentiate(ctx, do, *_):
 _forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
+@backward_only
 def rope_attention(
     q: Tensor,
     k: Tensor,

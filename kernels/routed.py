@@ -31,6 +31,7 @@ from torch import Tensor
 from posenc.kernels import flash
 from posenc.kernels.common import (
     OPTIONS,
+    backward_only,
     block_of,
     device_of,
     head_of,
@@ -458,6 +459,7 @@ def _differentiate_dense(ctx, dy, *_):
 _dense_forward_op.register_autograd(_differentiate_dense, setup_context=_save_dense)
 
 
+@backward_only
 def routed_attention(
     q: Tensor,
     k: Tensor,

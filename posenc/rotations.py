@@ -130,7 +130,8 @@ class ByContent(NamedTuple):
 def content_angle(x: Tensor, delta: Tensor) -> Tensor:
     """(delta - 1) * atan2(x2, x1): x (B, H, T, D), delta (H, D/2) -> (B, H, T, D/2); 0 at x = 0."""
     first, second = pairs(x.to(phase_dtype(x)))
-    return (delta - 1).unsqueeze(-2) * torch.atan2(second, first)
+    # torch 2.11 exports no difference of a parameter itself and an integer to ONNX.
+    return (delta.unsqueeze(-2) - 1) * torch.atan2(second, first)
 
 
 def turn_by_content(

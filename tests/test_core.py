@@ -155,6 +155,18 @@ def test_blocks_are_the_reference(
         close(actual, expected)
 
 
+def test_blocks_have_gradients_in_torch_func(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "ROWS", 4)
+    monkeypatch.setattr(blockwise, "RECOMPUTE_FROM", 2)
+    (q, k, v), table = inputs(11, 11), randn(H, 5, D)
+
+    def loss(q: Tensor) -> Tensor:
+        return attend(q, k, v, Scores(relative=RelativeTerm(table))).square().sum()
+
+    leaf = q.clone().requires_grad_()
+    close(torch.func.grad(loss)(q), torch.autograd.grad(loss(leaf), leaf)[0])
+
+
 @WORKING
 def test_dropout_drops_weights_and_keeps_their_mean(impl: str) -> None:
     q, k = torch.zeros(64, 4, 32, 2), torch.zeros(64, 4, 32, 2)

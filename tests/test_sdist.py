@@ -14,10 +14,8 @@ BUILD = "import sys; from setuptools.build_meta import build_sdist; build_sdist(
 
 def tracked() -> set[str]:
     """The files under version control, as they are now."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = ["git", "ls-files"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
 
 

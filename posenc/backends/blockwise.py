@@ -165,6 +165,8 @@ def _relative(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
             return torch.bmm(weights, values[:, piece.keys])
 
     recompute = torch.is_grad_enabled() and widest >= RECOMPUTE_FROM
+    # torch.func knows no checkpoints.
+    recompute = recompute and not torch._C._are_functorch_transforms_active()
     outputs = []
     # The widest block first: where it lay the others fit. Growing blocks left a hole each, at
     # T=8192 1.1 GB of them instead of 0.27.
