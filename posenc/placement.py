@@ -25,6 +25,7 @@ class Placement:
         real: (B, S) bool, False for padding; None: no padding.
         segments: integer (B, T), equal within a document; None: one document a row.
         length, key_length: T and S.
+        at: of the queries among the keys, (T,); None: they are the last.
     """
 
     def __init__(
@@ -36,7 +37,9 @@ class Placement:
         keys: Tensor | None = None,
         real: Tensor | None = None,
         segments: Tensor | None = None,
+        at: Tensor | None = None,
     ) -> None:
+        self.at = at
         self.positions, self.keys = positions, keys
         self.real, self.segments = real, segments
         self.length = positions.shape[-1] if length is None else length

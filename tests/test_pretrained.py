@@ -321,7 +321,7 @@ def test_the_back_end_is_the_loader_s_choice(
     state = load_file(saved / "model.safetensors")
     options = {key: impl, "init": "rope"}
     with monkeypatch.context() as there:  # a machine with a GPU
-        there.setattr("posenc.fused.check_available", lambda: None)
+        there.setattr("posenc.backends.fused.check_available", lambda: None)
         model = GPT(replace(config, attention_options=options))
         model.load_state_dict(state)
         model.save_pretrained(saved)

@@ -47,7 +47,8 @@ class Mask:
     @property
     def only_order(self) -> bool:
         """Whether nothing is hidden but, if causal, what comes later."""
-        return self.real is None and self.segments is None and self.window is None
+        whole = self.real is None and self.segments is None and self.window is None
+        return whole and self.place.at is None
 
     @property
     def key(self) -> tuple[bool, int | None]:
@@ -61,8 +62,10 @@ class Mask:
     def dense(self, batch: slice = ALL, rows: slice = ALL, keys: slice = ALL) -> Tensor:
         """True where a query sees a key: (T, S), or (B, 1, T, S) where rows of the batch differ."""
         device = self.place.positions.device
-        offset = self.key_length - self.length
-        m = torch.arange(offset, self.key_length, device=device)[rows].unsqueeze(-1)
+        at = self.place.at
+        if at is None:
+            at = torch.arange(self.key_length - self.length, self.key_length, device=device)
+        m = at[rows].unsqueeze(-1)
         n = torch.arange(self.key_length, device=device)[keys]
         seen = m >= n if self.causal else torch.ones_like(m >= n)
         if self.window is not None:

@@ -10,6 +10,7 @@ suffixes.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache as only_once
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
@@ -32,13 +33,16 @@ from posenc.models.generation import (
     sample,
     stop_ids,
 )
-from posenc.placement import place
+from posenc.placement import Placement, place
 from posenc.start import Start, draw
+from posenc.step_cache import StepModelCache
 from posenc.zoo import model_attention
 
 #: What a target is where nothing is to be predicted.
 NO_TARGET = -100
 EMBEDDING_STD = 0.02
+#: A compiled step has room for a multiple of so many tokens, so that few shapes are compiled.
+STEP_ROOM = 256
 
 
 class GPTOutput(NamedTuple):
@@ -269,6 +273,12 @@ class GPT(nn.Module):
         else:
             self._check_cache(cache, batch, length, segments)
             where = place_after(cache.own, batch, length, ids.device, positions, mask)
+        return self._run(ids, where, cache)
+
+    def _run(
+        self, ids: Tensor, where: Placement, cache: ModelCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """`hidden` of tokens that are placed."""
         own = None if cache is None else cache.own
         h = self.wte(ids)  # (B, T, C)
         phase = None if self.phase is None else self.phase.rotation(where, h, own).phases()
@@ -286,7 +296,7 @@ class GPT(nn.Module):
                 h, balance = block(h, shared, None if cache is None else cache.layers[i])
             aux.append(balance)
         if own is not None:
-            own.advance(length)
+            own.advance(ids.shape[1])
         return h, torch.stack(aux).mean()
 
     def _check_cache(
@@ -317,6 +327,7 @@ class GPT(nn.Module):
         stop: int | Sequence[int] | None = None,
         pad: int | None = None,
         generator: torch.Generator | None = None,
+        compile: bool = False,
     ) -> Tensor:
         """Continue ids (B, T) by sampling: (B, T + N), the prompts as given, then the new tokens.
 
@@ -334,6 +345,8 @@ class GPT(nn.Module):
                 On an accelerator every token waits for the device to see whether all rows have.
             pad: what follows the end of a row; None is the (first) stop token.
             generator: the source of randomness, on ids' device.
+            compile: compile the step of one token, at the first call (torch.compile, a minute or
+                so); later calls of as many rows and about as many tokens take what was made.
 
         Raises:
             ValueError: for a negative temperature or count, top_k below 1, top_p outside (0, 1],
@@ -352,7 +365,7 @@ class GPT(nn.Module):
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
-            new = self._continue(text, lengths, max_new_tokens, choose, stops)
+            new = self._continue(text, lengths, max_new_tokens, choose, stops, compile)
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -368,6 +381,7 @@ class GPT(nn.Module):
         count: int,
         choose: Callable[[Tensor], Tensor],
         stops: list[int],
+        compile: bool,
     ) -> Tensor:
         """Up to `count` new tokens (B, N) of text (B, T), whose rows end with `lengths` tokens of
         their own.
@@ -382,12 +396,19 @@ class GPT(nn.Module):
         for _ in range(count):
             fresh, positions = text[:, -1:], None
             if cache is None or max(seen) > limit:
-                cache = self.make_cache(batch, limit)
+                cache = self._generation_cache(batch, limit, compile)
                 seen = [length if length <= limit else max(limit // 2, 1) for length in seen]
                 fresh = text[:, -max(seen) :]
                 positions = left_padded_positions(seen, text.device)
-            h, _ = self.hidden(fresh, positions=positions, cache=cache)
-            fresh = choose(self.head(h[:, -1]).float())
+            if isinstance(cache, StepModelCache):
+                # A column of a text that grows: strides too are part of what is compiled.
+                fresh = fresh.clone(memory_format=torch.contiguous_format)
+                logits = compiled_step()(self, fresh, cache)
+            else:
+                h, _ = self.hidden(fresh, positions=positions, cache=cache)
+                logits = self.head(h[:, -1])
+                cache = StepModelCache(cache) if compile else cache
+            fresh = choose(logits.float())
             text = torch.cat((text, fresh), dim=1)
             seen = [length + 1 for length in seen]
             if stops:
@@ -395,6 +416,21 @@ class GPT(nn.Module):
                 if ended.all():
                     break
         return text[:, start:]
+
+    def _generation_cache(self, batch: int, limit: int, compile: bool) -> ModelCache:
+        if not compile:
+            return self.make_cache(batch, limit)
+        # One shape for many lengths, and nothing forgotten: windows are left to the mask.
+        room = -(-limit // STEP_ROOM) * STEP_ROOM
+        cache = self.make_cache(batch, room)
+        layers = []
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            rows = layer._rows["k"]
+            if block.attn.window is not None:
+                streams, device, dtype = layer.streams, rows.device, rows.dtype
+                layer = Cache(batch, room, streams, device=device, dtype=dtype)
+            layers.append(layer)
+        return ModelCache(cache.own, layers)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json and model.safetensors into the folder `path`.
@@ -425,6 +461,19 @@ class GPT(nn.Module):
             model = cls(checkpoints.with_impl(config, impl))
         checkpoints.fill(model, state)
         return model.requires_grad_(True).eval()
+
+
+def step(model: GPT, ids: Tensor, cache: StepModelCache) -> Tensor:
+    """Logits (B, V) after one more token a row: ids (B, 1)."""
+    h, _ = model._run(ids, cache.own.place(None, 1), cache)
+    cache.advance()
+    return model.head(h[:, -1])
+
+
+@only_once
+def compiled_step() -> Callable[[GPT, Tensor, StepModelCache], Tensor]:
+    """`step`, compiled for each shape that it meets."""
+    return torch.compile(step, fullgraph=True, dynamic=False)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
