@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posenc.backends.skipping import merge_kept, project_kept, projections_pay
+from posenc.linear import is_plain
 from posenc.routing.gates import Gates
 
 
@@ -15,15 +16,7 @@ def kept_rows(x: Tensor, gates: Gates | None, layers: list[nn.Module], impl: str
     """The gates if only what they keep is to be projected by these layers, else None."""
     if impl != "auto" or gates is None or not projections_pay(x, gates):
         return None
-    if nn.modules.module._has_any_global_hook():
-        return None
-    plain = all(
-        type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter
-        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
-        for layer in layers
-    )
-    return gates if plain else None
+    return gates if all(map(is_plain, layers)) else None
 
 
 def to_heads(

@@ -26,6 +26,7 @@ from posenc.cache import Cache
 from posenc.checks import check_even, check_sizes
 from posenc.encodings.base import Encoding
 from posenc.errors import unknown
+from posenc.linear import effective_weight, floating_dtype
 from posenc.phase import inverse_frequencies, pairs, position_phases
 from posenc.placement import Placement
 from posenc.scores import RelativeTerm, Scores
@@ -145,7 +146,8 @@ class Relative(Encoding):
             positions = keys[place.key_length - place.length :]
 
         def factored(query: Tensor) -> tuple[Tensor, Tensor]:
-            return factors(query, self.W_R.weight.to(query.dtype), positions, keys)
+            weight = effective_weight(self.W_R, self.sinusoid_dim, query)
+            return factors(query, weight, positions, keys)
 
         term = RelativeTerm(
             self._rows,
@@ -160,7 +162,7 @@ class Relative(Encoding):
     def _rows(self, length: int) -> Tensor:
         """A projected row of the sinusoid for each of `length` distances: (H, length, D)."""
         r = sinusoid(torch.arange(length, device=self.u.device), self.sinusoid_dim)
-        rows = self.W_R(r.to(self.W_R.weight.dtype))
+        rows = self.W_R(r.to(floating_dtype(self.W_R)))
         return rows.unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1)
 
     def cost(self, s: Sizes) -> Part:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from posenc.autocast import no_autocast
 from posenc.errors import unknown
+from posenc.linear import is_plain
 from posenc.routing.gates import Gates
 from posenc.start import Start, draw
 
@@ -215,4 +216,6 @@ def _precise(x: Tensor) -> Tensor:
 
 
 def _softmax(layer: nn.Linear, x: Tensor) -> Tensor:
-    return torch.softmax(_precise(x) @ _precise(layer.weight).T, dim=-1)
+    """In fp32 or better; an adapter or a quantised layer forms its product as it does."""
+    logits = _precise(x) @ _precise(layer.weight).T if is_plain(layer) else _precise(layer(x))
+    return torch.softmax(logits, dim=-1)
