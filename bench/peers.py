@@ -319,6 +319,25 @@ def hf_llama(embed_dim: int, heads: int, device: torch.device, dtype: torch.dtyp
     return HuggingFace(attend, position), twin("rope", qkv, attend.o_proj.weight, heads)
 
 
+def grouped_llama(embed_dim: int, heads: int, kv_heads: int) -> tuple[nn.Module, nn.Module]:
+    """Llama's attention with fewer key heads by SDPA, and ours on the same weights."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+
+    sizes = {"hidden_size": embed_dim, "num_attention_heads": heads}
+    config = LlamaConfig(**sizes, num_key_value_heads=kv_heads, attn_implementation="sdpa")
+    attend, rotary = LlamaAttention(config, layer_idx=0), LlamaRotaryEmbedding(config)
+
+    def position(x: Tensor, start: int) -> dict[str, Any]:
+        places = torch.arange(start, start + x.shape[1], device=x.device)[None]
+        return {"position_embeddings": rotary(x, places)}
+
+    ours = posenc.attention("rope", embed_dim, heads, num_kv_heads=kv_heads)
+    qkv = torch.cat([attend.q_proj.weight, attend.k_proj.weight, attend.v_proj.weight])
+    ours.load_state_dict({"c_attn.weight": qkv, "c_proj.weight": attend.o_proj.weight})
+    return HuggingFace(attend, position), ours
+
+
 # flash-linear-attention.
 
 
