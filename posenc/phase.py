@@ -41,7 +41,8 @@ def position_phases(positions: Tensor, frequencies: Tensor) -> Tensor:
 
 def phase_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which sines are taken for x: fp64 for fp64 inputs, else fp32."""
-    return torch.promote_types(x.dtype, torch.float32)
+    dtype = x.dtype
+    return dtype if dtype.itemsize >= 4 else torch.float32
 
 
 def repeat_heads(x: Tensor, heads: int, dim: int) -> Tensor:
