@@ -90,25 +90,36 @@ def check_mask(mask: Mask, batch: int, length: int, key_length: int, device: tor
         )
     if (mask.first is None) != (mask.last is None):
         raise ValueError("segments need both first and last; got one. Pass both, or neither.")
-    for name, index in (("first", mask.first), ("last", mask.last)):
-        if index is None:
-            continue
-        if length != key_length:
-            raise ValueError(
-                f"segments need as many keys as queries; got T={length}, S={key_length}. "
-                "Decode without them: the cache holds one segment a row."
-            )
-        if index.shape != (batch, length) or index.dtype != torch.int32 or index.device != device:
-            raise ValueError(
-                f"{name} must be int32 {(batch, length)} on {device}; got {index.dtype} "
-                f"{tuple(index.shape)} on {index.device}."
-            )
-    real = mask.real
-    if real is not None and (
-        real.shape != (batch, key_length) or real.dtype != torch.bool or real.device != device
-    ):
+    if mask.first is not None and length != key_length:
         raise ValueError(
-            f"real must be bool {(batch, key_length)} on {device}; got {real.dtype} "
+            f"segments need as many keys as queries; got T={length}, S={key_length}. "
+            "Decode without them: the cache holds one segment a row."
+        )
+    check_index("first", mask.first, batch, length, device)
+    check_index("last", mask.last, batch, length, device)
+    check_real(mask.real, batch, key_length, device)
+
+
+def check_index(
+    name: str, index: Tensor | None, batch: int, length: int, device: torch.device
+) -> None:
+    """ValueError unless an index of tokens is None, or int32 (batch, length) on the device."""
+    if index is None:
+        return
+    if index.shape != (batch, length) or index.dtype != torch.int32 or index.device != device:
+        raise ValueError(
+            f"{name} must be int32 {(batch, length)} on {device}; got {index.dtype} "
+            f"{tuple(index.shape)} on {index.device}."
+        )
+
+
+def check_real(real: Tensor | None, batch: int, length: int, device: torch.device) -> None:
+    """ValueError unless `real` is None, or bool (batch, length) on the device."""
+    if real is None:
+        return
+    if real.shape != (batch, length) or real.dtype != torch.bool or real.device != device:
+        raise ValueError(
+            f"real must be bool {(batch, length)} on {device}; got {real.dtype} "
             f"{tuple(real.shape)} on {real.device}."
         )
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from helpers import outputs_and_gradients
-from posenc.kernels import flash, routed
+from posenc.kernels import carope, carope_attention, flash, routed
 from posenc.kernels.flash import flash_attention
 from posenc.kernels.mask import CAUSAL, Mask
+from posenc.kernels.rope_attention import rope_attention
 from posenc.kernels.routed import routed_attention
 
 #: Small enough for short sequences to take many; the window leaves some of them empty.
@@ -30,6 +31,7 @@ def small_tiles(monkeypatch):
     config = flash.Config(TILE, TILE, 4, 1)
     for module in (flash, routed):
         monkeypatch.setattr(module, "CONFIGS", dict.fromkeys(module.CONFIGS, config))
+    monkeypatch.setattr(carope, "TILE", TILE * DIM // 2)
 
 
 def segments(length, cuts, device):
@@ -167,7 +169,59 @@ def straight_definition(q, k, v, gates, mask):
     return attention(q, k, v, mask) * gates.unsqueeze(-1).to(q.dtype)
 
 
+def turned(x, phases):
+    """Pairs (i, i + D/2) of x turned by phases (.., T, D/2), in the dtype of x."""
+    cos, sin = phases.cos().to(x.dtype), phases.sin().to(x.dtype)
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
+
+
+def rope_arguments(mask, length, device):
+    """Frequencies, and positions (B, T) that begin anew with every segment."""
+    frequencies = 100.0 ** -torch.linspace(0, 1, DIM // 2, dtype=torch.float64, device=device)
+    positions = torch.arange(length, device=device).expand(2, length)
+    return frequencies, positions if mask.first is None else positions - mask.first
+
+
+def rope_kernel(q, k, v, mask, **options):
+    arguments = rope_arguments(mask, q.shape[2], q.device)
+    return rope_attention(q, k, v, *arguments, mask=mask, **options)
+
+
+def rope_definition(q, k, v, mask):
+    frequencies, positions = rope_arguments(mask, q.shape[2], q.device)
+    phases = positions[:, None, :, None] * frequencies
+    return attention(turned(q, phases), turned(k, phases), v, mask)
+
+
+def with_rates(length, dtype, device):
+    (q, k, v), do = same_length(length, dtype, device)
+    return [q, k, v, -0.5 * torch.rand(k.shape[:-1], device=device)], do
+
+
+def standing(log_rates, mask):
+    """Padding does not turn."""
+    if mask.real is not None:
+        log_rates = log_rates.masked_fill(~mask.real[:, None], -math.inf)
+    return log_rates
+
+
+def carope_kernel(q, k, v, log_rates, mask, **options):
+    arguments = (q, k, v, standing(log_rates, mask))
+    return carope_attention.carope_attention(*arguments, first_power=1, mask=mask, **options)
+
+
+def carope_definition(q, k, v, log_rates, mask):
+    powers = torch.arange(1, DIM // 2 + 1, device=q.device)
+    rates = standing(log_rates, mask).double().unsqueeze(-1)
+    phases = (powers * rates).exp().cumsum(2)
+    query = turned(q, of_query_heads(phases, q.shape[1]))
+    return attention(query, turned(k, phases), v, mask)
+
+
 CASES = {
+    "rope": Case(same_length, rope_kernel, rope_definition),
+    "carope": Case(with_rates, carope_kernel, carope_definition),
     "flash": Case(same_length, flash_attention, attention),
     "routed": Case(with_gates, routed_attention, routed_definition),
 }
@@ -194,6 +248,11 @@ def test_outputs_and_gradients(case, name, device):
 @pytest.mark.parametrize("case", CASES)
 def test_half_precision_and_atomics(case, name, device):
     run(CASES[case], name, 65, torch.float16, False, device)
+
+
+def test_gradients_of_rates_pass_through_the_core(device):
+    (q, *_), _ = same_length(2, torch.float32, device)
+    assert carope_attention.fits(q, 1)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
