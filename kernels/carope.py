@@ -1,6 +1,6 @@
 """CARoPE: rotation by running phases that the tokens set (arXiv 2507.23083), forward and backward.
 
-    step_i[t] = f[t]^(i + first_power),  f = exp(log_rates), (B, H, T)          i = 0 .. D/2-1
+    step_i[t] = f[t]^(i + first_power),  f = exp(log_rates), (B, G, T)          i = 0 .. D/2-1
     phi_i[m] = carry_i + sum over t <= m of step_i[t],  modulo one turn
     q'[m] = R(phi[m]) q[m],  k'[n] = R(phi[n]) k[n]
 
@@ -14,7 +14,8 @@ alone: at most 2^-56 turns each, 1e-10 rad over a million tokens, where 32-bit s
 2e-3 rad and fp32 sums beyond 0.5. That costs little: a power of f is one product of three 32-bit
 multiplications more than the one before it, and the additions are two instructions.
 
-Nothing of size (B, H, T, D/2) reaches memory. Tiles of tokens are summed, the sums scanned, and
+The rates belong to the G heads of k; grouped, H / G heads of q turn with each of them. Nothing of
+size (B, G, T, D/2) reaches memory. Tiles of tokens are summed, the sums scanned, and
 each tile rebuilds its steps and phases; the backward pass scans the tiles' sums of dphi from the
 end. There are no atomics: the same bits in every run.
 """
@@ -110,7 +111,7 @@ def sum_kernel(
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Program (tile, head of the batch): how far the tile turns, into sums (B, H, tiles, D/2)."""
+    """Program (tile, head of the batch): how far the tile turns, into sums (B, G, tiles, D/2)."""
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     steps = token_steps(rates, head, tile * ROWS, length, FIRST_POWER, ROWS, BLOCK_P)
     bands = tl.arange(0, BLOCK_P)
@@ -161,14 +162,16 @@ def forward_kernel(
     tiles,
     heads,
     KEEP: tl.constexpr,
+    GROUP: tl.constexpr,
     FIRST_POWER: tl.constexpr,
     PAIRS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Program (tile, head, batch row): turn q and k; the last tile leaves its final phase.
+    """Program (tile, head of k, batch row): turn k and GROUP heads of q.
 
-    KEEP writes the phases of all tokens, int64 (B, H, T, D/2).
+    The last tile leaves its final phase. KEEP writes the phases of all tokens, int64
+    (B, G, T, D/2).
     """
     tile, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     head = b * heads + h
@@ -184,9 +187,10 @@ def forward_kernel(
         to = phases + (head * length + rows)[:, None] * PAIRS + bands[None, :]
         tl.store(to, turns, mask=(rows < length)[:, None] & (bands < PAIRS)[None, :])
     cos, sin = cos_sin(upper(turns))
-    _rotate_tile(
-        head_of(q, b, h), head_of(q_out, b, h), cos, sin, first, length, PAIRS, ROWS, BLOCK_P
-    )
+    for member in range(GROUP):
+        own = h * GROUP + member
+        source, target = head_of(q, b, own), head_of(q_out, b, own)
+        _rotate_tile(source, target, cos, sin, first, length, PAIRS, ROWS, BLOCK_P)
     _rotate_tile(
         head_of(k, b, h), head_of(k_out, b, h), cos, sin, first, length, PAIRS, ROWS, BLOCK_P
     )
@@ -266,14 +270,16 @@ def backward_kernel(
     length,
     tiles,
     heads,
+    GROUP: tl.constexpr,
     FIRST_POWER: tl.constexpr,
     PAIRS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Program (tile, head, batch row): dq, dk, and dlog f as far as this tile's tokens cause it.
+    """Program (tile, head of k, batch row): dk, dq of the GROUP heads that share its phases, and
+    dlog f as far as this tile's tokens cause it.
 
-    q, k are the rotated ones. The tile's sums of dphi go to `sums` (B, H, tiles, D/2).
+    q, k are the rotated ones. The tile's sums of dphi go to `sums` (B, G, tiles, D/2).
     """
     tile, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     head = b * heads + h
@@ -283,15 +289,20 @@ def backward_kernel(
     steps = token_steps(rates, head, first, length, FIRST_POWER, ROWS, BLOCK_P)
     carry = tl.load(carries + at, mask=bands < PAIRS, other=0)
     cos, sin = cos_sin(upper(carry[None, :] + tl.cumsum(steps, 0)))
-    dq1, dq2, q_dphi = turn_back(
-        head_of(q, b, h), head_of(dq_out, b, h), cos, sin, first, length, PAIRS, ROWS, BLOCK_P
-    )
-    store_pairs(head_of(dq, b, h), dq1, dq2, first, length, PAIRS, ROWS, BLOCK_P)
+    dphi = tl.zeros((ROWS, BLOCK_P), tl.float32)
+    for member in range(GROUP):
+        own = h * GROUP + member
+        turned, gradient = head_of(q, b, own), head_of(dq_out, b, own)
+        dq1, dq2, q_dphi = turn_back(
+            turned, gradient, cos, sin, first, length, PAIRS, ROWS, BLOCK_P
+        )
+        store_pairs(head_of(dq, b, own), dq1, dq2, first, length, PAIRS, ROWS, BLOCK_P)
+        dphi += q_dphi
     dk1, dk2, k_dphi = turn_back(
         head_of(k, b, h), head_of(dk_out, b, h), cos, sin, first, length, PAIRS, ROWS, BLOCK_P
     )
     store_pairs(head_of(dk, b, h), dk1, dk2, first, length, PAIRS, ROWS, BLOCK_P)
-    own, tile_sum = trace(q_dphi + k_dphi, steps, FIRST_POWER, BLOCK_P)
+    own, tile_sum = trace(dphi + k_dphi, steps, FIRST_POWER, BLOCK_P)
     tl.store(sums + at, tile_sum, mask=bands < PAIRS)
     rows = first + tl.arange(0, ROWS)
     tl.store(dlog + head * length + rows, own, mask=rows < length)
@@ -334,7 +345,7 @@ def blocks(head_dim: int, first_power: int) -> dict[str, int]:
 
 
 def _scan(sums: Tensor, start: Tensor | None, reverse: bool) -> None:
-    """Replace (B, H, tiles, D/2) sums by those of the tiles before, or after, in place."""
+    """Replace (B, G, tiles, D/2) sums by those of the tiles before, or after, in place."""
     batch, heads, tiles, pairs = sums.shape
     scan_kernel[(batch * heads,)](
         sums, sums if start is None else start, tiles,
@@ -363,18 +374,18 @@ def forward(
     first_power: int,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rotated q and k, final carry (B, H, D/2), phases (B, H, T, D/2) if kept, else (0,).
+    """Rotated q and k, final carry (B, G, D/2), phases (B, G, T, D/2) if kept, else (0,).
 
     For the backward pass, rates and tile carries.
     """
-    batch, heads, length, head_dim = q.shape
+    batch, heads, length, head_dim = k.shape
     rates = rates_from_log(log_rates)
     sizes = blocks(head_dim, first_power)
     q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
     k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     tiles = triton.cdiv(length, sizes["ROWS"])
-    last, carries = _phases(q, tiles)
-    phases = _kept(q, keep)
+    last, carries = _phases(k, tiles)
+    phases = _kept(k, keep)
     with device_of(q):
         if tiles == 1 and carry is None:
             carries.zero_()
@@ -388,7 +399,8 @@ def forward(
         forward_kernel[tiles, heads, batch](
             strided(q), strided(k), strided(q_out), strided(k_out), rates, carries, last,
             phases, length, tiles, heads,
-            KEEP=keep, **sizes, num_warps=WARPS["forward"] * (q.element_size() // 2), **OPTIONS,
+            KEEP=keep, GROUP=q.shape[1] // heads, **sizes,
+            num_warps=WARPS["forward"] * (q.element_size() // 2), **OPTIONS,
         )  # fmt: skip
     return q_out, k_out, last, phases, rates, carries
 
@@ -402,8 +414,8 @@ def backward(
     carries: Tensor,
     first_power: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and, in fp32, dlog f (B, H, T)."""
-    batch, heads, length, head_dim = q_out.shape
+    """dq, dk and, in fp32, dlog f (B, G, T)."""
+    batch, heads, length, head_dim = k_out.shape
     tiles = carries.shape[2]
     sizes = blocks(head_dim, first_power)
     dq, dk = rows_by_head(q_out), rows_by_head(k_out)
@@ -413,7 +425,8 @@ def backward(
         backward_kernel[tiles, heads, batch](
             strided(q_out), strided(k_out), strided(dq_out), strided(dk_out), strided(dq),
             strided(dk), rates, carries, dlog, sums, length, tiles, heads,
-            **sizes, num_warps=WARPS["backward"] * (q_out.element_size() // 2), **OPTIONS,
+            GROUP=q_out.shape[1] // heads, **sizes,
+            num_warps=WARPS["backward"] * (q_out.element_size() // 2), **OPTIONS,
         )  # fmt: skip
     add_later(dlog, sums, rates, sizes)
     return dq, dk, dlog
@@ -431,19 +444,19 @@ def add_later(dlog: Tensor, sums: Tensor, rates: Tensor, sizes: dict[str, int]) 
             )  # fmt: skip
 
 
-def _phases(q: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
+def _phases(k: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
     """Uninitialised int64 phases after all tokens and before every tile."""
-    batch, heads, _, head_dim = q.shape
+    batch, heads, _, head_dim = k.shape
     shape = (batch, heads, tiles, head_dim // 2)
-    carries = torch.empty(shape, dtype=torch.int64, device=q.device)
+    carries = torch.empty(shape, dtype=torch.int64, device=k.device)
     return torch.empty_like(carries[:, :, 0]), carries
 
 
-def _kept(q: Tensor, keep: bool) -> Tensor:
+def _kept(k: Tensor, keep: bool) -> Tensor:
     """Uninitialised int64 phases of all tokens, or nothing."""
-    batch, heads, length, head_dim = q.shape
+    batch, heads, length, head_dim = k.shape
     shape = (batch, heads, length, head_dim // 2) if keep else (0,)
-    return torch.empty(shape, dtype=torch.int64, device=q.device)
+    return torch.empty(shape, dtype=torch.int64, device=k.device)
 
 
 @torch.library.custom_op("posenc::carope_forward", mutates_args=())
@@ -470,13 +483,13 @@ def fake_forward(
     q: Tensor, k: Tensor, log_rates: Tensor, first_power: int, keep: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `forward` returns, uninitialised."""
-    rows = blocks(q.shape[-1], first_power)["ROWS"]
-    last, carries = _phases(q, (q.shape[2] + rows - 1) // rows)
+    rows = blocks(k.shape[-1], first_power)["ROWS"]
+    last, carries = _phases(k, (k.shape[2] + rows - 1) // rows)
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
         torch.empty_like(k, memory_format=torch.contiguous_format),
         last,
-        _kept(q, keep),
+        _kept(k, keep),
         torch.empty(log_rates.shape, dtype=torch.int64, device=q.device),
         carries,
     )
@@ -512,15 +525,23 @@ _forward_op.register_autograd(_differentiate, setup_context=_save)
 def check(q: Tensor, k: Tensor, log_rates: Tensor, carry: Tensor | None, first_power: int) -> None:
     """ValueError unless these arguments of `carope` fit together."""
     head_dim = q.shape[-1]
-    if q.dim() != 4 or k.shape != q.shape or head_dim % 2 or not 2 <= head_dim <= 512:
+    fits = q.dim() == k.dim() == 4 and q.shape[::2] == k.shape[::2] and k.shape[3] == head_dim
+    if not fits or head_dim % 2 or not 2 <= head_dim <= 512:
         raise ValueError(
-            "CARoPE needs q and k of one shape (B, H, T, D), D even and at most 512; "
+            "CARoPE needs q (B, H, T, D) and k (B, G, T, D), D even and at most 512; "
             f"got {tuple(q.shape)} and {tuple(k.shape)}."
         )
-    batch, heads, length, _ = q.shape
-    if not batch * heads * length:
-        raise ValueError(f"CARoPE needs at least one token; got {tuple(q.shape)}.")
-    if log_rates.shape != q.shape[:3] or log_rates.dtype not in (torch.float32, torch.float64):
+    batch, heads, length, _ = k.shape
+    if not q.numel() or not k.numel():
+        raise ValueError(
+            f"CARoPE needs at least one token; got {tuple(q.shape)} and {tuple(k.shape)}."
+        )
+    if q.shape[1] % heads:
+        raise ValueError(
+            f"the heads of k must divide those of q; got {heads} and {q.shape[1]}. "
+            f"Choose k with a divisor of {q.shape[1]} heads."
+        )
+    if log_rates.shape != k.shape[:3] or log_rates.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"log_rates must be {(batch, heads, length)} in float64 or float32; got "
             f"{tuple(log_rates.shape)} in {log_rates.dtype}."
@@ -548,10 +569,11 @@ def carope(
     """Rotate q and k by the running phases of the tokens; differentiable once.
 
     Args:
-        q, k: (B, H, T, D), any strides.
-        log_rates: log f (B, H, T), at most 0, fp64 or fp32; -inf where the phase stands still, as
+        q: (B, H, T, D), any strides.
+        k: (B, G, T, D), G a divisor of H: query head h turns with key head h // (H/G).
+        log_rates: log f (B, G, T), at most 0, fp64 or fp32; -inf where the phase stands still, as
             on padding. Taken at its word: rounding log f to fp32 moves a million tokens 0.02 rad.
-        carry: (B, H, D/2), int64 turns of 2^-64, the phase before the first token, as an earlier
+        carry: (B, G, D/2), int64 turns of 2^-64, the phase before the first token, as an earlier
             call returned it (or `turns_from_radians`); None is 0. No gradient passes through it.
         first_power: 0 or 1, the exponent of the first band.
 
@@ -575,7 +597,7 @@ def carope_with_phases(
     *,
     first_power: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`carope`, with the phases of all tokens (B, H, T, D/2) in place of the last carry.
+    """`carope`, with the phases of all tokens (B, G, T, D/2) in place of the last carry.
 
     For a cache that can forget any number of tokens: they are int64 turns, like `carry`.
     """
@@ -588,14 +610,14 @@ def carope_with_phases(
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Named launches that between them use every configuration, for `inspect_sm90`."""
     for dtype in (torch.bfloat16, torch.float32):
-        for dim in (16, 64, 128, 256):
-            packed = torch.empty(16, 1024, 3, 12, dim, dtype=dtype, device="meta")
-            q, k, _ = packed.permute(2, 0, 3, 1, 4)
-            log_rates = torch.empty(16, 12, 1024, dtype=torch.float64, device="meta")
-            name = f"{str(dtype).removeprefix('torch.')} D={dim}"
+        for dim, key_heads in ((16, 12), (64, 12), (64, 3), (128, 12), (256, 12)):
+            packed = torch.empty(16, 1024, 12 + key_heads, dim, dtype=dtype, device="meta")
+            q, k = packed.transpose(1, 2).split([12, key_heads], 1)
+            log_rates = torch.empty(16, key_heads, 1024, dtype=torch.float64, device="meta")
+            name = f"{str(dtype).removeprefix('torch.')} D={dim}" + " grouped" * (key_heads < 12)
             yield name, functools.partial(forward, q, k, log_rates, None, 0)
             yield f"{name} phases", functools.partial(forward, q, k, log_rates, None, 0, True)
-            out = torch.empty(q.shape, dtype=dtype, device="meta")
-            rates = torch.empty(16, 12, 1024, dtype=torch.int64, device="meta")
-            _, carries = _phases(q, triton.cdiv(1024, blocks(dim, 0)["ROWS"]))
-            yield name, functools.partial(backward, out, out, out, out, rates, carries, 0)
+            out, turned = (torch.empty(x.shape, dtype=dtype, device="meta") for x in (q, k))
+            rates = torch.empty(16, key_heads, 1024, dtype=torch.int64, device="meta")
+            _, carries = _phases(k, triton.cdiv(1024, blocks(dim, 0)["ROWS"]))
+            yield name, functools.partial(backward, out, turned, out, turned, rates, carries, 0)

@@ -6,6 +6,8 @@ RCMHA, arXiv 2308.03429).
     dx[t] = sum_j w[j] dy[t + (K-1) - j]
     dw[j] = sum_t dy[t] x[t - (K-1) + j],  dbias = sum_t dy[t]
 
+Taps that meet padding, or a token of another segment, read zero.
+
 Memory is all that costs time here: the floor is 6 tensors forward and 9 backward. A thread holds 16
 bytes (8 for more than 4 taps) of each of STRIP consecutive rows and of the K-1 rows beside them,
 and forms its STRIP results from these registers. The rows beside a strip belong to a neighbour's
@@ -36,6 +38,7 @@ from posenc.kernels.common import (
     rows_by_head,
     strided,
 )
+from posenc.kernels.mask import check_index, check_real
 
 #: More would not fit in the registers of a thread.
 MAX_TAPS = 8
@@ -85,6 +88,34 @@ def _rows_at(
 
 
 @triton.jit
+def _where_real(inside, real, b, rows, length):
+    """`inside`, (rows, columns), without the rows that are padding; those before x are not."""
+    if real is not None:
+        known = (rows >= 0) & (rows < length)
+        inside = inside & (tl.load(real + b * length + rows, mask=known, other=1) != 0)[:, None]
+    return inside
+
+
+@triton.jit
+def _first_of(firsts, b, rows, length):
+    """A tuple of the first tokens of the rows' segments; an empty one without segments."""
+    found = ()
+    if firsts is not None:
+        known = (rows >= 0) & (rows < length)
+        found = (tl.load(firsts + b * length + rows, mask=known, other=0),)
+    return found
+
+
+@triton.jit
+def _reached(values, row, firsts, place: tl.constexpr):
+    """What taps of the rows with `firsts[place]` read of `row`, in fp32: zero before it."""
+    values = values.to(tl.float32)
+    if len(firsts) > 0:
+        values = tl.where((row >= firsts[place])[:, None], values, 0.0)
+    return values
+
+
+@triton.jit
 def _load_taps(weight, part, h, TAPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The K taps of one head of q, k or v, (1, BLOCK_D) each, in fp32."""
     columns = tl.arange(0, BLOCK_D)
@@ -119,6 +150,8 @@ def forward_kernel(
     weight,
     bias,
     past,
+    firsts,
+    real,
     length,
     heads,
     tiles,
@@ -146,11 +179,13 @@ def forward_kernel(
         for i in tl.static_range(STRIP + TAPS - 1):
             rows = first + (i - (TAPS - 1))
             at, inside = _rows_at(source, before, rows, length, TAPS, D, BLOCK_D)
+            inside = _where_real(inside, real, b, rows, length)
             window = window + (tl.load(at, mask=inside, other=0.0),)
         for i in tl.static_range(STRIP):
             result = tl.zeros((GROUPS, BLOCK_D), tl.float32) + shift
+            own = _first_of(firsts, b, first + i, length)
             for j in tl.static_range(TAPS):
-                result += taps[j] * window[i + j].to(tl.float32)
+                result += taps[j] * _reached(window[i + j], first + (i + j - (TAPS - 1)), own, 0)
             at, inside = _rows_at(target, None, first + i, length, TAPS, D, BLOCK_D)
             tl.store(at, result.to(y[0].dtype.element_ty), mask=inside)
 
@@ -168,6 +203,8 @@ def backward_kernel(
     dv,
     weight,
     past,
+    firsts,
+    real,
     dpast,
     dweight,
     dbias,
@@ -203,20 +240,30 @@ def backward_kernel(
         first = origin + (item % tiles * GROUPS + tl.arange(0, GROUPS)) * STRIP
         xs = ()
         dys = ()
+        owns = ()
         for i in tl.static_range(STRIP + HALO):
-            at, inside = _rows_at(source, before, first + (i - HALO), length, TAPS, D, BLOCK_D)
+            rows = first + (i - HALO)
+            at, inside = _rows_at(source, before, rows, length, TAPS, D, BLOCK_D)
+            inside = _where_real(inside, real, b, rows, length)
             xs = xs + (tl.load(at, mask=inside, other=0.0),)
             at, inside = _rows_at(upstream, None, first + i, length, TAPS, D, BLOCK_D)
             dys = dys + (tl.load(at, mask=inside, other=0.0),)
+            owns = owns + _first_of(firsts, b, first + i, length)
         for i in tl.static_range(STRIP):
             gradient = tl.zeros((GROUPS, BLOCK_D), tl.float32)
             new = ()
             for j in tl.static_range(TAPS):
-                gradient += taps[j] * dys[i + HALO - j].to(tl.float32)
-                new = new + (sums[j] + dys[i].to(tl.float32) * xs[i + j].to(tl.float32),)
+                gradient += taps[j] * _reached(dys[i + HALO - j], first + i, owns, i + HALO - j)
+                read = _reached(xs[i + j], first + (i + j - HALO), owns, i)
+                new = new + (sums[j] + dys[i].to(tl.float32) * read,)
             sums = new
             total += dys[i].to(tl.float32)
             at, inside = _rows_at(target, dbefore, first + i, length, TAPS, D, BLOCK_D)
+            if real is not None:
+                everywhere = tl.full((GROUPS, 1), 1, tl.int1)
+                gradient = tl.where(
+                    _where_real(everywhere, real, b, first + i, length), gradient, 0.0
+                )
             tl.store(at, gradient.to(dx[0].dtype.element_ty), mask=inside)
     columns = tl.arange(0, BLOCK_D)
     at = (program.to(tl.int64) * 3 * heads + lane) * D + columns
@@ -258,8 +305,21 @@ def per_head(parameter: Tensor, heads: int, ndim: int) -> Tensor:
     return parameter.unsqueeze(1).expand(3, heads, *parameter.shape[1:])
 
 
+def bounds(first: Tensor | None, real: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Segments and padding as kernels take them, contiguous."""
+    first = None if first is None else first.contiguous()
+    return first, None if real is None else real.contiguous().view(torch.uint8)
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    past: Tensor | None,
+    first: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Convolved q, k and v."""
     batch, heads, length, dim = q.shape
@@ -272,7 +332,7 @@ def forward(
             strided(q), strided(k), strided(v), *map(strided, outputs),
             strided(per_head(weight, heads, 4)),
             None if bias is None else strided(per_head(bias, heads, 3)),
-            None if past is None else strided(past), length, heads, *counts,
+            None if past is None else strided(past), *bounds(first, real), length, heads, *counts,
             **sizes, num_warps=NUM_WARPS, **OPTIONS,
         )  # fmt: skip
     return outputs
@@ -288,6 +348,8 @@ def backward(
     weight: Tensor,
     bias: Tensor | None,
     past: Tensor | None,
+    first: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dweight, dbias and dpast, the last two empty where there is no bias or past."""
     batch, heads, length, dim = q.shape
@@ -307,6 +369,7 @@ def backward(
             strided(dq), strided(dk), strided(dv),
             strided(per_head(weight, heads, 4)),
             None if past is None else strided(past),
+            *bounds(first, real),
             None if past is None else strided(dpast),
             sums, shifts,
             length, heads, *counts,
@@ -322,9 +385,16 @@ def backward(
 
 @torch.library.custom_op("posenc::conv_forward", mutates_args=())
 def _forward_op(
-    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    past: Tensor | None,
+    first: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return forward(q, k, v, weight, bias, past)
+    return forward(q, k, v, weight, bias, past, first, real)
 
 
 @torch.library.custom_op("posenc::conv_backward", mutates_args=())
@@ -338,17 +408,19 @@ def _backward_op(
     weight: Tensor,
     bias: Tensor | None,
     past: Tensor | None,
+    first: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return backward(dq_out, dk_out, dv_out, q, k, v, weight, bias, past)
+    return backward(dq_out, dk_out, dv_out, q, k, v, weight, bias, past, first, real)
 
 
 @_forward_op.register_fake
-def _(q, k, v, weight, bias, past):
+def _(q, k, v, *options):
     return rows_by_head(q), rows_by_head(k), rows_by_head(v)
 
 
 @_backward_op.register_fake
-def _(dq_out, dk_out, dv_out, q, k, v, weight, bias, past):
+def _(dq_out, dk_out, dv_out, q, k, v, weight, bias, past, *options):
     return (
         rows_by_head(q),
         rows_by_head(k),
@@ -364,16 +436,24 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dq_out, dk_out, dv_out):
-    *_, bias, past = ctx.saved_tensors
+    *_, bias, past, _, _ = ctx.saved_tensors
     *found, dbias, dpast = _backward_op(dq_out, dk_out, dv_out, *ctx.saved_tensors)
-    return *found, None if bias is None else dbias, None if past is None else dpast
+    found += [None if bias is None else dbias, None if past is None else dpast]
+    return *found, None, None
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    past: Tensor | None,
+    first: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> None:
     """ValueError unless these arguments of `conv` fit together."""
     require_runnable("conv", q, k, v, *(() if past is None else (past,)))
@@ -401,6 +481,8 @@ def check(
     before = (batch, 3, heads, taps - 1, dim)
     if past is not None and past.shape != before:
         raise ValueError(f"past must be {before}; got {tuple(past.shape)}.")
+    check_index("first", first, batch, q.shape[2], q.device)
+    check_real(real, batch, q.shape[2], q.device)
 
 
 @backward_only
@@ -411,6 +493,9 @@ def conv(
     weight: Tensor,
     bias: Tensor | None = None,
     past: Tensor | None = None,
+    *,
+    first: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Convolve each channel of q, k and v with its own kernel, causally; differentiable once.
 
@@ -420,6 +505,9 @@ def conv(
             The last tap meets the present token. Any of the dtypes, used in fp32.
         bias: (3, D) or (3, H, D), in weight's dtype.
         past: (B, 3, H, K-1, D) in q's dtype, the rows before q, k and v; None is zeros.
+        first: int32 (B, T), the index of the first token of every token's segment, before which
+            its taps read zero; negative where that lies in the past.
+        real: bool (B, T), False for padding, which taps read as zero, its own too.
 
     Returns:
         q, k and v in their dtype, summed in fp32, laid out (B, T, H, D): to merge the heads copies
@@ -428,9 +516,10 @@ def conv(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit.
     """
-    check(q, k, v, weight, bias, past)
+    check(q, k, v, weight, bias, past, first, real)
     # One tap looks at no row before the present one.
-    return _forward_op(q, k, v, weight, bias, None if weight.shape[-1] == 1 else past)
+    past = None if weight.shape[-1] == 1 else past
+    return _forward_op(q, k, v, weight, bias, past, first, real)
 
 
 def conv_with_state(
@@ -440,17 +529,22 @@ def conv_with_state(
     weight: Tensor,
     bias: Tensor | None = None,
     past: Tensor | None = None,
+    *,
+    first: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`conv`, and the past of the tokens that follow: (B, 3, H, K-1, D), without a gradient.
 
     Arguments and errors as of `conv`. The sequence in chunks, each with the state of the one before
-    it as its past, gives what the whole gives, bit for bit.
+    it as its past, gives what the whole gives, bit for bit. Padding is zero in it.
     """
-    outputs = conv(q, k, v, weight, bias, past)
+    outputs = conv(q, k, v, weight, bias, past, first=first, real=real)
     count = weight.shape[-1] - 1
     with torch.no_grad():
         kept = max(q.shape[2] - count, 0)
         state = torch.stack([z[:, :, kept:] for z in (q, k, v)], dim=1)
+        if real is not None:
+            state = state.where(real[:, None, None, kept:, None], 0.0)
         missing = count - state.shape[3]
         if missing:
             shape = (*state.shape[:3], count, state.shape[4])
@@ -489,3 +583,11 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
             f"{name} back",
             functools.partial(backward, out, out, out, q, k, v, weight, bias, past),
         )
+        if (dim, taps) in ((64, 3), (64, 4)) and dtype == half:
+            first = torch.empty(16, 1024, dtype=torch.int32, device="meta")
+            bounded = (weight, bias, past, first, first > 0)
+            yield f"{name} masked", functools.partial(forward, q, k, v, *bounded)
+            yield (
+                f"{name} masked back",
+                functools.partial(backward, out, out, out, q, k, v, *bounded),
+            )

@@ -41,6 +41,23 @@ from posenc.kernels.common import (
 )
 from posenc.kernels.flash_backward import delta_kernel, dkv_kernel, dq_kernel
 from posenc.kernels.hooks import LOAD, STORE, Hook
+from posenc.kernels.mask import (
+    CAUSAL,
+    PLAIN,
+    Arguments,
+    Mask,
+    along,
+    arguments,
+    check_mask,
+    every_part,
+    hide,
+    is_masked,
+    key_bounds,
+    lowest_seen,
+    real_of,
+    real_tile,
+    start_of_peak,
+)
 
 MAX_HEAD_DIM = 256
 #: `deterministic=None` takes the one-kernel backward for more queries than this. Not measured:
@@ -96,6 +113,11 @@ CONFIGS = {
     ("dqkv", 4, 64): Config(32, 32, 8, 2),
     ("dqkv", 4, 128): Config(16, 16, 8, 1),
     ("dqkv", 4, 256): Config(16, 16, 8, 1),
+    # Masked, the tiles above would spill.
+    ("masked forward", 2, 32): Config(128, 32, 8, 3, 128),
+    ("masked forward", 2, 64): Config(128, 32, 8, 3, 128),
+    ("masked dq", 2, 32): Config(128, 32, 8, 2, 128),
+    ("masked dq", 2, 64): Config(128, 32, 8, 2, 128),
 }
 
 
@@ -103,7 +125,7 @@ CONFIGS = {
 def add_keys(sums, total, peak, s, v, c, PRECISION: tl.constexpr):
     """Take the keys of one tile, with logits s and values v, into a softmax under way.
 
-    Every row sees key 0, in the first tile, so its peak is finite ever after. c > 0.
+    c > 0. The peak is finite after a tile of which the row sees a key, or by `start_of_peak`.
     """
     new_peak = tl.maximum(peak, tl.max(s, 1) * c)
     p = tl.exp2(s * c - new_peak[:, None])
@@ -122,10 +144,11 @@ def attend_keys(
     k,
     v,
     m,
+    lo,
+    real,
     start,
     stop,
     S,
-    shift,
     c,
     MASK: tl.constexpr,
     D: tl.constexpr,
@@ -133,15 +156,63 @@ def attend_keys(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Take keys start .. stop - 1 into the softmax of queries m under way."""
+    """Take keys start .. stop - 1 into the softmax of queries m under way.
+
+    m, lo: columns, key indices. real: what is real among all keys, a pointer. Both may be None.
+    """
     for first in range(start, stop, BLOCK_N):
         k_tile = load_tile(k, first, S, BLOCK_N, D, BLOCK_D, not MASK)
         s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
-        if MASK:
-            n = first + tl.arange(0, BLOCK_N)
-            s = tl.where(n[None, :] <= m[:, None] + shift, s, -float("inf"))
+        n = first + tl.arange(0, BLOCK_N)
+        s = hide(s, m, n[None, :], lo, None, along(real_tile(real, first, BLOCK_N), 1), MASK)
         v_tile = load_tile(v, first, S, BLOCK_N, D, BLOCK_D, not MASK)
         sums, total, peak = add_keys(sums, total, peak, s, v_tile, c, PRECISION)
+    return sums, total, peak
+
+
+@triton.jit
+def attend(
+    q,
+    k,
+    v,
+    b,
+    m,
+    lowest,
+    highest,
+    mask,
+    T,
+    S,
+    c,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The softmax of a tile q of rows m, between `lowest` and `highest`, over all that they see."""
+    shift = S - T
+    begin, inner, until, whole, stop = key_bounds(mask, b, lowest, highest, T, shift, BLOCK_N)
+    real = real_of(mask, b, S)
+    if is_masked(mask):
+        m = tl.minimum(m, T - 1)  # rows past the last repeat it: they too see a key
+    lo = along(lowest_seen(mask, b, m, T, shift), 0)
+    at = (m + shift)[:, None]
+    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = start_of_peak(mask, BLOCK_M)
+    if lo is not None:
+        sums, total, peak = attend_keys(
+            sums, total, peak, q, k, v, at, lo, real,
+            begin, inner, S, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    sums, total, peak = attend_keys(
+        sums, total, peak, q, k, v, at, lo, real,
+        inner, until, S, c, False, D, BLOCK_D, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    sums, total, peak = attend_keys(
+        sums, total, peak, q, k, v, at, lo, real,
+        whole, stop, S, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
+    )  # fmt: skip
     return sums, total, peak
 
 
@@ -153,6 +224,7 @@ def forward_kernel(
     o,
     lse,
     extra,
+    mask,
     H,
     T,
     S,
@@ -173,46 +245,39 @@ def forward_kernel(
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // H, bh % H
     m = first + tl.arange(0, BLOCK_M)
-    shift = S - T
 
     q_tile = HOOK(q, b, h, extra, first, T, OPTIONS, BLOCK_M, D, BLOCK_D)
     keys, values = head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
-    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    # The keys that the first row of the tile sees, in whole tiles: every row sees them.
-    whole = (first + shift + 1) // BLOCK_N * BLOCK_N
-    sums, total, peak = attend_keys(
-        sums, total, peak, q_tile, keys, values, m,
-        0, whole, S, shift, c, False, D, BLOCK_D, BLOCK_N, PRECISION,
-    )  # fmt: skip
-    sums, total, peak = attend_keys(
-        sums, total, peak, q_tile, keys, values, m,
-        whole, min(S, first + BLOCK_M + shift), S, shift, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
+    sums, total, peak = attend(
+        q_tile, keys, values, b, m, first, min(first + BLOCK_M, T) - 1, mask,
+        T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     store_tile(head_of(o, b, h), sums / total[:, None], first, T, BLOCK_M, D, BLOCK_D)
     tl.store(lse + bh * T + m, peak + tl.log2(total), mask=m < T)
 
 
-def launch(kernel: str, x: Tensor) -> tuple[Config, dict]:
+def launch(kernel: str, x: Tensor, mask: Arguments = PLAIN) -> tuple[Config, dict]:
     """The configuration of a kernel for tensors like x, and the launch's keyword arguments."""
-    config = CONFIGS[kernel, x.element_size(), max(32, block_of(x))]
+    sizes = x.element_size(), max(32, block_of(x))
+    if any(part is not None for part in mask) and (f"masked {kernel}", *sizes) in CONFIGS:
+        kernel = f"masked {kernel}"
+    config = CONFIGS[kernel, *sizes]
     return config, {**tile_options(x, config), "maxnreg": config.registers}
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, load: Hook = LOAD
+    q: Tensor, k: Tensor, v: Tensor, scale: float, load: Hook = LOAD, mask: Arguments = PLAIN
 ) -> tuple[Tensor, Tensor]:
     """o (B, H, T, D) in q's dtype and L, fp32 (B, H, T), of checked arguments."""
     batch, heads, length, _ = q.shape
     o = rows_by_head(q)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
-    config, options = launch("forward", q)
+    config, options = launch("forward", q, mask)
     grid = (triton.cdiv(length, config.block_m) * batch * heads,)
     with device_of(q):
         forward_kernel[grid](
             strided(q), strided(k), strided(v), strided(o), lse, load.extra,
-            heads, length, k.shape[2], scale * math.log2(math.e),
+            mask, heads, length, k.shape[2], scale * math.log2(math.e),
             HOOK=load.function, OPTIONS=load.options, GROUP=heads // k.shape[1], **options,
         )  # fmt: skip
     return o, lse
@@ -234,22 +299,27 @@ def is_split(deterministic: bool | None, length: int) -> bool:
 
 
 def backward_split(
-    do: Tensor, saved: Saved, scale: float, store_q: Hook = STORE, store_k: Hook = STORE
+    do: Tensor,
+    saved: Saved,
+    scale: float,
+    store_q: Hook = STORE,
+    store_k: Hook = STORE,
+    mask: Arguments = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv by two kernels; `store_q` runs for all rows before `store_k` for any."""
     q, k, v, o, lse = saved
     batch, heads, length, _ = q.shape
     c = scale * math.log2(math.e)
     dq, delta = rows_by_head(q), torch.empty_like(lse)
-    config, options = launch("dq", q)
+    config, options = launch("dq", q, mask)
     grid = (triton.cdiv(length, config.block_m) * batch * heads,)
     with device_of(q):
         dq_kernel[grid](
             strided(q), strided(k), strided(v), strided(o), strided(do), lse, delta, strided(dq),
-            store_q.extra, heads, length, k.shape[2], scale, c,
+            store_q.extra, mask, heads, length, k.shape[2], scale, c,
             HOOK=store_q.function, OPTIONS=store_q.options, GROUP=heads // k.shape[1], **options,
         )  # fmt: skip
-    return dq, *launch_dkv("dkv", do, saved, delta, delta, scale, store_k)
+    return dq, *launch_dkv("dkv", do, saved, delta, delta, scale, store_k, mask)
 
 
 def delta_of(o: Tensor, do: Tensor) -> Tensor:
@@ -265,12 +335,12 @@ def delta_of(o: Tensor, do: Tensor) -> Tensor:
 
 
 def backward_atomic(
-    do: Tensor, saved: Saved, scale: float, store_k: Hook = STORE
+    do: Tensor, saved: Saved, scale: float, store_k: Hook = STORE, mask: Arguments = PLAIN
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq / scale in fp32, contiguous; dk, dv: by one kernel with atomics, and one for delta."""
     dq_sum = torch.zeros(saved.q.shape, dtype=torch.float32, device=saved.q.device)
     delta = delta_of(saved.o, do)
-    return dq_sum, *launch_dkv("dqkv", do, saved, delta, dq_sum, scale, store_k)
+    return dq_sum, *launch_dkv("dqkv", do, saved, delta, dq_sum, scale, store_k, mask)
 
 
 def launch_dkv(
@@ -281,6 +351,7 @@ def launch_dkv(
     dq_sum: Tensor,
     scale: float,
     store_k: Hook,
+    mask: Arguments = PLAIN,
     order: Tensor | None = None,
     ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -289,12 +360,12 @@ def launch_dkv(
     batch, heads, length, _ = q.shape
     kv_heads, key_length = k.shape[1:3]
     dk, dv = rows_by_head(k), rows_by_head(v)
-    config, options = launch(kernel, q)
+    config, options = launch(kernel, q, mask)
     grid = (triton.cdiv(key_length, config.block_n) * batch * kv_heads,)
     with device_of(q):
         dkv_kernel[grid](
             strided(q), strided(k), strided(v), strided(do), lse, delta, strided(dk), strided(dv),
-            dq_sum, order, ranks, store_k.extra, heads, length, key_length, scale,
+            dq_sum, order, ranks, store_k.extra, mask, heads, length, key_length, scale,
             scale * math.log2(math.e),
             HOOK=store_k.function, OPTIONS=store_k.options, ADD_DQ=kernel == "dqkv",
             GROUP=heads // kv_heads, **options,
@@ -303,12 +374,12 @@ def launch_dkv(
 
 
 def backward(
-    do: Tensor, saved: Saved, scale: float, deterministic: bool | None
+    do: Tensor, saved: Saved, scale: float, deterministic: bool | None, mask: Arguments = PLAIN
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv; deterministic False takes one kernel, True two, None the likely faster way."""
     if is_split(deterministic, saved.q.shape[2]):
-        return backward_split(do, saved, scale)
-    dq_sum, dk, dv = backward_atomic(do, saved, scale)
+        return backward_split(do, saved, scale, mask=mask)
+    dq_sum, dk, dv = backward_atomic(do, saved, scale, mask=mask)
     dq = rows_by_head(saved.q)
     torch.mul(dq_sum, scale, out=dq)
     return dq, dk, dv
@@ -316,9 +387,19 @@ def backward(
 
 @torch.library.custom_op("posenc::flash_forward", mutates_args=())
 def _forward_op(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, deterministic: bool | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    deterministic: bool | None,
+    window: int | None = None,
+    first: Tensor | None = None,
+    last: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, scale)  # `deterministic` is only passed on to the backward pass
+    # `deterministic` is only passed on to the backward pass.
+    mask = arguments(Mask(window, first, last, real), k.shape[2])
+    return forward(q, k, v, scale, mask=mask)
 
 
 @torch.library.custom_op("posenc::flash_backward", mutates_args=())
@@ -331,30 +412,37 @@ def _backward_op(
     lse: Tensor,
     scale: float,
     deterministic: bool | None,
+    window: int | None = None,
+    first: Tensor | None = None,
+    last: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(do, Saved(q, k, v, o, lse), scale, deterministic)
+    mask = arguments(Mask(window, first, last, real), k.shape[2])
+    return backward(do, Saved(q, k, v, o, lse), scale, deterministic, mask)
 
 
 @_forward_op.register_fake
-def _(q, k, v, scale, deterministic):
+def _(q, k, v, *options):
     return rows_by_head(q), torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
 
 
 @_backward_op.register_fake
-def _(do, q, k, v, o, lse, scale, deterministic):
+def _(do, q, k, v, *options):
     return rows_by_head(q), rows_by_head(k), rows_by_head(v)
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, ctx.scale, ctx.deterministic = inputs
+    q, k, v, ctx.scale, ctx.deterministic, ctx.window, *mask = inputs
     o, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, o, lse)
+    ctx.save_for_backward(q, k, v, o, lse, *mask)
 
 
 def _differentiate(ctx, do, _):
-    grads = _backward_op(do, *ctx.saved_tensors, ctx.scale, ctx.deterministic)
-    return *grads, None, None
+    *tensors, first, last, real = ctx.saved_tensors
+    mask = (ctx.window, first, last, real)
+    grads = _backward_op(do, *tensors, ctx.scale, ctx.deterministic, *mask)
+    return *grads, *(None,) * 6
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
@@ -367,15 +455,16 @@ def flash_attention_with_lse(
     v: Tensor,
     *,
     scale: float | None = None,
+    mask: Mask = CAUSAL,
     deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`flash_attention` and L, the base-2 log-sum-exp of its rows: fp32 (B, H, T), no gradient."""
-    check(q, k, v, scale)
+    check(q, k, v, scale, mask)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
     if torch.are_deterministic_algorithms_enabled():
         deterministic = True
-    return _forward_op(q, k, v, scale, deterministic)
+    return _forward_op(q, k, v, scale, deterministic, *mask)
 
 
 def flash_attention(
@@ -384,6 +473,7 @@ def flash_attention(
     v: Tensor,
     *,
     scale: float | None = None,
+    mask: Mask = CAUSAL,
     deterministic: bool | None = None,
 ) -> Tensor:
     """Causal softmax attention, differentiable once.
@@ -392,6 +482,8 @@ def flash_attention(
         q: (B, H, T, D), D at most 256, in bfloat16, float16 or float32, any strides.
         k, v: (B, G, S, D), S >= T, G a divisor of H.
         scale: of the logits, positive; None is 1/sqrt(D).
+        mask: `posenc.kernels.mask.Mask`: a window, segments, padding. Tiles that it empties are not
+            computed.
         deterministic: True: the same gradient bits in every run. False: the backward pass in one
             kernel, with atomics. None: True under `torch.use_deterministic_algorithms`, otherwise
             whichever of the two should be faster at this length.
@@ -402,10 +494,10 @@ def flash_attention(
     Raises:
         ValueError: for other shapes, dtypes or devices.
     """
-    return flash_attention_with_lse(q, k, v, scale=scale, deterministic=deterministic)[0]
+    return flash_attention_with_lse(q, k, v, scale=scale, mask=mask, deterministic=deterministic)[0]
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Mask = CAUSAL) -> None:
     """ValueError unless these arguments of `flash_attention` fit together."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not (q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[0] == k.shape[0]):
@@ -428,18 +520,23 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive; got {scale}. Fold a sign into q.")
     require_runnable("flash attention", q, k, v)
+    check_mask(mask, q.shape[0], q.shape[2], k.shape[2], q.device)
 
 
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Named launches that between them use every configuration, for `inspect_sm90`."""
     half, single = torch.bfloat16, torch.float32
-    plain = [(dtype, dim, 12) for dtype in (half, single) for dim in (32, 64, 128, 256)]
-    for dtype, dim, kv_heads in [*plain, (half, 16, 12), (half, 80, 3)]:
+    masks = {"": PLAIN, " masked": every_part(16, 1024)}
+    plain = [(dtype, dim, 12, "") for dtype in (half, single) for dim in (32, 64, 128, 256)]
+    masked = [(half, dim, heads, " masked") for dim in (32, 64) for heads in (3, 12)]
+    masked += [(half, 128, 12, " masked"), (single, 64, 12, " masked")]
+    for dtype, dim, kv_heads, mask in [*plain, (half, 16, 12, ""), (half, 80, 3, ""), *masked]:
         packed = torch.empty(16, 1024, 12 + 2 * kv_heads, dim, dtype=dtype, device="meta")
         q, k, v = packed.transpose(1, 2).split([12, kv_heads, kv_heads], 1)
         o, lse = rows_by_head(q), torch.empty(q.shape[:-1], device="meta")
-        name = f"{str(dtype).removeprefix('torch.')} D={dim}"
-        yield name, functools.partial(forward, q, k, v, 0.125)
+        name = f"{str(dtype).removeprefix('torch.')} D={dim}{mask}"
+        options = {"mask": masks[mask]}
+        yield name, functools.partial(forward, q, k, v, 0.125, **options)
         saved = Saved(q, k, v, o, lse)
-        yield name, functools.partial(backward, o, saved, 0.125, True)
-        yield f"{name} atomic", functools.partial(backward, o, saved, 0.125, False)
+        yield name, functools.partial(backward, o, saved, 0.125, True, **options)
+        yield f"{name} atomic", functools.partial(backward, o, saved, 0.125, False, **options)

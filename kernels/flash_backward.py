@@ -18,6 +18,17 @@ import triton
 import triton.language as tl
 
 from posenc.kernels.common import head_of, load_rows, load_tile, store_tile
+from posenc.kernels.mask import (
+    along,
+    hide,
+    highest_seeing,
+    key_bounds,
+    lowest_seen,
+    query_bounds,
+    real_keys,
+    real_of,
+    real_tile,
+)
 
 
 @triton.jit
@@ -30,10 +41,11 @@ def dq_over_keys(
     k,
     v,
     m,
+    lo,
+    real,
     start,
     stop,
     S,
-    shift,
     c,
     MASK: tl.constexpr,
     D: tl.constexpr,
@@ -41,19 +53,62 @@ def dq_over_keys(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Take keys start .. stop - 1 into the sums of dQ / scale of queries m."""
+    """Take keys start .. stop - 1 into the sums of dQ / scale of queries m (`flash.attend_keys`)"""
     for first in range(start, stop, BLOCK_N):
         k_tile = load_tile(k, first, S, BLOCK_N, D, BLOCK_D, not MASK)
         v_tile = load_tile(v, first, S, BLOCK_N, D, BLOCK_D, not MASK)
         s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * c
-        if MASK:
-            n = first + tl.arange(0, BLOCK_N)
-            s = tl.where(n[None, :] <= m[:, None] + shift, s, -float("inf"))
+        n = first + tl.arange(0, BLOCK_N)
+        s = hide(s, m, n[None, :], lo, None, along(real_tile(real, first, BLOCK_N), 1), MASK)
         p = tl.exp2(s - lse[:, None])
         dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     return dq
+
+
+@triton.jit
+def dq_of_rows(
+    q,
+    do,
+    lse,
+    delta,
+    k,
+    v,
+    b,
+    m,
+    lowest,
+    highest,
+    mask,
+    T,
+    S,
+    c,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dQ / scale of a tile q of rows m, between `lowest` and `highest`."""
+    shift = S - T
+    begin, inner, until, whole, stop = key_bounds(mask, b, lowest, highest, T, shift, BLOCK_N)
+    real = real_of(mask, b, S)
+    lo = along(lowest_seen(mask, b, m, T, shift), 0)
+    at = (m + shift)[:, None]
+    grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if lo is not None:
+        grad = dq_over_keys(
+            grad, q, do, lse, delta, k, v, at, lo, real,
+            begin, inner, S, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    grad = dq_over_keys(
+        grad, q, do, lse, delta, k, v, at, lo, real,
+        inner, until, S, c, False, D, BLOCK_D, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    return dq_over_keys(
+        grad, q, do, lse, delta, k, v, at, lo, real,
+        whole, stop, S, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["H", "T", "S"])
@@ -67,6 +122,7 @@ def dq_kernel(
     delta,
     dq,
     extra,
+    mask,
     H,
     T,
     S,
@@ -91,7 +147,6 @@ def dq_kernel(
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // H, bh % H
     m = first + tl.arange(0, BLOCK_M)
-    shift = S - T
 
     q_tile = load_tile(head_of(q, b, h), first, T, BLOCK_M, D, BLOCK_D)
     do_tile = load_tile(head_of(do, b, h), first, T, BLOCK_M, D, BLOCK_D)
@@ -101,16 +156,9 @@ def dq_kernel(
     row_lse = tl.load(lse + bh * T + m, mask=m < T, other=0.0)
 
     keys, values = head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
-    grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # The keys that the first row of the tile sees, in whole tiles: every row sees them.
-    whole = (first + shift + 1) // BLOCK_N * BLOCK_N
-    grad = dq_over_keys(
-        grad, q_tile, do_tile, row_lse, row_delta, keys, values, m,
-        0, whole, S, shift, c, False, D, BLOCK_D, BLOCK_N, PRECISION,
-    )  # fmt: skip
-    grad = dq_over_keys(
-        grad, q_tile, do_tile, row_lse, row_delta, keys, values, m,
-        whole, min(S, first + BLOCK_M + shift), S, shift, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
+    grad = dq_of_rows(
+        q_tile, do_tile, row_lse, row_delta, keys, values, b, m, first, min(first + BLOCK_M, T) - 1,
+        mask, T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     HOOK(grad * scale, dq, b, h, extra, first, T, OPTIONS, BLOCK_M, D, BLOCK_D)
 
@@ -131,6 +179,8 @@ def dkv_over_queries(
     h,
     H,
     n,
+    hi,
+    real,
     start,
     stop,
     T,
@@ -146,6 +196,7 @@ def dkv_over_queries(
 ):
     """Take queries start .. stop - 1 of GROUP heads into the sums of one tile of keys.
 
+    n, hi, real: columns, the last two may be None (`posenc.kernels.mask`).
     `order`, int32 (B, H, T) or None: which row of q comes when.
     """
     # One loop over the tiles of all GROUP heads: a loop in a loop takes up to 60 registers more,
@@ -171,8 +222,7 @@ def dkv_over_queries(
         # Keys x queries: P^T and dS^T are then the left operands of dV and dK, and stay in
         # registers.
         s = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION) * c
-        if MASK:
-            s = tl.where(n[:, None] <= m[None, :] + shift, s, -float("inf"))
+        s = hide(s, (m + shift)[None, :], n, None, hi, real, MASK)
         p = tl.exp2(s - row_lse[None, :])
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do_tile), input_precision=PRECISION)
@@ -183,6 +233,73 @@ def dkv_over_queries(
             columns = tl.arange(0, BLOCK_D)
             at = dq_sum + row * D + (m[:, None] * D + columns[None, :])
             tl.atomic_add(at, share, mask=inside[:, None] & (columns < D)[None, :], sem="relaxed")
+    return dk, dv
+
+
+@triton.jit
+def dkv_of_keys(
+    dk,
+    dv,
+    k,
+    v,
+    q,
+    do,
+    lse,
+    delta,
+    dq_sum,
+    order,
+    ranks,
+    b,
+    h,
+    H,
+    first,
+    mask,
+    T,
+    S,
+    c,
+    ADD_DQ: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Take all that heads h .. h + GROUP - 1 see of the keys from `first` on into their sums.
+
+    `ranks`, int32 (B, H, T + 1) or None: how many of the rows before each are in `order`.
+    """
+    shift = S - T
+    n = first + tl.arange(0, BLOCK_N)
+    real = real_keys(real_of(mask, b, S), n, S)
+    start, whole, until, stop = query_bounds(mask, b, first, real, T, S, BLOCK_N)
+    hi, real, n = along(highest_seeing(mask, b, n, S), 0), along(real, 0), n[:, None]
+    if ranks is not None:
+        ranks_of_head = ranks + (b * H + h) * (T + 1)
+        start = tl.load(ranks_of_head + start)
+        whole = tl.load(ranks_of_head + min(whole, T))
+        until = tl.load(ranks_of_head + until)
+        stop = tl.load(ranks_of_head + stop)
+    else:
+        start = start // BLOCK_M * BLOCK_M  # contiguous rows load faster where they are aligned
+    whole = start + tl.cdiv(whole - start, BLOCK_M) * BLOCK_M
+    until = stop if hi is None else whole + max(until - whole, 0) // BLOCK_M * BLOCK_M
+    dk, dv = dkv_over_queries(
+        dk, dv, k, v, q, do, lse, delta, dq_sum, order, b, h, H, n, hi, real,
+        start, min(whole, stop), T, shift, c,
+        True, ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, PRECISION,
+    )  # fmt: skip
+    dk, dv = dkv_over_queries(
+        dk, dv, k, v, q, do, lse, delta, dq_sum, order, b, h, H, n, hi, real,
+        whole, until, T, shift, c,
+        False, ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, PRECISION,
+    )  # fmt: skip
+    if hi is not None:
+        dk, dv = dkv_over_queries(
+            dk, dv, k, v, q, do, lse, delta, dq_sum, order, b, h, H, n, hi, real,
+            until, stop, T, shift, c,
+            True, ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, PRECISION,
+        )  # fmt: skip
     return dk, dv
 
 
@@ -200,6 +317,7 @@ def dkv_kernel(
     order,
     ranks,
     extra,
+    mask,
     H,
     T,
     S,
@@ -218,7 +336,7 @@ def dkv_kernel(
     """Rows of dK and dV, summed in order over the GROUP query heads that share them.
 
     ADD_DQ adds dQ / scale to dq_sum, contiguous fp32 (B, H, T, D); else dq_sum is not touched.
-    order, ranks: None, or which rows of q count (see `posenc.kernels.routed`; GROUP is 1).
+    order, ranks: None, or which rows of q count (see `posenc.kernels.routed`).
     """
     tiles = tl.cdiv(S, BLOCK_N)
     # Early keys are seen by the most rows: they start first.
@@ -226,34 +344,25 @@ def dkv_kernel(
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     kv_heads = H // GROUP
     b, kv_head = bh // kv_heads, bh % kv_heads
-    n = first + tl.arange(0, BLOCK_N)
-    shift = S - T
 
     k_tile = load_tile(head_of(k, b, kv_head), first, S, BLOCK_N, D, BLOCK_D)
     v_tile = load_tile(head_of(v, b, kv_head), first, S, BLOCK_N, D, BLOCK_D)
     k_grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     v_grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    # Rows before `start` see no key of the tile; rows from `whole` on see all of them, which no
-    # row does where the tile reaches past S.
-    start, whole, stop = max(first - shift, 0), max(first + BLOCK_N - 1 - shift, 0), T
-    if ranks is not None:
-        ranks_of_head = ranks + bh * (T + 1)
-        start = tl.load(ranks_of_head + start)
-        whole = tl.load(ranks_of_head + min(whole, T))
-        stop = tl.load(ranks_of_head + T)
+    if ranks is None or GROUP == 1:
+        k_grad, v_grad = dkv_of_keys(
+            k_grad, v_grad, k_tile, v_tile, q, do, lse, delta, dq_sum, order, ranks,
+            b, kv_head * GROUP, H, first, mask, T, S, c,
+            ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
     else:
-        start = start // BLOCK_M * BLOCK_M  # contiguous rows load faster where they are aligned
-    whole = start + tl.cdiv(whole - start, BLOCK_M) * BLOCK_M
-    k_grad, v_grad = dkv_over_queries(
-        k_grad, v_grad, k_tile, v_tile, q, do, lse, delta, dq_sum, order,
-        b, kv_head * GROUP, H, n, start, min(whole, stop), T, shift, c,
-        True, ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, PRECISION,
-    )  # fmt: skip
-    k_grad, v_grad = dkv_over_queries(
-        k_grad, v_grad, k_tile, v_tile, q, do, lse, delta, dq_sum, order,
-        b, kv_head * GROUP, H, n, whole, stop, T, shift, c,
-        False, ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, PRECISION,
-    )  # fmt: skip
+        # Other rows count for every head.
+        for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
+            k_grad, v_grad = dkv_of_keys(
+                k_grad, v_grad, k_tile, v_tile, q, do, lse, delta, dq_sum, order, ranks,
+                b, head, H, first, mask, T, S, c,
+                ADD_DQ, 1, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+            )  # fmt: skip
     # dV first: its registers are then free for the hook.
     store_tile(head_of(dv, b, kv_head), v_grad, first, S, BLOCK_N, D, BLOCK_D)
     HOOK(k_grad * scale, dk, b, kv_head, extra, first, S, OPTIONS, BLOCK_N, D, BLOCK_D)

@@ -37,6 +37,22 @@ from posenc.kernels.common import (
     tile_options,
 )
 from posenc.kernels.flash import add_keys
+from posenc.kernels.mask import (
+    CAUSAL,
+    PLAIN,
+    Arguments,
+    Mask,
+    along,
+    arguments,
+    every_part,
+    hide,
+    is_masked,
+    key_bounds,
+    lowest_seen,
+    real_of,
+    real_tile,
+    start_of_peak,
+)
 from posenc.kernels.relative_backward import dkv_kernel, dq_kernel
 from posenc.kernels.skew import load_bias, store_bias
 from posenc.scores import add_per_head
@@ -70,12 +86,14 @@ def forward_kernel(
     lse,
     counter,
     scratch,
+    mask,
     work,
     H,
     T,
     S,
     P,
     c,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -88,6 +106,7 @@ def forward_kernel(
     tiles = tl.cdiv(T, BLOCK_M)
     shift = S - T
     WIDTH: tl.constexpr = SEGMENT + 2 * BLOCK_M
+    MASK: tl.constexpr = is_masked(mask)
     scratch += tl.program_id(0).to(tl.int64) * (BLOCK_M * WIDTH)
     turn = tl.atomic_add(counter, 1)
     while turn < work:
@@ -98,16 +117,20 @@ def forward_kernel(
         m = first + tl.arange(0, BLOCK_M)
         q = load_tile(head_of(content, b, h), first, T, BLOCK_M, D, BLOCK_D)
         r = load_tile(head_of(relative, b, h), first, T, BLOCK_M, D, BLOCK_D)
-        keys, values = head_of(k, b, h), head_of(v, b, h)
+        keys, values = head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
         rows_of_table = table + h * P * D
         offsets_of_head = offsets
         if offsets is not None:
             offsets_of_head = offsets + h * P
         sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
-        peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        stop = min(S, first + BLOCK_M + shift)
-        for begin in tl.range(0, stop, SEGMENT, disable_licm=True):
+        peak = start_of_peak(mask, BLOCK_M)
+        start, _, _, _, stop = key_bounds(
+            mask, b, first, min(first + BLOCK_M, T) - 1, T, shift, BLOCK_N
+        )
+        row = tl.minimum(m, T - 1)  # rows past the last repeat it: they too see a key
+        lo, real = along(lowest_seen(mask, b, row, T, shift), 0), real_of(mask, b, S)
+        for begin in tl.range(start, stop, SEGMENT, disable_licm=True):
             count = tl.cdiv(min(stop - begin, SEGMENT), BLOCK_N) * BLOCK_N
             store_bias(
                 scratch, r, first + shift, begin, count, rows_of_table, offsets_of_head, P,
@@ -118,6 +141,9 @@ def forward_kernel(
                 k_tile = load_tile(keys, begin + at, S, BLOCK_N, D, BLOCK_D)
                 s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
                 s += load_bias(scratch, at, WIDTH, BLOCK_M, BLOCK_N)
+                n = begin + at + tl.arange(0, BLOCK_N)[None, :]
+                real_here = along(real_tile(real, begin + at, BLOCK_N), 1)
+                s = hide(s, (row + shift)[:, None], n, lo, None, real_here, MASK)
                 v_tile = load_tile(values, begin + at, S, BLOCK_N, D, BLOCK_D)
                 sums, total, peak = add_keys(sums, total, peak, s, v_tile, c, PRECISION)
             tl.debug_barrier()
@@ -212,7 +238,9 @@ def term(
     return Term(content, relative, table.to(q.dtype).contiguous(), offsets)
 
 
-def forward(q: Term, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Term, k: Tensor, v: Tensor, scale: float, mask: Arguments = PLAIN
+) -> tuple[Tensor, Tensor]:
     """o (B, H, T, D) in k's dtype and L, fp32 (B, H, T), of checked arguments."""
     batch, heads, length, _ = q.content.shape
     o = rows_by_head(q.content)
@@ -224,9 +252,9 @@ def forward(q: Term, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor
     with device_of(k):
         forward_kernel[(count,)](
             strided(q.content), strided(q.relative), strided(k), strided(v), q.table, q.offsets,
-            strided(o), lse, counter, biases, work,
+            strided(o), lse, counter, biases, mask, work,
             heads, length, k.shape[2], q.table.shape[1], scale * math.log2(math.e),
-            **options,
+            GROUP=heads // k.shape[1], **options,
         )  # fmt: skip
     return o, lse
 
@@ -250,10 +278,12 @@ def backward(
     lse: Tensor,
     scale: float,
     deterministic: bool,
+    mask: Arguments = PLAIN,
 ) -> Gradients:
     """Gradients of `forward`; `deterministic` sums dR share by share instead of with atomics."""
     batch, heads, length, dim = q.content.shape
-    key_length, device = k.shape[2], k.device
+    kv_heads, key_length = k.shape[1:3]
+    device, group = k.device, heads // kv_heads
     numbers = (heads, length, key_length, q.table.shape[1], scale, scale * math.log2(math.e))
     dq, dk, dv = (rows_by_head(x) for x in (q.content, k, v))
     delta = flash.delta_of(o, do)
@@ -275,19 +305,19 @@ def backward(
         dq_kernel[shares, heads](
             strided(q.content), strided(q.relative), strided(k), strided(v), q.table, q.offsets,
             strided(do), lse, delta, strided(dq), d_table, d_offsets,
-            heads if deterministic else 0, biases, by_distance, batch, *numbers,
-            ATOMIC=not deterministic, **options,
+            heads if deterministic else 0, biases, by_distance, mask, batch, *numbers,
+            ATOMIC=not deterministic, GROUP=group, **options,
         )  # fmt: skip
 
     config, options = launch("dkv", k)
-    work = triton.cdiv(key_length, config.block_n) * batch * heads
+    work = triton.cdiv(key_length, config.block_n) * batch * kv_heads
     size = bias_size(config, config.segment, config.block_n)
     count, counter, biases = drawn(config, work, k, size)
     with device_of(k):
         dkv_kernel[(count,)](
             strided(q.content), strided(q.relative), strided(k), strided(v), q.table, q.offsets,
-            strided(do), lse, delta, strided(dk), strided(dv), counter, biases, work, *numbers,
-            **options,
+            strided(do), lse, delta, strided(dk), strided(dv), counter, biases, mask, work,
+            *numbers, GROUP=group, **options,
         )  # fmt: skip
     return Gradients(dq, dk, dv, d_table.sum(0) * scale, d_offsets.sum(0) * scale)
 
@@ -313,9 +343,14 @@ def _forward_op(
     relative_bias: Tensor | None,
     scale: float,
     deterministic: bool | None,
+    window: int | None = None,
+    first: Tensor | None = None,
+    last: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     # `deterministic` is only passed on to the backward pass.
-    return forward(term(q, table, offsets, content_bias, relative_bias), k, v, scale)
+    mask = arguments(Mask(window, first, last, real), k.shape[2])
+    return forward(term(q, table, offsets, content_bias, relative_bias), k, v, scale, mask)
 
 
 @torch.library.custom_op("posenc::relative_backward", mutates_args=())
@@ -332,9 +367,14 @@ def _backward_op(
     lse: Tensor,
     scale: float,
     deterministic: bool | None,
+    window: int | None = None,
+    first: Tensor | None = None,
+    last: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     query = term(q, table, offsets, content_bias, relative_bias)
-    found = backward(do, query, k, v, o, lse, scale, bool(deterministic))
+    mask = arguments(Mask(window, first, last, real), k.shape[2])
+    found = backward(do, query, k, v, o, lse, scale, bool(deterministic), mask)
     d_table, d_offsets = (fold(x, table.shape[1]) for x in (found.d_table, found.d_offsets))
     # Of q + v_h only the sum over all rows is wanted: that of dB R, hence of dB's own sums.
     # As a sum of products, which autocast leaves alone.
@@ -362,19 +402,20 @@ def _(do, q, k, v, table, *options):
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.deterministic = inputs
+    *tensors, ctx.scale, ctx.deterministic, ctx.window, first, last, real = inputs
     o, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*tensors, o, lse)
+    ctx.save_for_backward(*tensors, o, lse, first, last, real)
 
 
 def _differentiate(ctx, do, _):
-    tensors = ctx.saved_tensors
-    grads = _backward_op(do, *tensors, ctx.scale, ctx.deterministic)
+    *tensors, first, last, real = ctx.saved_tensors
+    mask = (ctx.window, first, last, real)
+    grads = _backward_op(do, *tensors, ctx.scale, ctx.deterministic, *mask)
     wanted = [
         None if x is None else grad.to(x.dtype) for grad, x in zip(grads, tensors[:7], strict=True)
     ]
-    return *wanted, None, None
+    return *wanted, *(None,) * 6
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
@@ -391,18 +432,20 @@ def relative_attention(
     relative_bias: Tensor | None = None,
     *,
     scale: float | None = None,
+    mask: Mask = CAUSAL,
     deterministic: bool | None = None,
 ) -> Tensor:
     """Causal softmax attention with a relative term, differentiable once.
 
     Args:
         q: (B, H, T, D), D at most 128, in bfloat16, float16 or float32, any strides.
-        k, v: (B, H, S, D), S >= T: query row i sits at key index S - T + i.
+        k, v: (B, G, S, D), G a divisor of H, S >= T: query row i sits at key index S - T + i.
         table: R (H, P, D), row d for distance d; its own dtype, fp32 gradients.
         offsets: S (H, P), added to the products with the table.
         content_bias: u (H, D), added to q where it meets k.
         relative_bias: v (H, D), added to q where it meets the table.
         scale: of the logits, positive; None is 1/sqrt(D).
+        mask: see `posenc.kernels.flash.flash_attention`. Distances are those of indices.
         deterministic: True: the same gradient bits in every run, at the price of fp32 sums of the
             table's gradient for up to 264 programs (256 MiB, or one of (H, S, D) where that is
             more). False, None: atomics, except
@@ -414,13 +457,13 @@ def relative_attention(
     Raises:
         ValueError: for other shapes, dtypes or devices.
     """
-    check(q, k, v, table, offsets, content_bias, relative_bias, scale)
+    check(q, k, v, table, offsets, content_bias, relative_bias, scale, mask)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
     if torch.are_deterministic_algorithms_enabled():
         deterministic = True
     biases = (offsets, content_bias, relative_bias)
-    return _forward_op(q, k, v, table, *biases, scale, deterministic)[0]
+    return _forward_op(q, k, v, table, *biases, scale, deterministic, *mask)[0]
 
 
 def check(
@@ -432,19 +475,15 @@ def check(
     content_bias: Tensor | None,
     relative_bias: Tensor | None,
     scale: float | None,
+    mask: Mask = CAUSAL,
 ) -> None:
     """ValueError unless these arguments of `relative_attention` fit together."""
-    flash.check(q, k, v, scale)
+    flash.check(q, k, v, scale, mask)
     heads, dim = q.shape[1], q.shape[3]
     if dim > MAX_HEAD_DIM:
         raise ValueError(
             f"relative attention needs a head dim of at most {MAX_HEAD_DIM}; got {dim}. "
             "Use more heads, or impl='sdpa'."
-        )
-    if k.shape[1] != heads:
-        raise ValueError(
-            f"relative attention needs as many key heads as query heads; got {heads} and "
-            f"{k.shape[1]}. Repeat k and v."
         )
     if table.dim() != 3 or table.shape[0] != heads or table.shape[2] != dim or not table.shape[1]:
         raise ValueError(f"table must be (H={heads}, P, D={dim}); got {tuple(table.shape)}.")

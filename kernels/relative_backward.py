@@ -14,6 +14,18 @@ import triton
 import triton.language as tl
 
 from posenc.kernels.common import head_of, load_tile, store_tile
+from posenc.kernels.mask import (
+    along,
+    hide,
+    highest_seeing,
+    is_masked,
+    key_bounds,
+    lowest_seen,
+    query_bounds,
+    real_keys,
+    real_of,
+    real_tile,
+)
 from posenc.kernels.skew import (
     clear_ends,
     load_bias,
@@ -41,6 +53,7 @@ def dq_kernel(
     share,
     scratch,
     by_distance,
+    mask,
     B,
     H,
     T,
@@ -49,6 +62,7 @@ def dq_kernel(
     scale,
     c,
     ATOMIC: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -70,6 +84,7 @@ def dq_kernel(
     shares = tl.num_programs(0)
     # One width for biases and gradients: the addresses of their stores are then the same.
     WIDTH: tl.constexpr = SEGMENT + 2 * BLOCK_M
+    MASK: tl.constexpr = is_masked(mask)
     slot = (tl.program_id(0).to(tl.int64) * H + h) * (BLOCK_M * WIDTH)
     scratch += slot
     by_distance += slot
@@ -97,10 +112,13 @@ def dq_kernel(
         row_delta = tl.load(delta + bh * T + m, mask=m < T, other=0.0)
         # Rows past the last have P = 0, so that they add nothing to dR.
         row_lse = tl.load(lse + bh * T + m, mask=m < T, other=float("inf"))
-        keys, values = head_of(k, b, h), head_of(v, b, h)
+        keys, values = head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
         grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        stop = min(S, first + BLOCK_M + shift)
-        for begin in tl.range(0, stop, SEGMENT, disable_licm=True):
+        start, _, _, _, stop = key_bounds(
+            mask, b, first, min(first + BLOCK_M, T) - 1, T, shift, BLOCK_N
+        )
+        lo, real = along(lowest_seen(mask, b, m, T, shift), 0), real_of(mask, b, S)
+        for begin in tl.range(start, stop, SEGMENT, disable_licm=True):
             count = tl.cdiv(min(stop - begin, SEGMENT), BLOCK_N) * BLOCK_N
             store_bias(
                 scratch, r, first + shift, begin, count, rows_of_table, offsets_of_head, P,
@@ -113,6 +131,9 @@ def dq_kernel(
                 v_tile = load_tile(values, begin + at, S, BLOCK_N, D, BLOCK_D)
                 s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
                 s += load_bias(scratch, at, WIDTH, BLOCK_M, BLOCK_N)
+                n = begin + at + tl.arange(0, BLOCK_N)[None, :]
+                real_here = along(real_tile(real, begin + at, BLOCK_N), 1)
+                s = hide(s, (m + shift)[:, None], n, lo, None, real_here, MASK)
                 p = tl.exp2(s * c - row_lse[:, None])
                 dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
                 ds = (p * (dp - row_delta[:, None])).to(k_tile.dtype)
@@ -156,6 +177,7 @@ def dkv_kernel(
     dv,
     counter,
     scratch,
+    mask,
     work,
     H,
     T,
@@ -163,6 +185,7 @@ def dkv_kernel(
     P,
     scale,
     c,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -171,55 +194,64 @@ def dkv_kernel(
     SEGMENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows of dk and dv."""
+    """Rows of dk and dv, summed in order over the GROUP query heads that share them."""
     tiles = tl.cdiv(S, BLOCK_N)
     shift = S - T
     WIDTH: tl.constexpr = BLOCK_N + 2 * BLOCK_M
+    MASK: tl.constexpr = is_masked(mask)
+    kv_heads = H // GROUP
     scratch += tl.program_id(0).to(tl.int64) * (SEGMENT * WIDTH)
     turn = tl.atomic_add(counter, 1)
     while turn < work:
         # Early keys are seen by the most rows: they are drawn first.
         first = turn % tiles * BLOCK_N
         bh = (turn // tiles).to(tl.int64)
-        b, h = bh // H, bh % H
-        k_tile = load_tile(head_of(k, b, h), first, S, BLOCK_N, D, BLOCK_D)
-        v_tile = load_tile(head_of(v, b, h), first, S, BLOCK_N, D, BLOCK_D)
-        on_keys, on_table = head_of(content, b, h), head_of(relative, b, h)
-        outer = head_of(do, b, h)
-        rows_of_table = table + h * P * D
-        offsets_of_head = offsets
-        if offsets is not None:
-            offsets_of_head = offsets + h * P
+        b, kv_head = bh // kv_heads, bh % kv_heads
+        k_tile = load_tile(head_of(k, b, kv_head), first, S, BLOCK_N, D, BLOCK_D)
+        v_tile = load_tile(head_of(v, b, kv_head), first, S, BLOCK_N, D, BLOCK_D)
         k_grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         v_grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        # Rows before see no key of the tile.
-        start = max(first - shift, 0) // BLOCK_M * BLOCK_M
-        for begin in tl.range(start, T, SEGMENT, disable_licm=True):
-            stop = min(T, begin + SEGMENT)
-            for row in range(begin, stop, BLOCK_M):
-                r = load_tile(on_table, row, T, BLOCK_M, D, BLOCK_D)
-                store_bias(
-                    scratch + (row - begin) * WIDTH, r, row + shift, first, BLOCK_N,
-                    rows_of_table, offsets_of_head, P,
-                    WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION,
-                )  # fmt: skip
-            tl.debug_barrier()
-            for row in range(begin, stop, BLOCK_M):
-                m = row + tl.arange(0, BLOCK_M)
-                q = load_tile(on_keys, row, T, BLOCK_M, D, BLOCK_D)
-                do_tile = load_tile(outer, row, T, BLOCK_M, D, BLOCK_D)
-                row_lse = tl.load(lse + bh * T + m, mask=m < T, other=float("inf"))
-                row_delta = tl.load(delta + bh * T + m, mask=m < T, other=0.0)
-                s = tl.dot(k_tile, tl.trans(q), input_precision=PRECISION)
-                s += tl.trans(
-                    load_bias(scratch + (row - begin) * WIDTH, 0, WIDTH, BLOCK_M, BLOCK_N)
-                )
-                p = tl.exp2(s * c - row_lse[None, :])
-                v_grad = tl.dot(p.to(do_tile.dtype), do_tile, v_grad, input_precision=PRECISION)
-                dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
-                ds = (p * (dp - row_delta[None, :])).to(q.dtype)
-                k_grad = tl.dot(ds, q, k_grad, input_precision=PRECISION)
-            tl.debug_barrier()
-        store_tile(head_of(dv, b, h), v_grad, first, S, BLOCK_N, D, BLOCK_D)
-        store_tile(head_of(dk, b, h), k_grad * scale, first, S, BLOCK_N, D, BLOCK_D)
+        n = first + tl.arange(0, BLOCK_N)
+        real = real_keys(real_of(mask, b, S), n, S)
+        start, _, _, stop = query_bounds(mask, b, first, real, T, S, BLOCK_N)
+        start = start // BLOCK_M * BLOCK_M
+        hi, real, n = along(highest_seeing(mask, b, n, S), 0), along(real, 0), n[:, None]
+        for member in range(GROUP):
+            h = kv_head * GROUP + member
+            on_keys, on_table = head_of(content, b, h), head_of(relative, b, h)
+            outer = head_of(do, b, h)
+            rows_of_table = table + h * P * D
+            offsets_of_head = offsets
+            if offsets is not None:
+                offsets_of_head = offsets + h * P
+            of_head = (b * H + h) * T
+            for begin in tl.range(start, stop, SEGMENT, disable_licm=True):
+                end = min(stop, begin + SEGMENT)
+                for row in range(begin, end, BLOCK_M):
+                    r = load_tile(on_table, row, T, BLOCK_M, D, BLOCK_D)
+                    store_bias(
+                        scratch + (row - begin) * WIDTH, r, row + shift, first, BLOCK_N,
+                        rows_of_table, offsets_of_head, P,
+                        WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION,
+                    )  # fmt: skip
+                tl.debug_barrier()
+                for row in range(begin, end, BLOCK_M):
+                    m = row + tl.arange(0, BLOCK_M)
+                    q = load_tile(on_keys, row, T, BLOCK_M, D, BLOCK_D)
+                    do_tile = load_tile(outer, row, T, BLOCK_M, D, BLOCK_D)
+                    row_lse = tl.load(lse + of_head + m, mask=m < T, other=float("inf"))
+                    row_delta = tl.load(delta + of_head + m, mask=m < T, other=0.0)
+                    s = tl.dot(k_tile, tl.trans(q), input_precision=PRECISION)
+                    s += tl.trans(
+                        load_bias(scratch + (row - begin) * WIDTH, 0, WIDTH, BLOCK_M, BLOCK_N)
+                    )
+                    s = hide(s, (m + shift)[None, :], n, None, hi, real, MASK)
+                    p = tl.exp2(s * c - row_lse[None, :])
+                    v_grad = tl.dot(p.to(do_tile.dtype), do_tile, v_grad, input_precision=PRECISION)
+                    dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+                    ds = (p * (dp - row_delta[None, :])).to(q.dtype)
+                    k_grad = tl.dot(ds, q, k_grad, input_precision=PRECISION)
+                tl.debug_barrier()
+        store_tile(head_of(dv, b, kv_head), v_grad, first, S, BLOCK_N, D, BLOCK_D)
+        store_tile(head_of(dk, b, kv_head), k_grad * scale, first, S, BLOCK_N, D, BLOCK_D)
         turn = tl.atomic_add(counter, 1)

@@ -31,6 +31,7 @@ from posenc.kernels.common import (
     strided,
 )
 from posenc.kernels.hooks import Hook
+from posenc.kernels.mask import CAUSAL, PLAIN, Arguments, Mask, arguments, every_part
 from posenc.kernels.turns import position_arguments, rotate_rows, turns_from_radians
 
 
@@ -108,24 +109,34 @@ def store_turned_back(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, rotation: Rotation
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    rotation: Rotation,
+    mask: Arguments = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o and L as `flash.forward`; turned q and k, which the backward pass takes."""
     k_turned = torch.empty_like(k, memory_format=torch.contiguous_format)
     rope.launch(k, k[:, :0], k_turned, k[:, :0], *rotation, inverse=False)
     q_turned = rows_by_head(q)
-    o, lse = flash.forward(q, k_turned, v, scale, rotation.load(q_turned))
+    o, lse = flash.forward(q, k_turned, v, scale, rotation.load(q_turned), mask)
     return o, lse, q_turned, k_turned
 
 
 def backward(
-    do: Tensor, saved: flash.Saved, scale: float, deterministic: bool | None, rotation: Rotation
+    do: Tensor,
+    saved: flash.Saved,
+    scale: float,
+    deterministic: bool | None,
+    rotation: Rotation,
+    mask: Arguments = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq and dk of q and k before they were turned, dv."""
     store = rotation.store()
     if flash.is_split(deterministic, saved.q.shape[2]):
-        return flash.backward_split(do, saved, scale, store, store)
-    dq_sum, dk, dv = flash.backward_atomic(do, saved, scale, store)
+        return flash.backward_split(do, saved, scale, store, store, mask)
+    dq_sum, dk, dv = flash.backward_atomic(do, saved, scale, store, mask)
     dq = rows_by_head(saved.q)
     scaled = rotation._replace(factor=rotation.factor * scale)
     rope.launch(dq_sum, dq[:, :0], dq, dq[:, :0], *scaled, inverse=True)
@@ -143,8 +154,13 @@ def _forward_op(
     interleaved: bool,
     scale: float,
     deterministic: bool | None,
+    window: int | None = None,
+    first: Tensor | None = None,
+    last: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return forward(q, k, v, scale, Rotation(fractions, positions, factor, interleaved))
+    mask = arguments(Mask(window, first, last, real), k.shape[2])
+    return forward(q, k, v, scale, Rotation(fractions, positions, factor, interleaved), mask)
 
 
 @torch.library.custom_op("posenc::rope_attention_backward", mutates_args=())
@@ -161,10 +177,15 @@ def _backward_op(
     interleaved: bool,
     scale: float,
     deterministic: bool | None,
+    window: int | None = None,
+    first: Tensor | None = None,
+    last: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     saved = flash.Saved(q_turned, k_turned, v, o, lse)
     rotation = Rotation(fractions, positions, factor, interleaved)
-    return backward(do, saved, scale, deterministic, rotation)
+    mask = arguments(Mask(window, first, last, real), v.shape[2])
+    return backward(do, saved, scale, deterministic, rotation, mask)
 
 
 @_forward_op.register_fake
@@ -180,14 +201,16 @@ def _(do, q_turned, k_turned, v, *options):
 
 
 def _save(ctx, inputs, output) -> None:
-    _, _, v, fractions, positions, *ctx.options = inputs
+    _, _, v, fractions, positions, *ctx.options, first, last, real = inputs
     o, lse, q_turned, k_turned = output
     ctx.mark_non_differentiable(lse, q_turned, k_turned)
-    ctx.save_for_backward(q_turned, k_turned, v, o, lse, fractions, positions)
+    tensors = (q_turned, k_turned, v, o, lse, fractions, positions, first, last, real)
+    ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx, do, *_):
-    return *_backward_op(do, *ctx.saved_tensors, *ctx.options), *(None,) * 6
+    *tensors, first, last, real = ctx.saved_tensors
+    return *_backward_op(do, *tensors, *ctx.options, first, last, real), *(None,) * 10
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
@@ -204,6 +227,7 @@ def rope_attention(
     factor: float = 1.0,
     pairing: str = "half",
     scale: float | None = None,
+    mask: Mask = CAUSAL,
     deterministic: bool | None = None,
 ) -> Tensor:
     """Rotate q and k to their positions and attend causally; differentiable once.
@@ -211,8 +235,9 @@ def rope_attention(
     Args:
         q: (B, H, T, D), any strides, in bfloat16, float16 or float32; D at most 256.
         k, v: (B, G, T, D), G a divisor of H.
-        frequencies, positions, factor, pairing: see `posenc.kernels.rope.rope`.
-        scale, deterministic: see `posenc.kernels.flash.flash_attention`.
+        frequencies, positions, factor, pairing: see `posenc.kernels.rope.rope`. The positions
+            only turn: which keys a query sees goes by their order, and by the mask.
+        scale, mask, deterministic: see `posenc.kernels.flash.flash_attention`.
 
     Returns:
         (B, H, T, D) in q's dtype.
@@ -220,19 +245,19 @@ def rope_attention(
     Raises:
         ValueError: for other shapes, dtypes or devices.
     """
-    flash.check(q, k, v, scale)
+    flash.check(q, k, v, scale, mask)
     rope.check(q, k, frequencies, positions, pairing)
     head_dim = q.shape[-1]
     if 2 * frequencies.shape[0] < head_dim or not fits(head_dim, q.dtype):
         q, k = rope.rope(q, k, frequencies, positions, factor=factor, pairing=pairing)
-        return flash.flash_attention(q, k, v, scale=scale, deterministic=deterministic)
+        return flash.flash_attention(q, k, v, scale=scale, mask=mask, deterministic=deterministic)
     if scale is None:
         scale = 1 / math.sqrt(head_dim)
     if torch.are_deterministic_algorithms_enabled():
         deterministic = True
     fractions, interleaved = turns_from_radians(frequencies), pairing == "interleaved"
     options = (fractions, positions, float(factor), interleaved, scale, deterministic)
-    return _forward_op(q, k, v, *options)[0]
+    return _forward_op(q, k, v, *options, *mask)[0]
 
 
 def fits(head_dim: int, dtype: torch.dtype) -> bool:
@@ -258,3 +283,9 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
             back = functools.partial(backward, o, flash.Saved(q, k, v, o, lse), 0.125)
             yield name, functools.partial(back, True, placed)
             yield f"{name} atomic", functools.partial(back, False, plain)
+            if dim == 64 and dtype == torch.bfloat16:
+                mask = every_part(16, 1024)
+                name = f"{name} masked"
+                yield name, functools.partial(forward, q, k, v, 0.125, placed, mask)
+                yield name, functools.partial(back, True, placed, mask)
+                yield f"{name} atomic", functools.partial(back, False, placed, mask)

@@ -41,9 +41,10 @@ from posenc.kernels.common import (
     strided,
     tile_options,
 )
-from posenc.kernels.flash import Config, attend_keys
-from posenc.kernels.flash_backward import dq_over_keys
+from posenc.kernels.flash import Config, attend
+from posenc.kernels.flash_backward import dq_of_rows
 from posenc.kernels.hooks import STORE
+from posenc.kernels.mask import CAUSAL, PLAIN, Arguments, Mask, arguments
 
 #: Gates below the smallest normal fp32 number count as 0: their reciprocal may not exist.
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -119,10 +120,12 @@ def forward_kernel(
     ranks,
     y,
     lse,
+    mask,
     H,
     T,
     S,
     c,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -136,20 +139,13 @@ def forward_kernel(
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // H, bh % H
     shift = S - T
-    m, kept, whole, stop = rows_of_tile(order, ranks, bh, first, T, shift, BLOCK_M, BLOCK_N)
+    m, kept, lowest, highest = rows_of_tile(order, ranks, bh, first, T, shift, BLOCK_M)
 
     q_tile = load_rows(head_of(q, b, h), m, kept, D, BLOCK_D)
-    keys, values = head_of(k, b, h), head_of(v, b, h)
-    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    sums, total, peak = attend_keys(
-        sums, total, peak, q_tile, keys, values, m,
-        0, whole, S, shift, c, False, D, BLOCK_D, BLOCK_N, PRECISION,
-    )  # fmt: skip
-    sums, total, peak = attend_keys(
-        sums, total, peak, q_tile, keys, values, m,
-        whole, stop, S, shift, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
+    keys, values = head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
+    sums, total, peak = attend(
+        q_tile, keys, values, b, m, lowest, highest, mask,
+        T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     gate = tl.load(gates + bh * T + m, mask=kept, other=1.0)
     total = tl.where(kept, total, 1.0)
@@ -161,21 +157,20 @@ def forward_kernel(
 
 
 @triton.jit
-def rows_of_tile(order, ranks, bh, first, T, shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows of places first .. of a head's order, which of them are kept, and their keys.
+def rows_of_tile(order, ranks, bh, first, T, shift, BLOCK_M: tl.constexpr):
+    """Rows of places first .. of a head's order, which are kept, and the lowest and highest kept.
 
-    All kept rows see the keys before the third value returned, and none those from the fourth on.
+    Where none is, both are the row before the one that sees the first key: no keys are left.
     """
     place = first + tl.arange(0, BLOCK_M)
     count = tl.load(ranks + bh * (T + 1) + T)
     order += bh * T
     m = tl.load(order + place, mask=place < T, other=0)
-    # Kept rows are sorted: the first sees the fewest keys, the last the most.
+    # Kept rows are sorted.
     lowest = tl.load(order + first, mask=first < count, other=-shift - 1)
     last = min(first + BLOCK_M, count) - 1
     highest = tl.load(order + last, mask=first < count, other=-shift - 1)
-    whole = (lowest + shift + 1) // BLOCK_N * BLOCK_N
-    return m, place < count, whole, highest + shift + 1
+    return m, place < count, lowest, highest
 
 
 @triton.jit(do_not_specialize=["H", "T", "S"])
@@ -191,12 +186,14 @@ def dq_kernel(
     lse,
     delta,
     dq,
+    mask,
     H,
     T,
     S,
     scale,
     c,
     HAS_DELTA: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -209,7 +206,7 @@ def dq_kernel(
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // H, bh % H
     shift = S - T
-    m, kept, whole, stop = rows_of_tile(order, ranks, bh, first, T, shift, BLOCK_M, BLOCK_N)
+    m, kept, lowest, highest = rows_of_tile(order, ranks, bh, first, T, shift, BLOCK_M)
     inside = first + tl.arange(0, BLOCK_M) < T
 
     q_tile = load_rows(head_of(q, b, h), m, kept, D, BLOCK_D)
@@ -223,15 +220,10 @@ def dq_kernel(
         tl.store(delta + bh * T + m, row_delta, mask=inside)
     row_lse = tl.load(lse + bh * T + m, mask=kept, other=0.0)
 
-    keys, values = head_of(k, b, h), head_of(v, b, h)
-    grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    grad = dq_over_keys(
-        grad, q_tile, dy_tile, row_lse, row_delta, keys, values, m,
-        0, whole, S, shift, c, False, D, BLOCK_D, BLOCK_N, PRECISION,
-    )  # fmt: skip
-    grad = dq_over_keys(
-        grad, q_tile, dy_tile, row_lse, row_delta, keys, values, m,
-        whole, stop, S, shift, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
+    keys, values = head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
+    grad = dq_of_rows(
+        q_tile, dy_tile, row_lse, row_delta, keys, values, b, m, lowest, highest,
+        mask, T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     grad = tl.where(kept[:, None], grad * scale, 0.0)
     store_rows(head_of(dq, b, h), grad, m, inside, D, BLOCK_D)
@@ -297,7 +289,7 @@ def launch(kernel: str, x: Tensor) -> tuple[Config, dict]:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, routing: Routing, scale: float
+    q: Tensor, k: Tensor, v: Tensor, routing: Routing, scale: float, mask: Arguments = PLAIN
 ) -> tuple[Tensor, Tensor]:
     """y (B, H, T, D) in q's dtype and L', fp32 (B, H, T), of checked arguments."""
     batch, heads, length, _ = q.shape
@@ -307,8 +299,9 @@ def forward(
     grid = (triton.cdiv(length, config.block_m) * batch * heads,)
     with device_of(q):
         forward_kernel[grid](
-            strided(q), strided(k), strided(v), *routing, strided(y), lse,
-            heads, length, k.shape[2], scale * math.log2(math.e), **options,
+            strided(q), strided(k), strided(v), *routing, strided(y), lse, mask,
+            heads, length, k.shape[2], scale * math.log2(math.e), GROUP=heads // k.shape[1],
+            **options,
         )  # fmt: skip
     return y, lse
 
@@ -320,6 +313,7 @@ def backward(
     scale: float,
     deterministic: bool | None,
     delta: Tensor | None = None,
+    mask: Arguments = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dgates of `forward`, or where `delta` is given, which is then dgates."""
     q, k, v, y, lse = saved
@@ -327,7 +321,7 @@ def backward(
     has_delta = delta is not None
     if delta is None:
         delta = torch.empty_like(lse)
-    rows = (routing.order, routing.ranks)
+    rest = (scale, STORE, mask, routing.order, routing.ranks)
     numbers = (heads, length, k.shape[2], scale, scale * math.log2(math.e))
     if flash.is_split(deterministic, length):
         dq = rows_by_head(q)
@@ -336,9 +330,10 @@ def backward(
         with device_of(q):
             dq_kernel[grid](
                 strided(q), strided(k), strided(v), strided(y), strided(dy), *routing, lse, delta,
-                strided(dq), *numbers, HAS_DELTA=has_delta, **options,
+                strided(dq), mask, *numbers, HAS_DELTA=has_delta, GROUP=heads // k.shape[1],
+                **options,
             )  # fmt: skip
-        return dq, *flash.launch_dkv("dkv", dy, saved, delta, delta, scale, STORE, *rows), delta
+        return dq, *flash.launch_dkv("dkv", dy, saved, delta, delta, *rest), delta
     if not has_delta:
         with device_of(q):
             delta_kernel[(triton.cdiv(length, DELTA_ROWS) * batch * heads,)](
@@ -346,7 +341,7 @@ def backward(
                 D=q.shape[-1], BLOCK_D=block_of(q), BLOCK_M=DELTA_ROWS, **OPTIONS,
             )  # fmt: skip
     dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    dk, dv = flash.launch_dkv("dqkv", dy, saved, delta, dq_sum, scale, STORE, *rows)
+    dk, dv = flash.launch_dkv("dqkv", dy, saved, delta, dq_sum, *rest)
     dq = rows_by_head(q)
     torch.mul(dq_sum, scale, out=dq)
     return dq, dk, dv, delta
@@ -354,11 +349,21 @@ def backward(
 
 @torch.library.custom_op("posenc::routed_forward", mutates_args=())
 def _forward_op(
-    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float, deterministic: bool | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    scale: float,
+    deterministic: bool | None,
+    window: int | None = None,
+    first: Tensor | None = None,
+    last: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # `deterministic` is only passed on to the backward pass.
     routing = sort_rows(gates)
-    return *forward(q, k, v, routing, scale), *routing[1:]
+    mask = arguments(Mask(window, first, last, real), k.shape[2])
+    return *forward(q, k, v, routing, scale, mask), *routing[1:]
 
 
 @torch.library.custom_op("posenc::routed_backward", mutates_args=())
@@ -374,13 +379,18 @@ def _backward_op(
     ranks: Tensor,
     scale: float,
     deterministic: bool | None,
+    window: int | None = None,
+    first: Tensor | None = None,
+    last: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     routing = Routing(gates.float().contiguous(), order, ranks)
-    return backward(dy, flash.Saved(q, k, v, y, lse), routing, scale, deterministic)
+    mask = arguments(Mask(window, first, last, real), k.shape[2])
+    return backward(dy, flash.Saved(q, k, v, y, lse), routing, scale, deterministic, mask=mask)
 
 
 @_forward_op.register_fake
-def _(q, k, v, gates, scale, deterministic):
+def _(q, k, v, gates, *options):
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     order = torch.empty(q.shape[:-1], dtype=torch.int32, device=q.device)
     ranks = order.new_empty((*q.shape[:2], q.shape[2] + 1))
@@ -388,19 +398,25 @@ def _(q, k, v, gates, scale, deterministic):
 
 
 @_backward_op.register_fake
-def _(dy, q, k, v, gates, y, lse, order, ranks, scale, deterministic):
+def _(dy, q, k, v, gates, y, lse, *options):
     return *(rows_by_head(x) for x in (q, k, v)), torch.empty_like(lse)
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, gates, ctx.scale, ctx.deterministic = inputs
+    q, k, v, gates, ctx.scale, ctx.deterministic, ctx.window, *mask = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(q, k, v, gates, *output)
+    ctx.save_for_backward(q, k, v, gates, *output, *mask)
 
 
 def _differentiate(ctx, dy, *_):
-    *tensors, d_gates = _backward_op(dy, *ctx.saved_tensors, ctx.scale, ctx.deterministic)
-    return *tensors, d_gates.to(ctx.saved_tensors[3].dtype), None, None
+    return _gradients(_backward_op, ctx, dy)
+
+
+def _gradients(op, ctx, dy) -> tuple:
+    *saved, first, last, real = ctx.saved_tensors
+    mask = (ctx.window, first, last, real)
+    *tensors, d_gates = op(dy, *saved, ctx.scale, ctx.deterministic, *mask)
+    return *tensors, d_gates.to(saved[3].dtype), *(None,) * 6
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
@@ -408,9 +424,19 @@ _forward_op.register_autograd(_differentiate, setup_context=_save)
 
 @torch.library.custom_op("posenc::straight_through_forward", mutates_args=())
 def _dense_forward_op(
-    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float, deterministic: bool | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    scale: float,
+    deterministic: bool | None,
+    window: int | None = None,
+    first: Tensor | None = None,
+    last: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    o, lse = flash.forward(q, k, v, scale)
+    mask = arguments(Mask(window, first, last, real), k.shape[2])
+    o, lse = flash.forward(q, k, v, scale, mask=mask)
     y = rows_by_head(q)
     torch.mul(o, gates.unsqueeze(-1), out=y)
     return y, o, lse
@@ -427,33 +453,37 @@ def _dense_backward_op(
     lse: Tensor,
     scale: float,
     deterministic: bool | None,
+    window: int | None = None,
+    first: Tensor | None = None,
+    last: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     routing, delta = sort_rows(gates), flash.delta_of(o, dy)
     saved = flash.Saved(q, k, v, o, lse - routing.gates.log2())
-    return backward(dy, saved, routing, scale, deterministic, delta)
+    mask = arguments(Mask(window, first, last, real), k.shape[2])
+    return backward(dy, saved, routing, scale, deterministic, delta, mask)
 
 
 @_dense_forward_op.register_fake
-def _(q, k, v, gates, scale, deterministic):
+def _(q, k, v, gates, *options):
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     return rows_by_head(q), rows_by_head(q), lse
 
 
 @_dense_backward_op.register_fake
-def _(dy, q, k, v, gates, o, lse, scale, deterministic):
+def _(dy, q, k, v, gates, o, lse, *options):
     return *(rows_by_head(x) for x in (q, k, v)), torch.empty_like(lse)
 
 
 def _save_dense(ctx, inputs, output) -> None:
-    q, k, v, gates, ctx.scale, ctx.deterministic = inputs
+    q, k, v, gates, ctx.scale, ctx.deterministic, ctx.window, *mask = inputs
     _, o, lse = output
     ctx.mark_non_differentiable(o, lse)
-    ctx.save_for_backward(q, k, v, gates, o, lse)
+    ctx.save_for_backward(q, k, v, gates, o, lse, *mask)
 
 
 def _differentiate_dense(ctx, dy, *_):
-    *tensors, d_gates = _dense_backward_op(dy, *ctx.saved_tensors, ctx.scale, ctx.deterministic)
-    return *tensors, d_gates.to(ctx.saved_tensors[3].dtype), None, None
+    return _gradients(_dense_backward_op, ctx, dy)
 
 
 _dense_forward_op.register_autograd(_differentiate_dense, setup_context=_save_dense)
@@ -467,6 +497,7 @@ def routed_attention(
     gates: Tensor,
     *,
     scale: float | None = None,
+    mask: Mask = CAUSAL,
     straight_through: bool = False,
     deterministic: bool | None = None,
 ) -> Tensor:
@@ -474,10 +505,11 @@ def routed_attention(
 
     Args:
         q: (B, H, T, D), D at most 256, in bfloat16, float16 or float32, any strides.
-        k, v: (B, H, S, D), S >= T: query row i sits at key index S - T + i.
+        k, v: (B, G, S, D), G a divisor of H, S >= T: query row i sits at key index S - T + i.
         gates: (B, H, T), not negative; 0 drops the pair. fp32 inside. The gradient of a gate is
             <dy, y> / g of the rounded y: of gates below 6e-5 fp16 loses bits of it.
         scale: of the logits, positive; None is 1/sqrt(D).
+        mask: see `posenc.kernels.flash.flash_attention`.
         straight_through: give gates of 0 their gradient <dy, o> too, where otherwise it is 0. The
             forward pass then computes every pair, and only the backward pass skips.
         deterministic: see `posenc.kernels.flash.flash_attention`.
@@ -488,23 +520,20 @@ def routed_attention(
     Raises:
         ValueError: for other shapes, dtypes or devices.
     """
-    check(q, k, v, gates, scale)
+    check(q, k, v, gates, scale, mask)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
     if torch.are_deterministic_algorithms_enabled():
         deterministic = True
     op = _dense_forward_op if straight_through else _forward_op
-    return op(q, k, v, gates, scale, deterministic)[0]
+    return op(q, k, v, gates, scale, deterministic, *mask)[0]
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float | None) -> None:
+def check(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float | None, mask: Mask = CAUSAL
+) -> None:
     """ValueError unless these arguments of `routed_attention` fit together."""
-    flash.check(q, k, v, scale)
-    if k.shape[1] != q.shape[1]:
-        raise ValueError(
-            f"routed attention needs as many key heads as query heads; got {k.shape[1]} and "
-            f"{q.shape[1]}. Repeat the key heads."
-        )
+    flash.check(q, k, v, scale, mask)
     if gates.shape != q.shape[:-1] or not gates.is_floating_point() or gates.device != q.device:
         raise ValueError(
             f"gates must be floating point {tuple(q.shape[:-1])} on {q.device}; got "

@@ -130,7 +130,7 @@ def test_ops_are_registered_well(device):
 def test_bad_arguments_are_refused(device):
     q, k, v, log_f, _ = inputs((1, 2, 5, 16), torch.float32, device)
     for arguments, message in (
-        ((q, k[:, :1], v[:, :1], log_f), "q and k of one shape"),
+        ((q, k[:, :1], v[:, :1], log_f), "log_rates must be"),
         ((q[0], k[0], v[0], log_f), "expected q"),
         ((q, k, v[:, :, :3], log_f), "expected q"),
         ((q, k, v, log_f[:, :1]), "log_rates must be"),

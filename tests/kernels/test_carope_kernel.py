@@ -286,8 +286,8 @@ def test_compiles_whole(device):
 @pytest.mark.parametrize(
     ("message", "change"),
     [
-        ("one shape", {"k": torch.zeros(1, 2, 6, 16)}),
-        ("one shape", {"q": torch.zeros(1, 2, 5, 15), "k": torch.zeros(1, 2, 5, 15)}),
+        ("needs q", {"k": torch.zeros(1, 2, 6, 16)}),
+        ("needs q", {"q": torch.zeros(1, 2, 5, 15), "k": torch.zeros(1, 2, 5, 15)}),
         ("log_rates", {"log_rates": torch.zeros(1, 2, 6)}),
         ("log_rates", {"log_rates": torch.zeros(1, 2, 5, dtype=torch.bfloat16)}),
         ("carry", {"carry": torch.zeros(1, 2, 8)}),

@@ -353,7 +353,7 @@ def test_deterministic_gradients_have_the_same_bits(device):
 def test_bad_arguments(device, monkeypatch):
     (q, k, v, gates), _ = random_inputs((1, 4, 5, 5, 16), torch.float32, device)
     for arguments, message in (
-        ((q, k[:, :2], v[:, :2], gates), "as many key heads"),
+        ((q, k[:, :3], v[:, :3], gates), "divisor of 4"),
         ((q, k, v, gates[:, :3]), r"gates must be .* got torch.float32 \(1, 3, 5\)"),
         ((q, k, v, gates > 0), "gates must be floating point"),
         ((q, k[:, :, :4], v[:, :, :4], gates), "at least as many keys"),
