@@ -44,7 +44,6 @@ from posenc.kernels.mask import (
     Mask,
     along,
     arguments,
-    every_part,
     hide,
     is_masked,
     key_bounds,

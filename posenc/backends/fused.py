@@ -6,6 +6,7 @@ Triton. Which description has a kernel, alone or inside the core, is decided her
 
 import importlib.util
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from posenc.backends.case import Case
 from posenc.cache import Cache
 from posenc.convolution import DepthwiseConv
+from posenc.placement import segment_bounds
 from posenc.rotations import ByContent, ByPosition, ByRates, Rotation
 from posenc.routing.gates import Gates, weighed
 from posenc.scores import RelativeTerm, add_per_head
@@ -56,26 +58,22 @@ def check_parts(dropout: float, conv: DepthwiseConv | None) -> None:
 
 
 NO_DROPOUT = "drops no attention weights; got dropout"
-NO_PADDING = (
-    "takes positions of shape (T,) only: (B, T) may hold padding, for which the kernels have no "
-    "mask"
-)
 
 
 def reason(case: Case) -> str | None:
     """Why no kernel computes the case, or None."""
     if case.dropout_p:
         return NO_DROPOUT
-    if case.mask.real is not None:
-        return NO_PADDING
-    if not (case.mask.causal and case.mask.only_order):
-        return "takes causal attention of whole rows, without window or segments"
+    if not case.mask.causal:
+        return "is causal attention; got causal=False"
+    if case.place.at is not None:
+        return "reads the keys that there are, not a memory of fixed size (generate(compile=True))"
     term = case.scores.relative
     given = term is not None and term.distances is not None and not _joins(case, term)
     if case.scores.bias is not None or given:
         return (
-            "has no kernel for a dense bias, nor for a relative term at given positions; leave "
-            "positions out where they are consecutive"
+            "has no kernel for a dense bias, nor for a relative term at given positions or over "
+            "padding between tokens; leave positions out where they are consecutive"
         )
     return None
 
@@ -84,12 +82,14 @@ def attend(case: Case) -> Tensor:
     """(B, H, T, D) in q's dtype. What gates drop is skipped unless there is a relative term."""
     from posenc.kernels.relative import relative_attention
 
+    mask = _kernel_mask(case)
     # Gates that drop nothing only weigh what the kernels without gates give.
     drops = case.gates is not None and case.gates.kept < 1
     q, k, v, scores, scale = case.q, case.k, case.v, case.scores, case.scale
     rotation = case.rotation
-    if rotation is not None and not drops and scores.plain and scores.content is None:
-        whole = _turn_and_attend(rotation, q, k, v)
+    plain = scores.plain and scores.content is None and scores.scale is None
+    if rotation is not None and not drops and plain:
+        whole = _turn_and_attend(rotation, q, k, v, mask)
         if whole is not None:
             return weighed(whole, case.gates)
     if rotation is not None:
@@ -97,18 +97,27 @@ def attend(case: Case) -> Tensor:
     term = scores.relative
     query = add_per_head(q, scores.content)
     if term is None:
-        return _plain(query, k, v, case.gates, scale)
+        return _plain(query, k, v, case.gates, scale, mask)
     if _joins(case, term):
         assert term.factors is not None
         on_query, on_key = term.factors(add_per_head(q, term.query))
         width = on_query.shape[-1]
         queries = torch.cat((query, on_query), dim=-1)
         keys = torch.cat((k, on_key.expand(*k.shape[:-1], width)), dim=-1)
-        y = _plain(queries, keys, F.pad(v, (0, width)), case.gates, scale)
+        y = _plain(queries, keys, F.pad(v, (0, width)), case.gates, scale, mask)
         return y[..., : v.shape[-1]]
     table = term.rows(k.shape[-2])
     biases = (term.offset, scores.content, term.query)
-    return weighed(relative_attention(q, k, v, table, *biases, scale=scale), case.gates)
+    y = relative_attention(q, k, v, table, *biases, scale=scale, mask=mask)
+    return weighed(y, case.gates)
+
+
+def _kernel_mask(case: Case) -> Any:
+    """What a case hides besides the future, as kernels take it."""
+    from posenc.kernels.mask import Mask
+
+    first, last = case.mask.bounds() or (None, None)
+    return Mask(case.mask.window, first, last, case.mask.real)
 
 
 def _joins(case: Case, term: RelativeTerm) -> bool:
@@ -117,30 +126,36 @@ def _joins(case: Case, term: RelativeTerm) -> bool:
     return term.factors is not None and term.width <= case.q.shape[-1] and whole
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, gates: Gates | None, scale: float) -> Tensor:
+def _plain(q: Tensor, k: Tensor, v: Tensor, gates: Gates | None, scale: float, mask: Any) -> Tensor:
     """Attention without terms in the logits, dense or of what the gates keep."""
     from posenc.kernels.flash import flash_attention
     from posenc.kernels.routed import routed_attention
 
     if gates is None or gates.kept == 1:
-        return weighed(flash_attention(q, k, v, scale=scale), gates)
+        return weighed(flash_attention(q, k, v, scale=scale, mask=mask), gates)
     every = gates.need_every_output
-    return routed_attention(q, k, v, gates.values, scale=scale, straight_through=every)
+    options = {"scale": scale, "mask": mask, "straight_through": every}
+    y: Tensor = routed_attention(q, k, v, gates.values, **options)
+    return y
 
 
-def _turn_and_attend(rotation: Rotation, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+def _turn_and_attend(
+    rotation: Rotation, q: Tensor, k: Tensor, v: Tensor, mask: Any
+) -> Tensor | None:
     """Rotation and attention in one kernel where there is one, else None."""
     if isinstance(rotation, ByPosition) and _has_kernel(rotation):
         from posenc.kernels.rope_attention import rope_attention
 
         frequencies, factor = rotation.spectrum.at(rotation.place)
-        positions = rotation.place.positions.long()
+        positions = _positions(rotation)
         pairing = str(rotation.pairing)
-        return rope_attention(q, k, v, frequencies, positions, factor=factor, pairing=pairing)
+        options = {"factor": factor, "pairing": pairing, "mask": mask}
+        return rope_attention(q, k, v, frequencies, positions, **options)
     if isinstance(rotation, ByRates) and rotation.state is None:
         from posenc.kernels.carope_attention import carope_attention
 
-        return carope_attention(q, k, v, rotation.log_f, first_power=rotation.first_power)
+        log_f, power = _still_at_padding(rotation), rotation.first_power
+        return carope_attention(q, k, v, log_f, first_power=power, mask=mask)
     return None
 
 
@@ -150,19 +165,25 @@ def _has_kernel(rotation: ByPosition) -> bool:
     return rotation.spectrum.axis is None and isinstance(rotation.pairing, str) and integers
 
 
+def _positions(rotation: ByPosition | ByContent) -> Tensor:
+    """(T,), or (B, T) where rows differ."""
+    positions = rotation.place.positions
+    return positions[0] if positions.ndim == 2 and len(positions) == 1 else positions
+
+
 def turn(rotation: Rotation, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """q and k turned by a kernel, in one launch, or eagerly where there is none."""
     if isinstance(rotation, ByPosition) and _has_kernel(rotation):
         from posenc.kernels.rope import rope
 
         frequencies, factor = rotation.spectrum.at(rotation.place)
-        positions = rotation.place.positions.long()
+        positions = _positions(rotation)
         return rope(q, k, frequencies, positions, factor=factor, pairing=str(rotation.pairing))
-    if isinstance(rotation, ByContent):
+    if isinstance(rotation, ByContent) and len(rotation.delta) == len(rotation.b):
         from posenc.kernels.polar import polar
 
         frequencies, _ = rotation.spectrum.at(rotation.place)
-        positions = rotation.place.positions.long()
+        positions = _positions(rotation)
         return polar(q, k, rotation.delta, rotation.b, frequencies, positions)
     if isinstance(rotation, ByRates):
         return _turn_by_rates(rotation, q, k)
@@ -172,14 +193,19 @@ def turn(rotation: Rotation, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return turned_q, turned_k
 
 
+def _still_at_padding(rotation: ByRates) -> Tensor:
+    """The logarithms of the rates, with which no phase moves at padding."""
+    if rotation.real is None:
+        return rotation.log_f
+    return rotation.log_f.masked_fill(~rotation.real.unsqueeze(1), -math.inf)
+
+
 def _turn_by_rates(rotation: ByRates, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """By the kernel, which writes the phases of the tokens only for a cache."""
     from posenc.kernels.carope import carope, carope_with_phases
     from posenc.kernels.turns import radians_from_turns, turns_from_radians
 
-    log_f, first_power, state = rotation.log_f, rotation.first_power, rotation.state
-    if rotation.real is not None:
-        log_f = log_f.masked_fill(~rotation.real.unsqueeze(1), -math.inf)
+    log_f, first_power, state = _still_at_padding(rotation), rotation.first_power, rotation.state
     if state is None:
         q, k, _ = carope(q, k, log_f, first_power=first_power)
         return q, k
@@ -199,13 +225,13 @@ def convolve(
     segments: Tensor | None = None,
     state: Cache | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`DepthwiseConv` by its kernel, q, k and v in one launch; padding is refused."""
+    """`DepthwiseConv` by its kernel, q, k and v in one launch."""
     from posenc.kernels.conv import conv as kernel
 
-    if real is not None:
-        raise ValueError(f"impl='fused' {NO_PADDING}. {REMEDY}")
     past = None if state is None else state.recent("conv").to(q.dtype)
-    outputs = kernel(q, k, v, conv.weight, conv.bias, past)
+    first = None if segments is None else segment_bounds(segments)[0]
+    outputs = kernel(q, k, v, conv.weight, conv.bias, past, first=first, real=real)
     if state is not None:
-        state.append("conv", torch.stack((q, k, v), dim=1))
+        inputs = (q, k, v) if real is None else (z * real[:, None, :, None] for z in (q, k, v))
+        state.append("conv", torch.stack(tuple(inputs), dim=1))
     return outputs
