@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from posenc.data import Corpus, StreamError
@@ -26,9 +27,10 @@ from posenc.models.gpt import GPT
 from posenc.training import checkpoint
 from posenc.training.cli import parse
 from posenc.training.config import TrainConfig
-from posenc.training.environment import environment, peak_memory
+from posenc.training.console import any_console
+from posenc.training.environment import check_compiler, environment, peak_memory
 from posenc.training.errors import Diverged, PeerFailed, Refused, RunError, describe
-from posenc.training.evaluate import contexts
+from posenc.training.evaluate import Halted, contexts
 from posenc.training.export import plain_model, sample_text
 from posenc.training.job import Job
 from posenc.training.log import TrainingLog
@@ -65,6 +67,8 @@ def prepare(config: TrainConfig, parallel: Parallel, folder: RunFolder) -> Job:
         ValueError: for what cannot be built or loaded.
     """
     check_tracker(config.tracker)
+    if config.compile:
+        check_compiler()
     with torch.device("meta"):
         GPT(config.model(1))  # refuses a bad model before minutes go into the corpus
     corpus = prepare_corpus(config, parallel)
@@ -82,7 +86,7 @@ def prepare(config: TrainConfig, parallel: Parallel, folder: RunFolder) -> Job:
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
     )
-    torch.manual_seed((config.seed + 1) * 1_000_003 + parallel.rank)  # dropout's, for each rank
+    torch.manual_seed(config.dropout_seed(parallel.rank))
     batches = corpus.batches(
         context=config.context,
         batch_size=config.batch_size,
@@ -181,13 +185,17 @@ def take_steps(job: Job, log: TrainingLog, signals: StopSignals) -> int:
         log.add(rate, loss, norm)
         if job.due(config.log_every):
             log.flush()
-        if job.due(config.eval_every):
-            log.flush()
-            log.add_evaluation(job.validate())
-            log.start_clock()
         if job.due(config.save_every):
             log.flush()
             job.save(batches.state_dict())
+            log.start_clock()
+        if job.due(config.eval_every):
+            log.flush()
+            try:
+                log.add_evaluation(job.validate(lambda: bool(parallel.highest(signals.received))))
+            except Halted:
+                job.save(batches.state_dict())
+                break
             log.start_clock()
     return parallel.highest(signals.received)
 
@@ -210,6 +218,9 @@ def finish(job: Job) -> None:
     if model is None:
         return
     model.save_pretrained(folder.model)
+    loss_plot(folder.read_metrics(), folder.plot, f"{config.attention} on {config.data}")
+    values = summary(job, evaluations, refused, peak)
+    folder.write_json(SUMMARY, values)
     if config.sample_tokens and job.corpus.tokenizer is not None:
         # From the middle of the text: its very first token says too little to a small model.
         validation = job.corpus.validation
@@ -218,9 +229,6 @@ def finish(job: Job) -> None:
         text = sample_text(model, job.corpus.tokenizer, prompt, config.sample_tokens, config.seed)
         folder.write_text(folder.sample, text)
         job.say(f"sample, its first {given} tokens from the validation text:\n{text}\n")
-    loss_plot(folder.read_metrics(), folder.plot, f"{config.attention} on {config.data}")
-    values = summary(job, evaluations, refused, peak)
-    folder.write_json(SUMMARY, values)
     job.say(
         f"{job.seconds:.0f} s of training, {values['tokens_per_second']:,.0f} tokens/s, "
         f"{peak / 2**20:,.0f} MiB; {SUMMARY}, {folder.plot.name} and {folder.model.name}/ "
@@ -240,6 +248,7 @@ def refusing_bad_input() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with the given flags; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    any_console()
     try:
         with ExitStack() as stack:
             with refusing_bad_input():
@@ -251,7 +260,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if halt := train(job):
                 job.say(f"stopped at step {job.step}. {job.how_to_resume()}")
                 return 128 + halt
-            finish(job)
+            try:
+                finish(job)
+            except (OSError, SafetensorError) as error:
+                raise RunError(f"{describe(error)} {job.how_to_resume()}") from error
             return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

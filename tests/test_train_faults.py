@@ -1,9 +1,11 @@
 """Kills and full disks, from outside: the process dies, the run folder must not."""
 
+import io
 import random
 import resource
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -79,3 +81,72 @@ def test_a_disk_that_fills_up_is_one_line_and_keeps_the_last_checkpoint(folder):
     assert list((folder / "run/checkpoints").iterdir()) == [before]
     assert train.main([*resumed(folder), "--steps", "4"]) == 0
     assert len(losses(folder)) == 4
+
+
+def test_a_disk_that_fills_up_at_the_export_is_one_line_that_says_how_to_resume(
+    folder, monkeypatch, capsys
+):
+    def full(*_: object) -> None:
+        raise train.SafetensorError("Error while serializing: No space left on device")
+
+    monkeypatch.setattr(train.GPT, "save_pretrained", full)
+    assert train.main(flags(folder, steps=2)) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: Error while serializing: No space left on device Checkpoint at")
+    assert f"--resume {folder / 'run'}" in last
+
+
+def test_a_signal_during_an_evaluation_is_answered_between_its_batches(folder, monkeypatch):
+    """Asked for after the first batch of the first evaluation, with what is due saved before."""
+    asked = []
+
+    def received(self) -> int:
+        asked.append(len(losses(folder)))
+        return signal.SIGTERM if len(asked) > 6 else 0
+
+    monkeypatch.setattr(
+        train.StopSignals, "received", property(received, lambda self, value: None), raising=False
+    )
+    code = train.main(flags(folder, steps=50, eval_every=2, save_every=2, eval_tokens=0))
+    assert code == 128 + signal.SIGTERM
+    newest = checkpoints.latest(folder / "run/checkpoints")
+    assert int(newest.name[-8:]) == len(losses(folder)) == 2
+    monkeypatch.undo()
+    assert train.main([*resumed(folder), "--steps", "3", "--eval-tokens", "64"]) == 0
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_console_of_another_encoding_ends_no_run(folder, encoding, monkeypatch):
+    text = "\N{SNOWMAN}\N{GREEK SMALL LETTER OMEGA} " * 4000
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding))
+    assert train.main(flags(folder, steps=2, sample_tokens=20)) == 0
+    sys.stdout.flush()
+    assert b"\\u" in printed.getvalue()
+    assert (folder / "run/summary.json").is_file()
+
+
+def test_a_reader_that_has_gone_stops_nothing(folder):
+    process = start(flags(folder, steps=3, sample_tokens=5))
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert (folder / "run/summary.json").is_file()
+    assert "Error" not in process.stderr.read()
+    process.stderr.close()
+
+
+def test_large_seeds_work_and_larger_ones_are_refused(folder, capsys):
+    assert train.main(flags(folder, steps=1, seed=20261127163647)) == 0
+    assert train.main(flags(folder, steps=1, seed=2**63, out=folder / "other")) == 2
+    assert "--seed must lie in 0 .. 2^63 - 1" in capsys.readouterr().err
+
+
+def test_compilation_without_a_compiler_is_one_line_and_leaves_no_folder(
+    folder, monkeypatch, capsys
+):
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CXX", raising=False)
+    assert train.main([*flags(folder, steps=1), "--compile"]) == 2
+    assert "--compile needs a C++ compiler" in capsys.readouterr().err.splitlines()[-1]
+    assert not (folder / "run").exists()

@@ -185,6 +185,12 @@ class TrainConfig:
         for name in NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{flag(name)} must be 0 or more; got {getattr(self, name)}.")
+        for name in ("seed", "data_seed"):
+            if getattr(self, name) >= 2**63:
+                raise ValueError(
+                    f"{flag(name)} must lie in 0 .. 2^63 - 1; got {getattr(self, name)}. "
+                    "Choose for example 0."
+                )
         if self.min_lr > self.lr:
             raise ValueError(
                 f"--min-lr must not exceed --lr; got {self.min_lr} and {self.lr}. Lower --min-lr."
@@ -192,6 +198,10 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} must lie in [0, 1); got {getattr(self, name)}.")
+
+    def dropout_seed(self, rank: int) -> int:
+        """Of the numbers that training draws on a rank."""
+        return ((self.seed + 1) * 1_000_003 + rank) % 2**63
 
     @property
     def tokens_per_step(self) -> int:

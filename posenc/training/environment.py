@@ -3,8 +3,10 @@
 No host names and no paths but those that the user typed.
 """
 
+import os
 import platform
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -82,3 +84,13 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
+
+
+def check_compiler() -> None:
+    """Raise ValueError where torch.compile finds no C++ compiler."""
+    names = (os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl")
+    if not any(name and shutil.which(name) for name in names):
+        raise ValueError(
+            "--compile needs a C++ compiler; found none of g++, clang++ on the PATH, nor CXX. "
+            "Install one, or leave --compile out."
+        )

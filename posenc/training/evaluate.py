@@ -6,7 +6,7 @@ bits per byte  = loss / ln 2 * tokens / bytes
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +18,10 @@ from torch import Tensor
 from posenc.data import Corpus, Tokens, evaluation_windows, packed_windows
 from posenc.models.gpt import GPT, NO_TARGET
 from posenc.training.parallel import Parallel
+
+
+class Halted(Exception):
+    """An evaluation that was asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ def evaluate(
     parallel: Parallel,
     autocast: AbstractContextManager[None],
     documents: bool = False,
+    halted: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Score validation windows, the ranks taking turns. Mode and randomness are left as they were.
 
@@ -80,6 +85,10 @@ def evaluate(
         max_tokens: targets to score, rounded to whole windows; 0 is all.
         tokens_per_batch: how much a rank takes at once.
         documents: score documents packed into the windows, each with itself before it alone.
+        halted: asked between batches, on all ranks alike.
+
+    Raises:
+        Halted: `halted` said so.
     """
     rows = max(1, tokens_per_batch // context)
     limit, text = max_tokens or None, corpus.validation
@@ -92,6 +101,9 @@ def evaluate(
     training = model.training
     model.eval()
     for turn in _groups(windows, parallel.world_size):
+        if halted():
+            model.train(training)
+            raise Halted
         # FSDP's ranks run in step: one without windows of its own computes others and drops them.
         batch = turn[min(parallel.rank, len(turn) - 1)]
         inputs, targets, *packed = (ids.to(parallel.device) for ids in batch)

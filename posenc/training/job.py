@@ -2,6 +2,7 @@
 
 import gc
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from posenc.routing.stats import RoutingStats, record_routing, routers
 from posenc.training import checkpoint
 from posenc.training.changes import launched_otherwise, learning_rate_jump
 from posenc.training.config import TrainConfig, from_mapping
+from posenc.training.console import say
 from posenc.training.environment import launch
 from posenc.training.errors import Diverged
 from posenc.training.evaluate import Evaluation, evaluate
@@ -61,7 +63,7 @@ class Job:
     def say(self, text: str) -> None:
         """Print, on rank 0."""
         if self.parallel.is_main:
-            print(text, flush=True)
+            say(text)
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of products, for one forward pass."""
@@ -71,8 +73,17 @@ class Job:
         """Whether something that happens `every` so many steps, and after the last, happens now."""
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
 
-    def evaluate(self, context: int, max_tokens: int | None = None) -> Evaluation:
-        """Validate at a length, with about as many tokens at once as in training."""
+    def evaluate(
+        self,
+        context: int,
+        max_tokens: int | None = None,
+        halted: Callable[[], bool] = lambda: False,
+    ) -> Evaluation:
+        """Validate at a length, with about as many tokens at once as in training.
+
+        Raises:
+            Halted: between batches, once `halted` says so on all ranks.
+        """
         rows = self.config.batch_size // self.parallel.world_size
         return evaluate(
             self.model,
@@ -83,14 +94,19 @@ class Job:
             parallel=self.parallel,
             autocast=self.autocast(),
             documents=self.config.eval_documents,
+            halted=halted,
         )
 
-    def validate(self) -> Evaluation:
-        """Validate at the training context; after the last step, note what the routers do too."""
+    def validate(self, halted: Callable[[], bool] = lambda: False) -> Evaluation:
+        """Validate at the training context; after the last step, note what the routers do too.
+
+        Raises:
+            Halted: as `evaluate`.
+        """
         if self.step < self.config.steps or not routers(self.model):
-            return self.evaluate(self.config.context)
+            return self.evaluate(self.config.context, halted=halted)
         with record_routing(self.model) as stats:
-            evaluation = self.evaluate(self.config.context)
+            evaluation = self.evaluate(self.config.context, halted=halted)
         self.routing = [stats.get(f"h.{i}.attn.router") for i in range(len(self.model.h))]
         return evaluation
 
