@@ -3,17 +3,23 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 import torch
+from datasets.packaged_modules.parquet.parquet import Parquet
+from tokenizers import models, pre_tokenizers, trainers
 
 from posenc.data import (
     Batches,
     StreamBatches,
+    Tokenizer,
     Tokens,
     byte_tokenizer,
     corpus,
@@ -23,6 +29,10 @@ from posenc.data import (
     train_bpe,
     write_bin,
 )
+from posenc.data.files import sha256_json
+from posenc.data.tokenizers import byte_level
+from posenc.training.config import TrainConfig
+from posenc.training.report import heading
 
 WORDS = "the cat sat on a mat and then it went to see the other cat\n"
 
@@ -90,6 +100,64 @@ def test_many_long_documents_in_odd_batches(tmp_path, load, monkeypatch):
         "bytes": sum(len(t.encode()) for t in texts),
         "tokens": len(expected),
     }
+
+
+@pytest.mark.parametrize("use_regex", [True, False])
+def test_long_documents_of_other_tokenizers_keep_their_tokens(tmp_path, load, use_regex):
+    """A saved tokenizer may put a space before every text, or merge across words."""
+    text = "".join(f"{i} {WORDS}" for i in range(1200))
+    (tmp_path / "a.txt").write_text(text)
+    assert len(text) > 1 << 16
+    state = train_bpe([text], 400).backend.to_str()
+    if use_regex:
+        state = state.replace('"add_prefix_space":false', '"add_prefix_space":true')
+    else:
+        backend = byte_level(models.BPE(), use_regex=False)
+        backend.train_from_iterator([WORDS * 3], trainers.BpeTrainer(show_progress=False))
+        backend.add_special_tokens(["<|endoftext|>"])
+        state = backend.to_str()
+    (tmp_path / "saved.json").write_text(state)
+    found = load(tmp_path / "a.txt", tokenizer=tmp_path / "saved.json", val_data=tmp_path / "a.txt")
+    whole = tokenizers.Tokenizer.from_str(state).encode(text).ids
+    assert found.train[1:].tolist() == whole
+
+
+def test_tokens_that_were_cut_wrongly_are_made_anew(source, load):
+    """What older versions kept is used again, but not of tokenizers whose texts they cut."""
+    first = load(source, tokenizer=byte_tokenizer())
+    train, validation = split_documents(str(source))
+    split = {"train": train.fingerprint, "validation": validation.fingerprint}
+    assert first.fingerprint == sha256_json(1, split, byte_tokenizer().fingerprint)
+    backend = byte_tokenizer().backend
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    padded = Tokenizer(backend)
+    again = load(source, tokenizer=padded)
+    assert again.fingerprint == sha256_json(2, split, padded.fingerprint)
+
+
+def test_an_unusual_split_is_named_to_the_user(tmp_path, load):
+    """In the run's records and above the first step, from the cache too."""
+    rows = [{"text": f"{i} {WORDS}"} for i in range(24)] + [{"text": WORDS * 200}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):
+        found = load(tmp_path / "a.jsonl", tokenizer="byte")
+        (note,) = found.description["notes"]
+        assert note.startswith("1 of the documents, with its copies up to 11,800 characters, is m")
+        json.dumps(found.description)
+    job = SimpleNamespace(
+        config=TrainConfig(data="a.jsonl"),
+        corpus=found,
+        parallel=SimpleNamespace(world_size=1, device="cpu"),
+        model=SimpleNamespace(num_parameters=lambda: 1),
+        folder=SimpleNamespace(path="run"),
+        dtype=torch.float32,
+        step=0,
+    )
+    assert f"\nnote: {note}\n" in heading(job)
+
+
+def test_a_usual_split_has_no_notes(source, load):
+    assert "notes" not in load(source, tokenizer="byte").description
 
 
 def test_the_cache_is_used_and_mended(source, load, tmp_path, monkeypatch):
@@ -266,11 +334,8 @@ def hub(tmp_path, monkeypatch):
     texts = [f"document {i}: {WORDS}" for i in range(60)]
     path = str(tmp_path / "hub.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
-    monkeypatch.setattr(
-        datasets,
-        "load_dataset",
-        lambda *_, **__: datasets.Dataset.from_parquet(path, streaming=True),
-    )
+    builder = partial(Parquet, data_files={"train": [path]})
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: builder())
     monkeypatch.setattr(corpus, "STREAM_VALIDATION_CHARACTERS", len(texts[0]) * 4)
     return texts
 

@@ -9,6 +9,8 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets.exceptions import DatasetNotFoundError
+from datasets.packaged_modules.json.json import Json
+from datasets.packaged_modules.parquet.parquet import Parquet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +33,7 @@ class Network:
         for i, part in enumerate((rows[:half], rows[half:])):
             self.paths.append(str(folder / f"{i}.parquet"))
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(part), self.paths[-1])
+        self.numbers = {row.get("text"): row["id"] for row in rows}
         self.failures = {}
         self.opened = []
 
@@ -38,22 +41,33 @@ class Network:
         if self.failures.get(row):
             raise self.failures[row].pop(0)
 
-    def load_dataset(self, *arguments, **options):
-        self.opened.append((arguments, options))
+    def load_dataset_builder(self, *arguments):
+        self.opened.append(arguments)
         self.fail(-1)
-        return Breaking(self, datasets.Dataset.from_parquet(self.paths, streaming=True))
+        return Builder(self)
+
+
+class Builder:
+    """A builder of the `datasets` library whose streams may break."""
+
+    def __init__(self, network):
+        self.network, self.builder = network, Parquet(data_files={"train": network.paths})
+        self.config = self.builder.config
+
+    def as_streaming_dataset(self, *, split):
+        return Breaking(self.network, self.builder.as_streaming_dataset(split=split))
 
 
 class Breaking:
     """A streaming dataset of the `datasets` library whose rows may fail to arrive."""
 
     def __init__(self, network, dataset):
-        self.network, self.dataset = network, dataset
+        self.network, self.dataset, self.features = network, dataset, dataset.features
         self.state_dict, self.load_state_dict = dataset.state_dict, dataset.load_state_dict
 
     def __iter__(self):
         for row in self.dataset:
-            self.network.fail(row["id"])
+            self.network.fail(self.network.numbers[row.get("text")])
             yield row
 
 
@@ -61,7 +75,7 @@ class Breaking:
 def network(tmp_path, monkeypatch):
     rows = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
     found = Network(tmp_path, rows)
-    monkeypatch.setattr(datasets, "load_dataset", found.load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", found.load_dataset_builder)
     return found
 
 
@@ -75,9 +89,7 @@ def test_documents_in_order(network):
     hub, _ = stream()
     assert list(hub) == TEXTS
     assert list(hub) == TEXTS  # the next epoch
-    (arguments, options), *_ = network.opened
-    assert arguments == ("user/data", "config")
-    assert options == {"split": "train", "streaming": True}
+    assert network.opened == [("user/data", "config")] * 2
 
 
 def test_names():
@@ -99,15 +111,32 @@ def test_skipped_rows_and_empty_texts(network):
 def test_null_texts_are_skipped(tmp_path, monkeypatch):
     rows = [{"id": i, "text": t} for i, t in enumerate(["a", None, "", "b"])]
     found = Network(tmp_path, rows)
-    monkeypatch.setattr(datasets, "load_dataset", found.load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", found.load_dataset_builder)
     assert list(stream()[0]) == ["a", "b"]
 
 
 def test_a_dataset_without_text(tmp_path, monkeypatch):
     found = Network(tmp_path, [{"id": i, "body": "x"} for i in range(4)])
-    monkeypatch.setattr(datasets, "load_dataset", found.load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", found.load_dataset_builder)
     with pytest.raises(ValueError, match="column 'text' in hf:user/data:config; it has 'id', 'b"):
         list(stream()[0])
+
+
+def test_only_text_is_read_and_other_columns_may_differ(tmp_path, monkeypatch):
+    """On the Hub too a column that nobody reads may have another type in every file."""
+    rows = [{"id": i, "text": f"t{i}", "year": year} for i, year in enumerate([1, 2, "c", "d"])]
+    found = Network(tmp_path, rows)
+    monkeypatch.setattr(datasets, "load_dataset_builder", found.load_dataset_builder)
+    assert list(stream()[0]) == ["t0", "t1", "t2", "t3"]
+
+
+def test_other_formats_are_read_whole(tmp_path, monkeypatch):
+    """Only parquet can leave columns out; a repository's JSON still streams."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('[{"text": "a"}, {"text": "b"}]')  # an array: no features before it is read
+    builder = Json(data_files={"train": [str(path)]})
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: builder)
+    assert list(stream()[0]) == ["a", "b"]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

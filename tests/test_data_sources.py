@@ -1,9 +1,14 @@
+import datetime
 import json
 import os
+import shlex
+import subprocess
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from posenc.data import HubStream, documents, split_documents
 from posenc.data import standard_library as library_module
@@ -78,8 +83,25 @@ def test_fingerprint_follows_the_content_only(tmp_path):
 def test_bytes_that_are_not_utf8_name_the_file(tmp_path):
     text(tmp_path / "a.txt", "fine")
     text(tmp_path / "b.txt", b"caf\xe9")
-    with pytest.raises(ValueError, match=r"expected UTF-8 text in .*b\.txt"):
+    with pytest.raises(
+        ValueError, match=r"expected UTF-8 text in .*b\.txt; got the byte 0xe9 at p"
+    ):
         list(documents(str(tmp_path / "*.txt")))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "command"),
+    [("utf-16", "iconv -f UTF-16 -t UTF-8"), ("cp1252", "iconv -f CP1252 -t UTF-8")],
+)
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_text_that_is_not_utf8_says_how_to_convert_it(tmp_path, encoding, command, suffix):
+    content = '{"text": "naïve “café”"}\n'
+    source = text(tmp_path / f"a b.{suffix}", content.encode(encoding))
+    with pytest.raises(ValueError, match=rf"{command} '.*a b\.{suffix}' > NEW") as refused:
+        list(documents(source))
+    command = str(refused.value).partition("Convert it: ")[2].partition(" > NEW")[0]
+    converted = subprocess.run(shlex.split(command), capture_output=True, check=True).stdout
+    assert converted.decode() == content
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -93,14 +115,108 @@ def test_a_missing_text_column_lists_the_others(tmp_path):
     source = parquet(tmp_path / "a.parquet", title=["x"], body=["y"])
     with pytest.raises(ValueError, match=r"column 'text' in .*a\.parquet; it has 'title', 'body'"):
         list(documents(source))
-    source = jsonl(tmp_path / "a.jsonl", {"body": "x"})
-    with pytest.raises(ValueError, match=r"column 'text' in .*a\.jsonl; it has 'body'"):
+    source = jsonl(tmp_path / "a.jsonl", {"text": "x"}, {"body": "y"})
+    with pytest.raises(ValueError, match=r"column 'text' in .*a\.jsonl, line 2; it has 'body'"):
         list(documents(source))
 
 
-def test_text_must_be_text(tmp_path):
-    source = parquet(tmp_path / "a.parquet", text=[1, 2])
-    with pytest.raises(ValueError, match=r"strings in the column 'text'.*got int"):
+DATE = datetime.date(2020, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([1, 2], "int64"),
+        ([DATE], "date32"),
+        ([True], "bool"),
+        ([["x"]], "list"),
+        ([b"x"], "binary"),
+    ],
+)
+def test_text_must_be_text(tmp_path, values, kind):
+    """In the second file too, where the first says what to expect."""
+    parquet(tmp_path / "a.parquet", text=["x"])
+    parquet(tmp_path / "b.parquet", text=values)
+    with pytest.raises(
+        ValueError, match=rf"strings in the column 'text' of .*b\.parquet; got {kind}"
+    ):
+        list(documents(str(tmp_path / "*.parquet")))
+
+
+@pytest.mark.parametrize("value", [1, 1.5, True, ["x"], {"x": "y"}], ids=str)
+def test_text_in_json_must_be_text(tmp_path, value):
+    jsonl(tmp_path / "a.jsonl", {"text": "x"})
+    jsonl(tmp_path / "b.jsonl", {"text": "x"}, {"text": None}, {"text": value})
+    name = type(value).__name__
+    with pytest.raises(ValueError, match=rf"'text' of .*b\.jsonl, line 3; got {name}\. Convert"):
+        list(documents(str(tmp_path / "*.jsonl")))
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["2020-01-01", "2021-12-31"],
+        ["2020-01-01T00:00:00Z"],
+        ["12:30:00"],
+        ["1", "2"],
+        ["1.5", "NaN"],
+        ["true", "false"],
+        ["null"],
+        ['{"a": 1}', "[1]"],
+    ],
+    ids=str,
+)
+def test_strings_are_strings_whatever_they_look_like(tmp_path, texts):
+    jsonl(tmp_path / "a.jsonl", *({"text": t} for t in texts))
+    parquet(tmp_path / "b.parquet", text=texts)
+    assert list(documents(str(tmp_path / "*.*"))) == texts * 2
+
+
+def test_strings_are_strings_however_they_are_stored(tmp_path):
+    strings = pyarrow.array(["a", None, "b"])
+    kinds = [pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()]
+    for i, stored in enumerate([*map(strings.cast, kinds), strings.dictionary_encode()]):
+        parquet(tmp_path / f"{i}.parquet", text=stored)
+    parquet(tmp_path / "9.parquet", text=pyarrow.nulls(3))
+    assert list(documents(str(tmp_path / "*.parquet"))) == ["a", "b"] * 4
+
+
+def test_columns_that_are_not_text_may_differ(tmp_path):
+    for i, value in enumerate([1, "one", [1], {"a": 1}, None]):
+        jsonl(tmp_path / f"{i}.jsonl", {"text": f"j{i}", "id": value}, {"text": f"k{i}"})
+        parquet(tmp_path / f"{i}.parquet", id=[value], text=[f"p{i}"])
+    names = [f"{kind}{i}" for i in range(5) for kind in "jk"]
+    assert list(documents(str(tmp_path / "*.jsonl"))) == names
+    assert list(documents(str(tmp_path / "*.parquet"))) == [f"p{i}" for i in range(5)]
+
+
+def test_more_rows_than_are_in_memory_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("posenc.data.readers._ROWS", 3)
+    texts = [f"text {i}" for i in range(10)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", 4)
+    assert list(documents(str(tmp_path / "a.parquet"))) == texts
+
+
+def test_json_lines_as_other_programs_write_them(tmp_path):
+    content = b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n{"n": NaN, "text": "b\\r\\n\\ud83d\\ude42"}'
+    assert list(documents(text(tmp_path / "a.jsonl", content))) == ["a", "b\r\n🙂"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('["x"]', "expected a JSON object in .*, line 2; got list"),
+        ('"x"', "expected a JSON object in .*, line 2; got str"),
+        ("{", "line 2; reading it failed: Expecting property name.* at column 2. Write one JSON"),
+        ('{"text": "x"} {}', "line 2; reading it failed: Extra data at column 15"),
+        ('{"text": "x", "text": "y"}', "line 2; reading it failed: 'text' is there twice. Write"),
+        ("[" * 200_000, "line 2; reading it failed: "),
+        ('{"text": "a\\ud800"}', r"expected Unicode text in .*, line 2; got '\\ud800'"),
+    ],
+)
+def test_damaged_json_names_the_line(tmp_path, line, message):
+    source = text(tmp_path / "a.jsonl", f'{{"text": "x"}}\n{line}\n')
+    with pytest.raises(ValueError, match=message):
         list(documents(source))
 
 
@@ -194,6 +310,68 @@ def test_split_does_not_depend_on_order_and_keeps_copies_together(tmp_path):
     train, doubled = split_documents(jsonl(tmp_path / "c.jsonl", *rows, *rows))
     assert set(doubled) == set(validation)
     assert not set(train) & set(doubled)
+
+
+def test_a_large_document_is_cut(tmp_path):
+    """24 small documents and a large one: neither half is all of the small or all of the large."""
+    small = [f"document {i} " + "y" * (7 * i) for i in range(24)]
+    large = "x" * 28_835 + "z" * 3_204
+    assert (sum(map(len, small)), len(large)) == (2_210, 32_039)
+    rows = [{"text": t} for t in (*small[:9], large, *small[9:])]
+    train, validation = split_documents(jsonl(tmp_path / "a.jsonl", *rows))
+    dealt = [t for t in validation if t in small]
+    assert 176 < sum(map(len, dealt)) <= 221
+    assert [t for t in validation if t not in small] == ["z" * 3_204]
+    assert list(train) == [t.rstrip("z") for r in rows if (t := r["text"]) not in dealt]
+    note = (
+        "1 of the documents, with its copies up to 32,039 characters, is more than a tenth of the "
+        "text: the last tenth of it is validation text"
+    )
+    assert train.note() == validation.note() == note
+
+
+def test_many_copies_of_a_document_are_cut_alike(tmp_path):
+    rows = [{"text": "training. " * 9 + "validate. "}] * 20
+    train, validation = split_documents(jsonl(tmp_path / "a.jsonl", *rows))
+    assert list(train) == ["training. " * 9] * 20
+    assert list(validation) == ["validate. "] * 20
+    assert "with its copies up to 2,000 characters, is more" in train.note()
+    rows += [{"text": "Training. " * 18 + "Validate. " * 2}] * 10
+    train, validation = split_documents(jsonl(tmp_path / "b.jsonl", *rows))
+    assert list(validation) == ["validate. "] * 20 + ["Validate. " * 2] * 10
+    assert "2 of the documents" in train.note()
+    assert "are each more" in train.note()
+
+
+@settings(
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.lists(st.tuples(st.integers(10, 300), st.integers(1, 12)), min_size=20, max_size=40))
+def test_whatever_their_sizes_both_halves_have_text(tmp_path, kinds):
+    """`kinds` has the length and the number of copies of each document."""
+    texts = [f"{i:09} " + "x" * (size - 10) for i, (size, _) in enumerate(kinds)]
+    rows = [{"text": t} for t, (_, copies) in zip(texts, kinds, strict=True) for _ in range(copies)]
+    train, validation = split_documents(jsonl(tmp_path / "a.jsonl", *rows))
+    total, held = sum(len(row["text"]) for row in rows), sum(map(len, validation))
+    assert sum(map(len, train)) + held == total
+    assert held <= total / 10 + len(rows)  # what is cut is rounded to characters
+    whole = set(validation) & set(texts)
+    assert not whole & set(train)
+    # What was left out did not fit, and what was cut needed to be.
+    cut = [t for t in train if t not in texts]
+    assert bool(cut) == bool(train.note())
+    room = total / 10 - held
+    left = [t for t in texts if t in set(train)]
+    assert cut or all(len(t) * kinds[texts.index(t)][1] > room for t in left)
+
+
+def test_usual_documents_are_not_cut(tmp_path):
+    train, validation = split_documents(
+        jsonl(tmp_path / "a.jsonl", *({"text": f"document {i:2}"} for i in range(20)))
+    )
+    assert (len([*train]), len([*validation]), train.note()) == (18, 2, "")
 
 
 def test_halves_have_fingerprints_of_their_own(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from posenc.data import (
     Tokenizer,
@@ -26,6 +26,48 @@ BYTE = byte_tokenizer()
 CHAR = char_tokenizer(TEXTS)
 UNKNOWN = char_tokenizer(TEXTS, unknown_symbol=True)
 ALL = {"bpe": BPE, "byte": BYTE, "char": CHAR, "unknown": UNKNOWN}
+
+
+def saved(base, pre=None, added=(), **model):
+    """One of ours with other values in its saved form, and tokens added to it."""
+    state = json.loads(base.backend.to_str())
+    state["pre_tokenizer"] = state["pre_tokenizer"] and state["pre_tokenizer"] | (pre or {})
+    state["model"] |= model
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    backend.add_tokens(list(added))
+    return Tokenizer(backend)
+
+
+def byte_symbols(*more):
+    """The vocabulary of all bytes and some more symbols."""
+    symbols = [*pre_tokenizers.ByteLevel.alphabet(), *more]
+    return {symbol: i for i, symbol in enumerate(sorted(symbols))}
+
+
+LINES = {"vocab": byte_symbols("aĊ", "aĊa", "##a", "##Ċ"), "merges": [["a", "Ċ"]]}
+SPELLED = LINES | {"merges": []}
+FUSED = {"vocab": {"a": 0, "\n": 1, "a\n": 2, "?": 3}, "merges": []}
+# Each of these would encode "a" and "\na" apart in another way than "a\na".
+WHOLE = {
+    "prefix space": saved(BPE, {"add_prefix_space": True}),
+    "prefix space, bytes": saved(BYTE, {"add_prefix_space": True}),
+    "merges across words": saved(BYTE, **LINES),
+    "whole texts are symbols": saved(BYTE, **SPELLED, ignore_merges=True),
+    "marks inside words": saved(BYTE, **SPELLED, continuing_subword_prefix="##"),
+    "marks at the end": saved(BYTE, vocab=byte_symbols("a</w>"), end_of_word_suffix="</w>"),
+    "an added line end": saved(BPE, added=["a\na"]),
+    "strips to the right": saved(BPE, added=[AddedToken("a", rstrip=True)]),
+    "characters and merges": saved(CHAR, **FUSED | {"merges": [["a", "\n"]]}),
+    "unknown ones become one": saved(CHAR, vocab={"b": 0}, unk_token="b", fuse_unk=True),
+    "added to characters": saved(CHAR, **FUSED, added=["a\na"]),
+}
+# These are as safe to cut as our own.
+CUT = {
+    "other merges": saved(BPE, **LINES),
+    "marks, by words": saved(BPE, **SPELLED, continuing_subword_prefix="##"),
+    "added words": saved(BPE, added=["a.", "1,a"]),
+    "special tokens are text": saved(BPE, added=[AddedToken("a\na", rstrip=True, special=True)]),
+}
 
 
 @pytest.fixture(params=ALL)
@@ -54,13 +96,35 @@ def test_known_characters_round_trip(text):
     st.text(st.sampled_from(" \n\t\r\x0b\x1c\x85\u2028aé1.,'s<|>"), max_size=60), st.integers(1, 9)
 )
 def test_pieces_change_no_token(text, size):
-    for tokenizer in ALL.values():
+    for tokenizer in (*ALL.values(), *CUT.values(), *WHOLE.values()):
         known = "".join(c for c in text if c in "".join(TEXTS))
-        usable = text if tokenizer in (BPE, BYTE) else known
+        usable = text if tokenizer not in (CHAR, UNKNOWN) else known
         pieces = list(tokenizer.pieces(usable, size))
         assert "".join(pieces) == usable
         rows = [tokenizer.encode(piece) for piece in pieces]
         assert np.concatenate(rows).tolist() == tokenizer.encode(usable).tolist()
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_texts_are_whole_where_a_cut_changes_tokens(name):
+    tokenizer = WHOLE[name]
+    assert list(tokenizer.pieces("a\na" * 9, 1)) == ["a\na" * 9]
+    apart = [*tokenizer.encode("a"), *tokenizer.encode("\na")]
+    assert apart != tokenizer.encode("a\na").tolist()
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_other_tokenizers_are_cut_where_that_changes_none(name):
+    assert list(CUT[name].pieces("a\na\na", 1)) == ["a", "\na", "\na"]
+
+
+def test_byte_lengths_of_other_tokenizers():
+    for name in ("prefix space", "marks inside words", "strips to the right"):
+        assert WHOLE[name].byte_lengths() is None
+    for tokenizer in (WHOLE["an added line end"], WHOLE["merges across words"], *CUT.values()):
+        if (lengths := tokenizer.byte_lengths()) is not None:
+            for text in ("a\na", "é1,a.\n"):
+                assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
 
 
 def test_long_texts_are_cut_into_short_pieces():

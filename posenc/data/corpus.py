@@ -45,7 +45,8 @@ class Corpus:
             its validation text and the tokenizer.
         validation_bytes: UTF-8 bytes of the text that all validation tokens stand for, None where
             not known. Bits per byte = loss / ln 2 * len(validation) / validation_bytes.
-        description: names, counts and the fingerprint as plain values, for a run's records.
+        description: names, counts and the fingerprint as plain values, for a run's records; where
+            text was split in a way that the user should know of, "notes" says so in sentences.
     """
 
     train: Tokens | HubStream

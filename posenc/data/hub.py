@@ -6,7 +6,7 @@ loses its content on resume, and the large web corpora are shuffled already.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 HUB_PREFIX = "hf:"
@@ -110,11 +110,15 @@ class HubStream:
 
     def _open(self) -> Any:
         import datasets  # takes a second, and neither `stdlib` nor token shards need it
+        from datasets.packaged_modules.parquet.parquet import ParquetConfig
 
         try:
-            dataset = datasets.load_dataset(
-                self.repo, self.config, split=self.split, streaming=True
-            )
+            builder = datasets.load_dataset_builder(self.repo, self.config)
+            dataset = builder.as_streaming_dataset(split=self.split)
+            if isinstance(builder.config, ParquetConfig) and "text" in dataset.features:
+                # The others are not read, so their types need not agree between files.
+                builder.config.columns = ["text"]
+                dataset = builder.as_streaming_dataset(split=self.split)
         except (FileNotFoundError, PermissionError) as error:
             raise ValueError(
                 f"expected a dataset that you may read; opening {self.source!r} failed: "
@@ -146,11 +150,7 @@ def text_of(row: Mapping[str, Any], where: str) -> str:
     Raises:
         ValueError: the row has no column `text`, or it holds something else.
     """
-    if "text" not in row:
-        columns = ", ".join(map(repr, row)) or "none"
-        raise ValueError(
-            f"expected a column 'text' in {where}; it has {columns}. Rename the text's column."
-        )
+    check_text_column(row, where)
     text = row["text"]
     if text is not None and not isinstance(text, str):
         raise ValueError(
@@ -158,6 +158,19 @@ def text_of(row: Mapping[str, Any], where: str) -> str:
             "Convert them."
         )
     return text or ""
+
+
+def check_text_column(names: Collection[str], where: str) -> None:
+    """Refuse rows without text.
+
+    Raises:
+        ValueError: no column is named `text`.
+    """
+    if "text" not in names:
+        columns = ", ".join(map(repr, names)) or "none"
+        raise ValueError(
+            f"expected a column 'text' in {where}; it has {columns}. Rename the text's column."
+        )
 
 
 def is_network_error(error: BaseException) -> bool:

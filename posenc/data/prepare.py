@@ -84,10 +84,13 @@ class Preparation:
     def tokens(
         self, splits: dict[str, Documents], tokenizer: Tokenizer
     ) -> tuple[dict[str, Tokens], dict[str, Any], str]:
-        """Return the tokens of named splits, their counts, and the sha256 of text and tokenizer."""
+        """Return the tokens of named splits, their counts, and the sha256 of text and tokenizer.
+
+        Beside the counts are the "notes" of the splits, where they have any.
+        """
 
         def build(folder: Path) -> dict[str, Any]:
-            return {
+            counts = {
                 name: write_tokens(
                     texts,
                     tokenizer,
@@ -97,9 +100,14 @@ class Preparation:
                 )
                 for name, texts in splits.items()
             }
+            notes = sorted({split.note() for split in splits.values()} - {""})
+            return counts | ({"notes": notes} if notes else {})
 
         texts = {name: split.fingerprint for name, split in splits.items()}
-        fingerprint = sha256_json(_LAYOUT, texts, tokenizer.fingerprint)
+        # Long texts of these were once cut, which changed tokens: what was cached then is wrong.
+        mended = tokenizer.is_byte_level and not tokenizer.can_cut
+        layout = _LAYOUT + mended
+        fingerprint = sha256_json(layout, texts, tokenizer.fingerprint)
         folder = self.cache_dir / f"tokens-{fingerprint[:32]}"
         counts = cached_folder(folder, build)
         dtype = token_dtype(tokenizer.vocab_size)

@@ -8,31 +8,24 @@
 | `hf:REPO[:CONFIG]` | a dataset of the Hugging Face Hub, streamed (hub.py) |
 | a file or glob of .bin .npy | token shards (shards.py) |
 
-Files are read through the `datasets` library in streaming mode: they may be larger than memory.
+How files become text is in readers.py.
 """
 
 import difflib
 import glob
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from posenc.data.files import sha256_file, sha256_json
-from posenc.data.hub import HUB_PREFIX, HubStream, text_of
+from posenc.data.hub import HUB_PREFIX, HubStream
+from posenc.data.readers import READERS, read_documents
 from posenc.data.standard_library import standard_library
 
-# suffix: (reader of `datasets`, its options)
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": ("from_text", {"sample_by": "document"}),
-    ".md": ("from_text", {"sample_by": "document"}),
-    ".jsonl": ("from_json", {}),
-    ".parquet": ("from_parquet", {}),
-}
 _TOKEN_SUFFIXES = (".bin", ".npy")
-_SUFFIXES = (*_READERS, *_TOKEN_SUFFIXES)
+_SUFFIXES = (*READERS, *_TOKEN_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -43,11 +36,13 @@ class Documents:
         source: the name that the user gave.
         fingerprint: sha256 that changes when the text does.
         read: opens the source anew.
+        note: reads it, and says what the user should know of how it was split; "" for nothing.
     """
 
     source: str
     fingerprint: str
     read: Callable[[], Iterator[str]]
+    note: Callable[[], str] = lambda: ""
 
     def __iter__(self) -> Iterator[str]:
         return self.read()
@@ -61,7 +56,7 @@ def documents(source: str) -> Documents | HubStream:
 
     Raises:
         ValueError: the source is unknown, or holds tokens; while reading, a file is damaged, not
-            UTF-8, or without a column `text`.
+            UTF-8, or without a column `text` of strings.
     """
     kind = source_kind(source)
     if kind == "hub":
@@ -69,10 +64,10 @@ def documents(source: str) -> Documents | HubStream:
     if kind == "stdlib":
         return standard_library_documents("train")
     if kind == "tokens":
-        raise ValueError(f"expected text; {source!r} holds tokens. Choose {' '.join(_READERS)}.")
+        raise ValueError(f"expected text; {source!r} holds tokens. Choose {' '.join(READERS)}.")
     files = source_files(source)
     fingerprint = sha256_json([(file.suffix.lower(), sha256_file(file)) for file in files])
-    return Documents(source, fingerprint, lambda: _read_files(files))
+    return Documents(source, fingerprint, lambda: chain.from_iterable(map(read_documents, files)))
 
 
 def standard_library_documents(split: Literal["train", "validation"]) -> Documents:
@@ -92,13 +87,13 @@ def source_kind(source: str) -> Literal["stdlib", "hub", "text", "tokens"]:
     if source.startswith(HUB_PREFIX):
         return "hub"
     suffixes = {file.suffix.lower() for file in source_files(source)}
-    if suffixes <= set(_READERS):
+    if suffixes <= set(READERS):
         return "text"
     if suffixes <= set(_TOKEN_SUFFIXES):
         return "tokens"
     found = " ".join(sorted(suffix or "(none)" for suffix in suffixes))
     raise ValueError(
-        f"data files must all be text ({' '.join(_READERS)}) or all be token shards "
+        f"data files must all be text ({' '.join(READERS)}) or all be token shards "
         f"({' '.join(_TOKEN_SUFFIXES)}); {source!r} has {found}. Narrow the glob or rename files."
     )
 
@@ -140,35 +135,3 @@ def _hint(source: str, path: Path) -> str:
     if source.count("/") == 1 and path.suffix.lower() not in _SUFFIXES:
         return f"For a dataset of the Hugging Face Hub write '{HUB_PREFIX}{source}'."
     return f"Choose stdlib, {HUB_PREFIX}REPO[:CONFIG], or files {' '.join(_SUFFIXES)}."
-
-
-def _read_files(files: list[Path]) -> Iterator[str]:
-    """Yield the non-empty documents of text files, in order."""
-    for suffix, run in groupby(files, key=lambda file: file.suffix.lower()):
-        # As one dataset where they can be: opening each takes time.
-        run_files = list(run)
-        for row in _read_rows(run_files, suffix):
-            if text := text_of(row, str(run_files[0])):
-                yield text
-
-
-def _read_rows(files: list[Path], suffix: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of files of one format."""
-    import datasets  # takes a second, and neither `stdlib` nor token shards need it
-    import pyarrow
-    from datasets.exceptions import DatasetsError
-
-    reader, options = _READERS[suffix]
-    # `datasets` takes every path for a glob; one that matches nothing is read as nothing.
-    paths = [glob.escape(str(file.absolute())) for file in files]
-    try:
-        # Not load_dataset: that asks the Hub to count the download, even of local files.
-        yield from getattr(datasets.Dataset, reader)(paths, streaming=True, **options)
-    except (ValueError, OSError, pyarrow.ArrowException, DatasetsError) as error:
-        if len(files) > 1:
-            for file in files:  # one by one, to name the damaged one
-                deque(_read_rows([file], suffix), maxlen=0)
-        expected = "UTF-8 text" if reader == "from_text" else f"{suffix} rows"
-        raise ValueError(
-            f"expected {expected} in {files[0]}; reading it failed: {error}. Replace the file."
-        ) from error

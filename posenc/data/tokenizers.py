@@ -9,8 +9,10 @@ fake the end of a document.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,9 @@ END_OF_TEXT = "<|endoftext|>"
 # What other families call it.
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|eos|>", "<eos>", "</s>", "[SEP]")
 _BPE_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+
+# What some models add to symbols inside, or at the end, of words.
+_MARKS = ("continuing_subword_prefix", "end_of_word_suffix")
 
 Ids = npt.NDArray[np.int64]
 
@@ -37,6 +42,8 @@ class Tokenizer:
         vocab_size: one more than the largest id.
         end_of_text: the id before each document, or None.
         fingerprint: sha256 of the pipeline.
+        is_byte_level: words are spelled with one character for each byte.
+        can_cut: long texts are encoded in pieces, see `pieces`.
 
     Raises:
         ValueError: the vocabulary is empty.
@@ -52,11 +59,27 @@ class Tokenizer:
         self.backend = backend
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_text = next((vocabulary[n] for n in _END_NAMES if n in vocabulary), None)
-        self.fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()
-        plain = backend.normalizer is None
-        pre = backend.pre_tokenizer
-        self._is_byte_level = plain and isinstance(pre, pre_tokenizers.ByteLevel)
-        self._is_char = plain and pre is None and isinstance(backend.decoder, decoders.Fuse)
+        saved = backend.to_str()
+        self.fingerprint = hashlib.sha256(saved.encode()).hexdigest()
+        model, pre = json.loads(saved)["model"], backend.pre_tokenizer
+        plain, alone = backend.normalizer is None, _spells_by_character(model)
+        # Found in text, wherever they stand; special tokens are not.
+        added = [
+            token for token in backend.get_added_tokens_decoder().values() if not token.special
+        ]
+        strips = any(token.lstrip or token.rstrip for token in added)
+        fuse = plain and pre is None and isinstance(backend.decoder, decoders.Fuse)
+        self._is_char = fuse and alone and not added
+        self.is_byte_level = plain and isinstance(pre, pre_tokenizers.ByteLevel)
+        # Else the beginning of a piece, or its end, is encoded as nothing inside a text is.
+        anywhere = self.is_byte_level and not pre.add_prefix_space and not strips
+        marked = any(model.get(mark) for mark in _MARKS)
+        self._has_byte_lengths = self._is_char or (anywhere and not marked)
+        self.can_cut = self._is_char or (
+            anywhere
+            and (pre.use_regex or alone)
+            and not any("\n" in token.content for token in added)
+        )
 
     def encode(self, text: str) -> Ids:
         """Return the ids of a text, without special tokens.
@@ -113,23 +136,27 @@ class Tokenizer:
 
         None where that is not fixed: only byte-level and character tokenizers know.
         """
-        if not (self._is_byte_level or self._is_char):
+        if not self._has_byte_lengths:
             return None
         lengths = np.zeros(self.vocab_size, np.int64)
         for token, i in self.backend.get_vocab(with_added_tokens=False).items():
             # A byte-level symbol is written with one character for each byte.
-            lengths[i] = len(token) if self._is_byte_level else len(token.encode())
-        lengths[list(self.backend.get_added_tokens_decoder())] = 0
+            lengths[i] = len(token) if self.is_byte_level else len(token.encode())
+        for i, added in self.backend.get_added_tokens_decoder().items():
+            lengths[i] = 0 if added.special else len(added.content.encode())
         return lengths
 
     def pieces(self, text: str, size: int = 1 << 16) -> Iterator[str]:
         """Cut a long text where that changes no token: to encode it in parallel, in little memory.
 
         GPT-2's pattern neither joins a line end to anything but white space before it, nor looks
-        back, so a cut between the two is safe. Tokenizers with other patterns get the text whole.
+        back, so a cut between the two is safe; so it is where each character is a token by itself.
+        All other tokenizers get the text whole: those with other patterns, or with merges across
+        words; those that put a space before a text; and those with added tokens that reach over a
+        line end.
         """
         start = 0
-        while (self._is_byte_level or self._is_char) and len(text) - start > size:
+        while self.can_cut and len(text) - start > size:
             cut = text.find("\n", start + size)
             while cut > 0 and text[cut - 1].isspace():
                 cut = text.find("\n", cut + 1)
@@ -138,6 +165,12 @@ class Tokenizer:
             yield text[start:cut]
             start = cut
         yield text[start:]
+
+
+def _spells_by_character(model: dict[str, Any]) -> bool:
+    """Say whether each character of a word is a token, whatever stands beside it."""
+    across = ("merges", "ignore_merges", "fuse_unk", "byte_fallback", *_MARKS)
+    return model["type"] == "BPE" and not any(model.get(name) for name in across)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

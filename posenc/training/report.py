@@ -9,7 +9,7 @@ from posenc.training.job import Job
 
 
 def heading(job: Job) -> str:
-    """Model, data, the arithmetic of a batch, and where it goes: one line each."""
+    """Model, data and notes on it, the arithmetic of a batch, where it goes: one line each."""
     config, corpus, ranks = job.config, job.corpus, job.parallel.world_size
     total = job.tokens + (config.steps - job.step) * config.tokens_per_step
     if isinstance(corpus.train, Tokens):
@@ -23,6 +23,7 @@ def heading(job: Job) -> str:
         f"{dtype} on {job.parallel.device}",
         f"data: {config.data}, {size}, {len(corpus.validation):,} for validation; "
         f"{corpus.vocab_size:,} symbols",
+        *(f"note: {note}" for note in corpus.description.get("notes", [])),
         f"batch: {config.batch_size} sequences ({ranks} x {config.batch_size // ranks}) "
         f"x {config.grad_accum} accumulated x {config.context} tokens "
         f"= {config.tokens_per_step:,} tokens a step",
