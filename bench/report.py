@@ -30,7 +30,9 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 #: A table of the README: its name and the file, below the results, that it is made of.
-MARKED = re.compile(r"(<!-- table: ([\w ]+), ([\w/.-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(
+    r"(<!-- table: ([\w ]+), (the code|[\w/.-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL
+)
 
 
 class Section(NamedTuple):
@@ -294,11 +296,14 @@ def readme(text: str) -> str:
 
     def filled(found: re.Match[str]) -> str:
         begin, name, file, _, end = found.groups()
+        if name in tables.OF_CODE and file == "the code":
+            return begin + tables.OF_CODE[name]().markdown() + "\n" + end
         path = RESULTS / file
         if name not in tables.TABLES or not path.is_file():
+            known = ", ".join((*tables.OF_CODE, *tables.TABLES))
             raise ValueError(
-                f"the README asks for the table {name!r} of {file}; there are "
-                f"{', '.join(tables.TABLES)}, and files below {RESULTS.relative_to(ROOT)}."
+                f"the README asks for the table {name!r} of {file}; there are {known}, and files "
+                f"below {RESULTS.relative_to(ROOT)}."
             )
         return begin + tables.TABLES[name](read(path)).markdown() + "\n" + end
 

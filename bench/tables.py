@@ -7,14 +7,24 @@ from html import escape
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import torch
+from torch import nn
+
 import posenc
 from bench import routing
 from bench.comparison import Gap, gap_of, label, losses_of, match_of, recipe
 from bench.roofline import percent_of_roofline
 from bench.rows import Row, row_of
 from bench.statistics import MOST_SEEDS
+from posenc.cache import Stream
+from posenc.encodings.learned import Learned
+from posenc.zoo import ZOO
 
 Rows = Sequence[dict[str, Any]]  # as they lie in a file
+GPT_2 = (
+    "https://cdn.openai.com/better-language-models/"
+    "language_models_are_unsupervised_multitask_learners.pdf"
+)
 
 
 class Table(NamedTuple):
@@ -23,10 +33,11 @@ class Table(NamedTuple):
     header: Sequence[str]
     lines: Sequence[Sequence[str]]
     note: str
+    words: bool = False  # cells of text, not of numbers
 
     def markdown(self) -> str:
         """As the README shows it."""
-        rule = ["---", *["---:"] * (len(self.header) - 1)]
+        rule = ["---", *["---" if self.words else "---:"] * (len(self.header) - 1)]
         lines = [f"| {' | '.join(line)} |" for line in (self.header, rule, *self.lines)]
         return "\n".join([*lines, "", self.note])
 
@@ -296,3 +307,46 @@ TABLES: dict[str, Callable[[Rows], Table]] = {
     "memory": memory_table,
     "moh savings": savings_table,
 }
+
+
+def methods() -> Table:
+    """Every name of the zoo: what it is, and what it costs a layer of GPT-2 small."""
+    plain = count_parameters(posenc.attention("nope", 768, 12))
+    lines = []
+    for name, row in ZOO.items():
+        layer = posenc.attention(name, 768, 12)
+        extra = f"{count_parameters(layer) - plain:,}"
+        if row.embedding is Learned:
+            extra += f" (one table, {1024 * 768:,})"
+        what = f"{row.summary}, {paper(row.paper)}"
+        lines.append((f"`{name}`", what, row.acts, extra, state_beside_keys(layer)))
+    header = ("name", "method", "acts on", "parameters a layer", "decoding state beside k, v")
+    return Table(header, lines, "GPT-2 small: C = 768, 12 heads; state in fp32.", words=True)
+
+
+def state_beside_keys(layer: posenc.Attention) -> str:
+    """Its streams, and their bytes a token."""
+    kept = {name: held for name, held in layer.streams().items() if name not in ("k", "v")}
+    words = (f"{name}, {row_bytes(held)} bytes a token" for name, held in kept.items())
+    return "; ".join(words) or "none"
+
+
+def count_parameters(module: nn.Module) -> int:
+    """All of them."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def row_bytes(stream: Stream) -> str:
+    """Of fp32 where the stream is in the layer's dtype."""
+    return f"{math.prod(stream.shape) * (stream.dtype or torch.float32).itemsize:,}"
+
+
+def paper(source: str) -> str:
+    """A link to it."""
+    if source == "GPT-2":
+        return f"[GPT-2]({GPT_2})"
+    return f"[{source}](https://arxiv.org/abs/{source})"
+
+
+#: Tables of the README that are made of the code alone.
+OF_CODE: dict[str, Callable[[], Table]] = {"methods": methods}
