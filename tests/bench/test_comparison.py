@@ -10,7 +10,7 @@ from bench.perplexity import main, read_rows
 from bench.rows import Row
 from bench.statistics import Interval
 
-CPU = Path(__file__).parent.parent / "bench" / "results" / "cpu"
+CPU = Path(__file__).parents[2] / "bench" / "results" / "cpu"
 RECIPE = "layers=2 data=a book.txt targets=100 units=5 unit=block baseline=rope match=tokens"
 
 

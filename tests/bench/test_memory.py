@@ -13,7 +13,7 @@ from bench import memory
 from bench.measure import bytes_saved
 from bench.rows import read
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, arguments: str) -> None:

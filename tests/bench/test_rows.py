@@ -9,7 +9,7 @@ import torch
 
 from bench.rows import Row, RowFile, read
 
-RESULTS = Path(__file__).parent.parent / "bench" / "results"
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 FILES = sorted(RESULTS.rglob("*.jsonl"))
 
 
