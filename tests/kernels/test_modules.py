@@ -7,7 +7,9 @@ import torch
 
 import posenc
 from helpers import HEADS, NAMES, build, close, counted, error, oracle_layer, raw_weights
+from posenc.backends import fused
 from posenc.kernels.common import INTERPRETED
+from posenc.placement import place
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
 #: RoPE turns inside the core where the head dim is a power of two, else in a kernel of its own.
@@ -129,16 +131,20 @@ def test_gates_that_drop_nothing_leave_the_kernels_without_gates(device, monkeyp
         check_against_oracle(module, tokens(module, 1, 9))
 
 
-def test_overrides_of_the_fused_hook_need_not_know_gates(device):
+def test_overrides_of_the_eager_rotation_are_heard(device):
     class Louder(posenc.RoPE):
-        def attend_fused(self, q, k, v, positions, x):
-            return 2 * super().attend_fused(q, k, v, positions, x)
+        def rotate(self, q, k, positions=None, x=None, state=None):
+            q, k = super().rotate(q, k, positions, x, state)
+            return 2 * q, k
 
     module = layer("rope", device)
     x = tokens(module, 1, 9)
     before = module(x)
     module.encoding = Louder(16).to(device)
-    close(module(x), 2 * before, 1e-5)
+    expected = copy.deepcopy(module)
+    expected.impl = "reference"
+    close(module(x), expected(x), 1e-5)
+    assert error(module(x), before) > 1e-3
 
 
 def test_scaling_is_that_of_the_reference(device):
@@ -252,7 +258,8 @@ def test_encoding_alone_turns_by_its_kernel(device):
     for encoding in (posenc.RoPE(16), posenc.CARoPE(64, 4), posenc.Polar(4, 16)):
         encoding = encoding.to(device)
         for positions in (None, torch.arange(5, 14, device=device)):
-            ours = encoding.rotate_fused(q, k, positions, x)
+            where = place(2, 9, q.device, positions)
+            ours = fused.turn(encoding.rotation(where, x), q, k)
             for a, b in zip(ours, encoding.rotate(q, k, positions, x), strict=True):
                 close(a, b, 1e-5)
 
@@ -274,10 +281,13 @@ def test_convolution_alone_is_its_kernel(device):
     inputs = torch.randn(3, 2, 4, 9, 16, device=device).unbind(0)
     for options in ({}, {"per_head": True, "bias": False, "kernel_size": 5}):
         part = posenc.DepthwiseConv(4, 16, **options).to(device)
-        for a, b in zip(part.forward_fused(*inputs), part(*inputs), strict=True):
-            close(a, b, 1e-6)
-    with pytest.raises(ValueError, match=r"shape \(T,\) only"):
-        part.forward_fused(*inputs, real=torch.ones(2, 9, dtype=torch.bool, device=device))
+        real = torch.ones(2, 9, dtype=torch.bool, device=device)
+        real[0, 3:5] = False
+        segments = torch.tensor([[0] * 4 + [1] * 5, [2] * 9], device=device)
+        for given in ({}, {"real": real}, {"segments": segments}):
+            ours = fused.convolve(part, *inputs, **given)
+            for a, b in zip(ours, part(*inputs, **given), strict=True):
+                close(a, b, 1e-6)
 
 
 def test_padding_stops_the_phase(device):
@@ -287,7 +297,7 @@ def test_padding_stops_the_phase(device):
     positions = torch.arange(9, device=device).repeat(2, 1) - torch.tensor(
         [[0], [3]], device=device
     )
-    ours = encoding.rotate_fused(q, k, positions, x)
+    ours = fused.turn(encoding.rotation(place(2, 9, q.device, positions), x), q, k)
     for a, b in zip(ours, encoding.rotate(q, k, positions, x), strict=True):
         close(a, b, 1e-5)
 
@@ -298,12 +308,12 @@ def test_long_convolutions_are_refused_when_built():
         posenc.attention("mdha", 64, 4, impl="fused", kernel_size=9)
 
 
-def test_refused_padding_leaves_the_cache_usable(device):
-    module = layer("mdha", device)
+def test_refused_positions_leave_the_cache_usable(device):
+    module = layer("rcmha", device)
     x, cache = tokens(module, 2, 5), module.make_cache(2, 5)
     positions = torch.arange(5, device=device).repeat(2, 1)
     with torch.no_grad():
-        with pytest.raises(ValueError, match=r"shape \(T,\) only"):
+        with pytest.raises(ValueError, match=r"at given positions.*impl='sdpa'"):
             module(x, positions=positions, cache=cache)
         assert cache.length == 0
         parts = [module(part, cache=cache) for part in x.split(2, dim=1)]
@@ -315,9 +325,6 @@ def test_cases_without_a_kernel_are_refused(device):
         posenc.attention("rope", 64, 4, impl="fused", dropout=0.1)
     module = layer("rope", device)
     x = tokens(module, 2, 5)
-    positions = torch.arange(5, device=device).repeat(2, 1)
-    with pytest.raises(ValueError, match=r"shape \(T,\) only.*impl='sdpa'"):
-        module(x, positions=positions)
     with pytest.raises(ValueError, match="float64"):
         module.double()(x.double())
     cache = module.make_cache(2, 5)

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
-from helpers import outputs_and_gradients, replayed
-from posenc.backends.choice import attend
+from helpers import attend, outputs_and_gradients, replayed
 from posenc.kernels import relative
 from posenc.kernels.relative import relative_attention
 from posenc.scores import RelativeTerm, Scores
