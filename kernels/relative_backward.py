@@ -149,14 +149,14 @@ def dq_kernel(
                 d_row = tl.dot(tl.trans(db), r, input_precision=PRECISION)
                 d_offset = tl.sum(db.to(tl.float32), 0)
                 inside = (distance >= 0) & (distance < S)
-                mask = inside[:, None] & (columns < D)[None, :]
+                there = inside[:, None] & (columns < D)[None, :]
                 to = (d_table + (lowest + at) * D) + (within[:, None] * D + columns[None, :])
                 to_offset = (d_offsets + (lowest + at)) + within
                 if ATOMIC:
-                    tl.atomic_add(to, d_row, mask=mask, sem="relaxed")
+                    tl.atomic_add(to, d_row, mask=there, sem="relaxed")
                     tl.atomic_add(to_offset, d_offset, mask=inside, sem="relaxed")
                 else:
-                    tl.store(to, d_row + tl.load(to, mask=mask), mask=mask)
+                    tl.store(to, d_row + tl.load(to, mask=there), mask=there)
                     tl.store(to_offset, d_offset + tl.load(to_offset, mask=inside), mask=inside)
             tl.debug_barrier()
         store_tile(head_of(dq, b, h), grad * scale, first, T, BLOCK_M, D, BLOCK_D)

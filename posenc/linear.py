@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether calling the layer is the product with its weight, and nothing watches."""
+    """Whether calling the layer is the product with its weight, which no hook of its own sees."""
     return (
         type(layer) is nn.Linear
         and type(layer.weight) is nn.Parameter
         and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
-        and not nn.modules.module._has_any_global_hook()
     )
 
 

@@ -16,7 +16,8 @@ def kept_rows(x: Tensor, gates: Gates | None, layers: list[nn.Module], impl: str
     """The gates if only what they keep is to be projected by these layers, else None."""
     if impl != "auto" or gates is None or not projections_pay(x, gates):
         return None
-    return gates if all(map(is_plain, layers)) else None
+    watched = nn.modules.module._has_any_global_hook()
+    return gates if all(map(is_plain, layers)) and not watched else None
 
 
 def to_heads(

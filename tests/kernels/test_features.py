@@ -15,14 +15,11 @@ HEADS, WIDTH, LENGTH = 4, 32, 13
 SEGMENTS = torch.tensor([[0] * 5 + [1] + [2] * 7, [3] * 9 + [4] * 4])
 LEFT = torch.ones(2, LENGTH, dtype=torch.bool)
 LEFT[0, :4] = False
-RIGHT = LEFT.flip(1)
 HOLES = LEFT.clone()
 HOLES[1, 6:8] = False
 CALLS: dict[str, dict[str, Tensor]] = {
-    "plain": {},
     "segments": {"segments": SEGMENTS},
     "left": {"mask": LEFT},
-    "right": {"mask": RIGHT},
     "holes": {"mask": HOLES},
     "both": {"mask": LEFT, "segments": SEGMENTS},
 }
