@@ -359,5 +359,6 @@ def refuse(arguments: dict[str, Any], x: object) -> NoReturn:
     raise UnexpectedArgument(
         f"Attention.forward takes no {', '.join(sorted(arguments))}; it takes x, positions, mask, "
         "segments, cache and return_aux. It is no layer of another library with that one's "
-        "arguments: there, keep the model's own attention and swap the encoding (posenc.hf)."
+        "arguments: there keep the model's own attention, and turn its q and k by "
+        "encoding.rotate(q, k, positions). (posenc.hf, which swaps them, is in preparation.)"
     )
