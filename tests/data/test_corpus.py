@@ -152,6 +152,7 @@ def test_an_unusual_split_is_named_to_the_user(tmp_path, load):
         folder=SimpleNamespace(path="run"),
         dtype=torch.float32,
         step=0,
+        tokens=0,
     )
     assert f"\nnote: {note}\n" in heading(job)
 
