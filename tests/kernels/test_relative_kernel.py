@@ -336,7 +336,7 @@ def test_bad_arguments_are_refused(device):
     wide = torch.zeros(1, 2, 5, 160, device=device)
     for arguments, message in (
         ((q, k[:, :, :3], v[:, :, :3], table), "as many keys"),
-        ((q, k[:, :1], v[:, :1], table), "as many key heads"),
+        ((q, k.repeat(1, 2, 1, 1)[:, :3], v.repeat(1, 2, 1, 1)[:, :3], table), "divi"),
         ((wide, wide, wide, table), "at most 128"),
         ((q, k, v, table[:1]), r"table must be \(H=2, P, D=16\)"),
         ((q, k, v, table[:, :0]), "table must be"),
