@@ -14,6 +14,7 @@ def is_plain(layer: nn.Module) -> bool:
         type(layer) is nn.Linear
         and type(layer.weight) is nn.Parameter
         and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+        and not (layer._backward_hooks or layer._backward_pre_hooks)
     )
 
 

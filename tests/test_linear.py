@@ -85,3 +85,34 @@ def test_layers_quantised_to_int8_come_close(name: str, options: dict[str, Any])
         cache = low.make_cache(2, 7)
         assert low(x[:, :5], cache=cache).isfinite().all()
         assert low(x[:, 5:], cache=cache).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_adapter_that_adds_nothing_leaves_every_gate(dtype: torch.dtype, autocast: bool) -> None:
+    router = made("moh", {}).router.to(dtype)
+    x = torch.randn(4, 200, WIDTH, dtype=torch.bfloat16).to(torch.bfloat16 if autocast else dtype)
+    before, _ = router(x)
+    for name in ("W_r", "W_h"):
+        adapter = Adapter(getattr(router, name))
+        nn.init.zeros_(adapter.B)
+        setattr(router, name, adapter)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        after, _ = router(x)
+    assert torch.equal(after, before)
+
+
+# W_R's input is a sinusoid, without a gradient: torch says that the hook sees the output's alone.
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize(("name", "options"), LAYERS, ids=str)
+def test_backward_hooks_of_every_layer_are_called(
+    name: str, options: dict[str, Any], kind: str
+) -> None:
+    module, called = made(name, options), []
+    for path in linears(module):
+        getattr(module.get_submodule(path), kind)(lambda *_, path=path: called.append(path))
+    x = torch.randn(2, 7, WIDTH, dtype=torch.float64, requires_grad=True)
+    y, aux = module(x, return_aux=True)
+    (y.square().sum() + aux).backward()
+    assert sorted(called) == sorted(linears(module))

@@ -74,7 +74,8 @@ class RoPE(Encoding):
         mapped = read_mapping(head_dim, base, rotary_dim, partial, scaling)
         base, rotary_dim = mapped.base, mapped.rotary_dim
         least = 0 if mapped.partial == "proportional" else 2
-        if rotary_dim < least or rotary_dim % 2 or rotary_dim > head_dim:
+        whole = isinstance(rotary_dim, int)
+        if not whole or rotary_dim < least or rotary_dim % 2 or rotary_dim > head_dim:
             raise ValueError(
                 f"rotary_dim must be even, between {least} and head_dim={head_dim}; "
                 f"got {rotary_dim}."

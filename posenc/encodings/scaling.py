@@ -133,6 +133,11 @@ def longrope(
 ) -> Scaled:
     """One searched divisor a band: the long list past the original length, else the short one."""
     divisors = long_factor if target_length > original_max_position_embeddings else short_factor
+    if original_max_position_embeddings < 2:
+        raise ValueError(
+            "longrope needs original_max_position_embeddings of at least 2; got "
+            f"{original_max_position_embeddings}. Give the length of training."
+        )
     if attention_factor is None:
         logs = math.log(factor) / math.log(original_max_position_embeddings)
         attention_factor = math.sqrt(1 + logs) if factor > 1 else 1.0
@@ -151,6 +156,11 @@ def llama3(
     high_freq_factor: float = 4.0,
 ) -> Scaled:
     """Short wavelengths kept, long ones interpolated, those between blended."""
+    if high_freq_factor <= low_freq_factor:
+        raise ValueError(
+            f"llama3 needs high_freq_factor above low_freq_factor; got {high_freq_factor} and "
+            f"{low_freq_factor}. The release has 4 and 1."
+        )
     frequencies = inverse_frequencies(dim, base, device)
     turns = original_max_position_embeddings * frequencies / (2 * math.pi)  # L0 / wavelength
     blend = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
@@ -226,11 +236,20 @@ def _derive_factor(name: str, options: dict[str, Any]) -> None:
 
 def rope_type(options: dict[str, Any]) -> str:
     """Take the kind of a mapping out of it, or ValueError."""
-    kinds = {options.pop(key) for key in ("rope_type", "type") if key in options}
-    name = kinds.pop() if len(kinds) == 1 else None
-    if name not in ("default", *SCALINGS):
-        raise ValueError(unknown("RoPE scaling (rope_type)", name, ("default", *SCALINGS)))
-    return str(name)
+    kinds = [options.pop(key) for key in ("rope_type", "type") if key in options]
+    known = ("default", *SCALINGS, "proportional")
+    if not kinds:
+        raise ValueError(
+            f"a RoPE scaling needs its rope_type; got {options}. Known: {', '.join(known)}."
+        )
+    if kinds[0] != kinds[-1]:
+        raise ValueError(
+            f"the RoPE scaling's rope_type={kinds[0]!r} contradicts type={kinds[-1]!r}. "
+            "Give one of the two."
+        )
+    if kinds[0] not in known:
+        raise ValueError(unknown("RoPE scaling (rope_type)", kinds[0], known))
+    return str(kinds[0])
 
 
 def unused(name: str, options: Mapping[str, Any]) -> str:
@@ -273,10 +292,8 @@ def read_mapping(
     if scaling is not None and not isinstance(scaling, Mapping):
         raise ValueError(f"scaling must be a mapping with a rope_type; got {scaling!r}.")
     options = {key: value for key, value in (scaling or {}).items() if value is not None}
-    kinds = [options.get(key) for key in ("rope_type", "type") if key in options]
-    if kinds == ["proportional"]:
-        for key in ("rope_type", "type"):
-            options.pop(key, None)
+    if options and rope_type(dict(options)) == "proportional":
+        options.pop("type", None)
         partial, factor = "proportional", options.pop("factor", None)
         options["rope_type"] = "default" if factor is None else "linear"
         if factor is not None:
@@ -288,7 +305,8 @@ def read_mapping(
         )
     share = options.pop("partial_rotary_factor", None)
     if share is not None:
-        if not _is_positive(share) or share > 1:
+        none_turn = partial == "proportional" and share == 0 and not isinstance(share, bool)
+        if not none_turn and (not _is_positive(share) or share > 1):
             raise ValueError(
                 f"the RoPE scaling's partial_rotary_factor must lie in (0, 1]; got {share!r}."
             )

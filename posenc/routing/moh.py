@@ -25,6 +25,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from posenc.autocast import no_autocast
 from posenc.errors import unknown
@@ -216,6 +217,14 @@ def _precise(x: Tensor) -> Tensor:
 
 
 def _softmax(layer: nn.Linear, x: Tensor) -> Tensor:
-    """In fp32 or better; an adapter or a quantised layer forms its product as it does."""
-    logits = _precise(x) @ _precise(layer.weight).T if is_plain(layer) else _precise(layer(x))
-    return torch.softmax(logits, dim=-1)
+    """In fp32 or better."""
+    if is_plain(layer):
+        return torch.softmax(_precise(x) @ _precise(layer.weight).T, dim=-1)
+    # What took its place multiplies as it does, but as precisely: an adapter that adds nothing to a
+    # bf16 layer must not send tokens to other heads.
+    raised = {
+        name: _precise(parameter)
+        for name, parameter in layer.named_parameters()
+        if parameter.is_floating_point() and parameter.dtype.itemsize < 4
+    }
+    return torch.softmax(_precise(functional_call(layer, raised, (_precise(x),))), dim=-1)

@@ -117,9 +117,34 @@ def test_a_config_s_plain_mapping_holds_theta_and_the_rotated_share() -> None:
         ({"scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": 1, **SHORT}}, "truncate"),
         ({"scaling": "yarn"}, "must be a mapping"),
         ({"partial": "back"}, "unknown RoPE partial"),
+        ({"rotary_dim": 16.0}, "rotary_dim must be even.*got 16.0"),
+        ({"scaling": {}}, "needs its rope_type.*proportional"),
+        ({"scaling": {"rope_type": ["default"]}}, r"unknown RoPE scaling .*\['default'\]"),
+        ({"scaling": {"rope_type": "linear", "type": "yarn", "factor": 2.0}}, "contradicts type"),
+        (
+            {"scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, **SHORT}},
+            "high_freq_factor above low_freq_factor; got 4.0 and 4.0",
+        ),
+        (
+            {"scaling": {"rope_type": "longrope", "factor": 2.0, "target_length": 9, **LISTS,
+                         "original_max_position_embeddings": 1}},
+            "at least 2; got 1",
+        ),
     ],
 )  # fmt: skip
 def test_what_a_mapping_would_ignore_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as refusal:
         RoPE(DIM, **arguments)
     assert "\n" not in str(refusal.value)
+
+
+def test_both_keys_of_a_kind_may_agree_and_no_pair_need_turn() -> None:
+    both = {"rope_type": "proportional", "type": "proportional", "partial_rotary_factor": 0.5}
+    assert (RoPE(DIM, scaling=both).partial, RoPE(DIM, scaling=both).rotary_dim) == (
+        "proportional",
+        DIM // 2,
+    )
+    still = RoPE(DIM, scaling={"rope_type": "proportional", "partial_rotary_factor": 0.0})
+    q, k = torch.randn(2, 1, 2, 5, DIM)
+    for turned, x in zip(still.rotate(q, k), (q, k), strict=True):
+        assert torch.equal(turned, x)
