@@ -39,9 +39,9 @@ class RoPE(Encoding):
         pairing: "half" (GPT-NeoX, Llama in Hugging Face) or "interleaved" (GPT-J, the paper).
         rotary_dim: R, rotate only so many features (even, at most D); None is D, or what the
             scaling's partial_rotary_factor makes of it.
-        partial: which ones. "front": the first R, frequencies use R in place of D. "proportional"
-            (p-RoPE, arXiv 2410.06205): the R/2 fastest pairs of the whole head, at its
-            frequencies; the others stand still.
+        partial: which ones; None is the mapping's, else "front". "front": the first R, frequencies
+            use R in place of D. "proportional" (p-RoPE, arXiv 2410.06205): the R/2 fastest pairs of
+            the whole head, at its frequencies; the others stand still.
         scaling: a mapping for longer texts, see `posenc.encodings.scaling`. Whatever it holds is
             used or refused.
         axes: features of each of A axes (even, in all rotary_dim); positions are then (T, A) or
@@ -61,7 +61,7 @@ class RoPE(Encoding):
         base: float | None = None,
         pairing: Pairing = "half",
         rotary_dim: int | None = None,
-        partial: Partial = "front",
+        partial: Partial | None = None,
         scaling: Mapping[str, Any] | None = None,
         axes: Sequence[int] | None = None,
         layout: Layouts = "blocks",
@@ -69,7 +69,7 @@ class RoPE(Encoding):
     ) -> None:
         super().__init__()
         check_head_dim(head_dim, "RoPE")
-        if partial not in PARTIALS:
+        if partial not in (None, *PARTIALS):
             raise ValueError(unknown("RoPE partial", partial, PARTIALS))
         mapped = read_mapping(head_dim, base, rotary_dim, partial, scaling)
         base, rotary_dim = mapped.base, mapped.rotary_dim

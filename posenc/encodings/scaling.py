@@ -278,7 +278,7 @@ def read_mapping(
     head_dim: int,
     base: float | None,
     rotary_dim: int | None,
-    partial: str,
+    partial: str | None,
     scaling: Mapping[str, Any] | None,
 ) -> Mapped:
     """Take base, rotary_dim and partial from a mapping where the arguments are not given.
@@ -294,6 +294,11 @@ def read_mapping(
     options = {key: value for key, value in (scaling or {}).items() if value is not None}
     if options and rope_type(dict(options)) == "proportional":
         options.pop("type", None)
+        if partial == "front":
+            raise ValueError(
+                "the scaling's rope_type='proportional' contradicts partial='front'. Give one of "
+                "the two."
+            )
         partial, factor = "proportional", options.pop("factor", None)
         options["rope_type"] = "default" if factor is None else "linear"
         if factor is not None:
@@ -322,7 +327,7 @@ def read_mapping(
     return Mapped(
         DEFAULT_BASE if base is None else base,
         head_dim if rotary_dim is None else rotary_dim,
-        partial,
+        partial or "front",
         None if scaling is None else options,
     )
 

@@ -117,6 +117,7 @@ def test_a_config_s_plain_mapping_holds_theta_and_the_rotated_share() -> None:
         ({"scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": 1, **SHORT}}, "truncate"),
         ({"scaling": "yarn"}, "must be a mapping"),
         ({"partial": "back"}, "unknown RoPE partial"),
+        ({"partial": "front", "scaling": {"rope_type": "proportional"}}, "contradicts partial"),
         ({"rotary_dim": 16.0}, "rotary_dim must be even.*got 16.0"),
         ({"scaling": {}}, "needs its rope_type.*proportional"),
         ({"scaling": {"rope_type": ["default"]}}, r"unknown RoPE scaling .*\['default'\]"),
