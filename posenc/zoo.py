@@ -16,6 +16,7 @@ from posenc.checks import check_heads, check_kv_heads
 from posenc.convolution import DepthwiseConv
 from posenc.encodings.base import Encoding
 from posenc.encodings.carope import CARoPE, SharedPhase
+from posenc.encodings.grape import GRAPE
 from posenc.encodings.learned import Learned
 from posenc.encodings.nope import NoPE
 from posenc.encodings.polar import Polar
@@ -61,6 +62,7 @@ ENCODINGS: dict[str, type[Encoding]] = {
     "carope": CARoPE,
     "polar": Polar,
     "relative": Relative,
+    "grape": GRAPE,
 }
 EMBEDDINGS: dict[str, type[Encoding]] = {"learned": Learned, "sinusoidal": Sinusoidal}
 #: Beside a GPT's embeddings of std 0.02 this is the original's ratio of position to token.
@@ -129,6 +131,12 @@ ZOO: dict[str, Recipe] = {
         summary="a router weighs the heads for each token and drops the rest; RoPE inside",
         encoding=RoPE,
         router=default_moh,
+    ),
+    "grape": Recipe(
+        paper="2512.07805",
+        acts="q, k",
+        summary="rotation by a running sum of one rate a token, learned frequencies (GRAPE-M)",
+        encoding=GRAPE,
     ),
 }
 

@@ -181,6 +181,7 @@ def test_parts_know_the_sizes_that_shape_them() -> None:
         "carope": {"head_dim", "num_kv_heads"},
         "polar": {"head_dim", "num_kv_heads"},
         "relative": {"head_dim", "causal"},
+        "grape": {"head_dim"},
         "conv": {"head_dim", "num_kv_heads", "causal"},
     }
 

@@ -2,6 +2,7 @@
 
 from posenc.encodings.base import Encoding
 from posenc.encodings.carope import CARoPE
+from posenc.encodings.grape import GRAPE
 from posenc.encodings.learned import Learned
 from posenc.encodings.nope import NoPE
 from posenc.encodings.polar import Polar
@@ -10,6 +11,7 @@ from posenc.encodings.rope import RoPE, half_to_interleaved, interleaved_to_half
 from posenc.encodings.sinusoidal import Sinusoidal
 
 __all__ = [
+    "GRAPE",
     "CARoPE",
     "Encoding",
     "Learned",

@@ -18,6 +18,7 @@ LAYERS = {
     "partial": ("rope", {"rotary_dim": 4}),
     "short table": ("rcmha", {"max_distance": 5}),
     "convolved rope": ("rope", {"conv": True}),
+    "convolved grape": ("grape", {"conv": True}),
     "norms": ("moh", {"router": "query_norm"}),
     "all shared": ("moh", {"shared": 4, "top_k": 0}),
     "all shared, norms": ("moh", {"shared": 4, "top_k": 0, "router": "query_norm"}),
