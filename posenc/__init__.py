@@ -13,6 +13,7 @@ from posenc.encodings import (
     Polar,
     Relative,
     RoPE,
+    SelectiveRoPE,
     Sinusoidal,
 )
 from posenc.models.config import GPTConfig
@@ -41,6 +42,7 @@ __all__ = [
     "Polar",
     "Relative",
     "RoPE",
+    "SelectiveRoPE",
     "Sinusoidal",
     "attention",
     "attention_cost",

@@ -22,6 +22,7 @@ from posenc.encodings.nope import NoPE
 from posenc.encodings.polar import Polar
 from posenc.encodings.relative import Relative
 from posenc.encodings.rope import RoPE
+from posenc.encodings.selective import SelectiveRoPE
 from posenc.encodings.sinusoidal import Sinusoidal
 from posenc.errors import unknown
 from posenc.routing.moh import MoH
@@ -63,6 +64,7 @@ ENCODINGS: dict[str, type[Encoding]] = {
     "polar": Polar,
     "relative": Relative,
     "grape": GRAPE,
+    "selective": SelectiveRoPE,
 }
 EMBEDDINGS: dict[str, type[Encoding]] = {"learned": Learned, "sinusoidal": Sinusoidal}
 #: Beside a GPT's embeddings of std 0.02 this is the original's ratio of position to token.
@@ -137,6 +139,12 @@ ZOO: dict[str, Recipe] = {
         acts="q, k",
         summary="rotation by a running sum of one rate a token, learned frequencies (GRAPE-M)",
         encoding=GRAPE,
+    ),
+    "selective": Recipe(
+        paper="2511.17388",
+        acts="q, k",
+        summary="rotation by a running phase whose rates four tokens set, per head and pair",
+        encoding=SelectiveRoPE,
     ),
 }
 

@@ -102,7 +102,8 @@ def repeat_key_heads(grouped: nn.Module, whole: nn.Module, groups: int) -> None:
             heads = (q, k.repeat_interleave(times, 0), v.repeat_interleave(times, 0))
             return torch.cat(heads).reshape(shape)
         (dim,) = (i for i, (a, b) in enumerate(zip(weight.shape, shape, strict=True)) if a != b)
-        return weight.repeat_interleave(times, dim)
+        heads = weight.unflatten(dim, (groups, -1))
+        return heads.repeat_interleave(times, dim).flatten(dim, dim + 1)
 
     wanted = whole.state_dict()
     whole.load_state_dict(

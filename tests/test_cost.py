@@ -418,7 +418,7 @@ def test_errors() -> None:
     "options",
     [
         {"num_kv_heads": 2},
-        {"num_kv_heads": 1, "head_dim": 10},
+        {"num_kv_heads": 1, "head_dim": 12},
         {"qk_norm": "rms", "head_dim": 4},
         {"causal": False},
         {"window": 3, "num_kv_heads": 2, "bias": True},

@@ -182,6 +182,7 @@ def test_parts_know_the_sizes_that_shape_them() -> None:
         "polar": {"head_dim", "num_kv_heads"},
         "relative": {"head_dim", "causal"},
         "grape": {"head_dim"},
+        "selective": {"head_dim", "num_kv_heads"},
         "conv": {"head_dim", "num_kv_heads", "causal"},
     }
 
@@ -200,7 +201,7 @@ def test_parts_built_otherwise_are_refused(part: str, misfit: str) -> None:
     posenc.Attention(WIDTH, HEADS, **both, **fitting(part, **both))
 
 
-@pytest.mark.parametrize("part", ["carope", "polar", "conv"])
+@pytest.mark.parametrize("part", ["carope", "polar", "selective", "conv"])
 @pytest.mark.parametrize("groups", [3, 0, 8, 2.0])
 def test_parts_refuse_key_heads_that_do_not_divide(part: str, groups: object) -> None:
     with refused("num_kv_heads"):

@@ -24,6 +24,7 @@ EXTRA: dict[str, Callable[[int, int, int], int]] = {
     "rcmha": lambda C, H, P: P * (C + H) + C + 12 * C // H,
     "moh": lambda C, H, P: C * (H + 2) if H // 3 > 1 else C * (H + 1),
     "grape": lambda C, H, P: C + 1 + C // H // 2,
+    "selective": lambda C, H, P: 32 * C + 37 * C // 2,
 }
 
 

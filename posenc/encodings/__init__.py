@@ -8,6 +8,7 @@ from posenc.encodings.nope import NoPE
 from posenc.encodings.polar import Polar
 from posenc.encodings.relative import Relative
 from posenc.encodings.rope import RoPE, half_to_interleaved, interleaved_to_half
+from posenc.encodings.selective import SelectiveRoPE
 from posenc.encodings.sinusoidal import Sinusoidal
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Polar",
     "Relative",
     "RoPE",
+    "SelectiveRoPE",
     "Sinusoidal",
     "half_to_interleaved",
     "interleaved_to_half",

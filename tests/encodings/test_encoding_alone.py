@@ -139,7 +139,7 @@ def test_lengths_that_differ_need_positions_of_their_own() -> None:
         RoPE(D).rotate(q, k, torch.arange(3), key_positions=torch.arange(S + 1))
 
 
-@pytest.mark.parametrize("name", ["nope", "rope", "carope", "polar", "grape"])
+@pytest.mark.parametrize("name", ["nope", "rope", "carope", "polar", "grape", "selective"])
 def test_encodings_without_a_bias_say_so(name: str) -> None:
     assert made(name).score_bias(torch.arange(T), torch.arange(S)) is None
 

@@ -19,6 +19,7 @@ LAYERS = {
     "short table": ("rcmha", {"max_distance": 5}),
     "convolved rope": ("rope", {"conv": True}),
     "convolved grape": ("grape", {"conv": True}),
+    "convolved selective": ("selective", {"conv": True, "encoding_init": "authors"}),
     "norms": ("moh", {"router": "query_norm"}),
     "all shared": ("moh", {"shared": 4, "top_k": 0}),
     "all shared, norms": ("moh", {"shared": 4, "top_k": 0, "router": "query_norm"}),
