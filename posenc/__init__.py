@@ -4,7 +4,21 @@ from posenc.attention import Attention
 from posenc.cache import Cache
 from posenc.convolution import DepthwiseConv
 from posenc.cost import attention_cost, model_cost
-from posenc.encodings import CARoPE, Encoding, Learned, NoPE, Polar, Relative, RoPE, Sinusoidal
+from posenc.encodings import (
+    FIRE,
+    T5,
+    ALiBi,
+    CARoPE,
+    Encoding,
+    FoX,
+    Kerple,
+    Learned,
+    NoPE,
+    Polar,
+    Relative,
+    RoPE,
+    Sinusoidal,
+)
 from posenc.models.config import GPTConfig
 from posenc.models.gpt import GPT
 from posenc.placement import segments
@@ -17,13 +31,18 @@ __version__ = "0.1.0"
 # `attention` is the function; the module of that name is reached as posenc.attention only by its
 # import statement.
 __all__ = [
+    "FIRE",
     "GPT",
+    "T5",
+    "ALiBi",
     "Attention",
     "Cache",
     "CARoPE",
     "DepthwiseConv",
     "Encoding",
+    "FoX",
     "GPTConfig",
+    "Kerple",
     "Learned",
     "MoH",
     "NoPE",

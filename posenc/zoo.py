@@ -14,14 +14,19 @@ from typing import Any, NamedTuple
 from posenc.attention import Attention
 from posenc.checks import check_heads, check_kv_heads
 from posenc.convolution import DepthwiseConv
+from posenc.encodings.alibi import ALiBi
 from posenc.encodings.base import Encoding
 from posenc.encodings.carope import CARoPE, SharedPhase
+from posenc.encodings.fire import FIRE
+from posenc.encodings.fox import FoX
+from posenc.encodings.kerple import Kerple
 from posenc.encodings.learned import Learned
 from posenc.encodings.nope import NoPE
 from posenc.encodings.polar import Polar
 from posenc.encodings.relative import Relative
 from posenc.encodings.rope import RoPE
 from posenc.encodings.sinusoidal import Sinusoidal
+from posenc.encodings.t5 import T5
 from posenc.errors import unknown
 from posenc.routing.moh import MoH
 
@@ -61,6 +66,11 @@ ENCODINGS: dict[str, type[Encoding]] = {
     "carope": CARoPE,
     "polar": Polar,
     "relative": Relative,
+    "alibi": ALiBi,
+    "t5": T5,
+    "kerple": Kerple,
+    "fire": FIRE,
+    "fox": FoX,
 }
 EMBEDDINGS: dict[str, type[Encoding]] = {"learned": Learned, "sinusoidal": Sinusoidal}
 #: Beside a GPT's embeddings of std 0.02 this is the original's ratio of position to token.
@@ -129,6 +139,36 @@ ZOO: dict[str, Recipe] = {
         summary="a router weighs the heads for each token and drops the rest; RoPE inside",
         encoding=RoPE,
         router=default_moh,
+    ),
+    "alibi": Recipe(
+        paper="2108.12409",
+        acts="logits",
+        summary="a bias that falls with the distance, at a fixed slope a head",
+        encoding=ALiBi,
+    ),
+    "t5": Recipe(
+        paper="1910.10683",
+        acts="logits",
+        summary="a trained bias for each head and bucket of distances",
+        encoding=T5,
+    ),
+    "kerple": Recipe(
+        paper="2205.09921",
+        acts="logits",
+        summary="a bias that falls with the logarithm or a power of the distance, trained",
+        encoding=Kerple,
+    ),
+    "fire": Recipe(
+        paper="2310.04418",
+        acts="logits",
+        summary="a small network of the logarithm of the distance over that of the position",
+        encoding=FIRE,
+    ),
+    "fox": Recipe(
+        paper="2503.02130",
+        acts="logits",
+        summary="a gate a token and head says how much of what lies before is forgotten",
+        encoding=FoX,
     ),
 }
 

@@ -74,10 +74,15 @@ def differs(actual: Tensor, expected: Tensor, least: float = 1e-4) -> None:
 
 
 def perturb(module: nn.Module, scale: float = 0.3) -> nn.Module:
-    """Add noise to every parameter, so that none sits at a special value."""
+    """Add noise to every parameter, so that none sits at a special value, nor beyond the bounds
+    that its module keeps it in.
+    """
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(scale * torch.randn_like(parameter))
+        for part in module.modules():
+            for name, (low, high) in getattr(part, "bounds", {}).items():
+                getattr(part, name).clamp_(low + 0.1, high - 0.1)
     return module
 
 
