@@ -4,7 +4,17 @@ from posenc.attention import Attention
 from posenc.cache import Cache
 from posenc.convolution import DepthwiseConv
 from posenc.cost import attention_cost, model_cost
-from posenc.encodings import CARoPE, Encoding, Learned, NoPE, Polar, Relative, RoPE, Sinusoidal
+from posenc.encodings import (
+    CARoPE,
+    Encoding,
+    FoPE,
+    Learned,
+    NoPE,
+    Polar,
+    Relative,
+    RoPE,
+    Sinusoidal,
+)
 from posenc.models.config import GPTConfig
 from posenc.models.gpt import GPT
 from posenc.placement import segments
@@ -23,6 +33,7 @@ __all__ = [
     "CARoPE",
     "DepthwiseConv",
     "Encoding",
+    "FoPE",
     "GPTConfig",
     "Learned",
     "MoH",

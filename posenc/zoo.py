@@ -16,6 +16,7 @@ from posenc.checks import check_heads, check_kv_heads
 from posenc.convolution import DepthwiseConv
 from posenc.encodings.base import Encoding
 from posenc.encodings.carope import CARoPE, SharedPhase
+from posenc.encodings.fope import FoPE
 from posenc.encodings.learned import Learned
 from posenc.encodings.nope import NoPE
 from posenc.encodings.polar import Polar
@@ -61,6 +62,7 @@ ENCODINGS: dict[str, type[Encoding]] = {
     "carope": CARoPE,
     "polar": Polar,
     "relative": Relative,
+    "fope": FoPE,
 }
 EMBEDDINGS: dict[str, type[Encoding]] = {"learned": Learned, "sinusoidal": Sinusoidal}
 #: Beside a GPT's embeddings of std 0.02 this is the original's ratio of position to token.
@@ -129,6 +131,12 @@ ZOO: dict[str, Recipe] = {
         summary="a router weighs the heads for each token and drops the rest; RoPE inside",
         encoding=RoPE,
         router=default_moh,
+    ),
+    "fope": Recipe(
+        paper="2412.17739",
+        acts="q, k",
+        summary="RoPE whose bands are fixed series of all its frequencies (Fourier)",
+        encoding=FoPE,
     ),
 }
 
@@ -372,12 +380,12 @@ def model_attention(
 
     Args:
         attention: a name, or a pattern of NAME:KEY=VALUE,.. that repeats over the layers.
-        context: sizes the learned tables that the options do not.
+        context: sizes what the options do not, see `Encoding.context_option`, and learned tables.
     """
     sorts = sort_layers(attention, layers, options)
     for parts in sorts:
-        if parts.encoding is Relative:
-            parts.options["encoding"].setdefault("max_distance", context)
+        if parts.encoding.context_option is not None:
+            parts.options["encoding"].setdefault(parts.encoding.context_option, context)
     first = sorts[0]
     embedding: Encoding | None = None
     if first.embedding is not None:

@@ -2,6 +2,7 @@
 
 from posenc.encodings.base import Encoding
 from posenc.encodings.carope import CARoPE
+from posenc.encodings.fope import FoPE
 from posenc.encodings.learned import Learned
 from posenc.encodings.nope import NoPE
 from posenc.encodings.polar import Polar
@@ -12,6 +13,7 @@ from posenc.encodings.sinusoidal import Sinusoidal
 __all__ = [
     "CARoPE",
     "Encoding",
+    "FoPE",
     "Learned",
     "NoPE",
     "Polar",
