@@ -20,6 +20,7 @@ from posenc.encodings.carope import CARoPE, SharedPhase
 from posenc.encodings.fire import FIRE
 from posenc.encodings.fox import FoX
 from posenc.encodings.kerple import Kerple
+from posenc.encodings.fope import FoPE
 from posenc.encodings.learned import Learned
 from posenc.encodings.nope import NoPE
 from posenc.encodings.polar import Polar
@@ -71,6 +72,7 @@ ENCODINGS: dict[str, type[Encoding]] = {
     "kerple": Kerple,
     "fire": FIRE,
     "fox": FoX,
+    "fope": FoPE,
 }
 EMBEDDINGS: dict[str, type[Encoding]] = {"learned": Learned, "sinusoidal": Sinusoidal}
 #: Beside a GPT's embeddings of std 0.02 this is the original's ratio of position to token.
@@ -169,6 +171,11 @@ ZOO: dict[str, Recipe] = {
         acts="logits",
         summary="a gate a token and head says how much of what lies before is forgotten",
         encoding=FoX,
+    "fope": Recipe(
+        paper="2412.17739",
+        acts="q, k",
+        summary="RoPE whose bands are fixed series of all its frequencies (Fourier)",
+        encoding=FoPE,
     ),
 }
 
@@ -412,12 +419,12 @@ def model_attention(
 
     Args:
         attention: a name, or a pattern of NAME:KEY=VALUE,.. that repeats over the layers.
-        context: sizes the learned tables that the options do not.
+        context: sizes what the options do not, see `Encoding.context_option`, and learned tables.
     """
     sorts = sort_layers(attention, layers, options)
     for parts in sorts:
-        if parts.encoding is Relative:
-            parts.options["encoding"].setdefault("max_distance", context)
+        if parts.encoding.context_option is not None:
+            parts.options["encoding"].setdefault(parts.encoding.context_option, context)
     first = sorts[0]
     embedding: Encoding | None = None
     if first.embedding is not None:

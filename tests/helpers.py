@@ -86,6 +86,11 @@ def perturb(module: nn.Module, scale: float = 0.3) -> nn.Module:
     return module
 
 
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by name, without fixed ones."""
+    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+
+
 def copy_shared(source: nn.Module, target: nn.Module) -> None:
     """Give `target` those weights of `source` that it has under the same name and shape."""
     weights = source.state_dict()
@@ -241,7 +246,7 @@ def counted(
 def raw_weights(module: nn.Module) -> dict[str, Tensor]:
     """Leaf copies of all parameters in fp64, by name."""
     return {
-        name: parameter.detach().double().clone().requires_grad_()
+        name: parameter.detach().double().clone().requires_grad_(parameter.requires_grad)
         for name, parameter in module.named_parameters()
     }
 

@@ -4,6 +4,7 @@ from posenc.encodings.alibi import ALiBi
 from posenc.encodings.base import Encoding
 from posenc.encodings.carope import CARoPE
 from posenc.encodings.fire import FIRE
+from posenc.encodings.fope import FoPE
 from posenc.encodings.fox import FoX
 from posenc.encodings.kerple import Kerple
 from posenc.encodings.learned import Learned
@@ -22,6 +23,7 @@ __all__ = [
     "ALiBi",
     "CARoPE",
     "Encoding",
+    "FoPE",
     "Learned",
     "NoPE",
     "Polar",
