@@ -18,9 +18,9 @@ from posenc.encodings.alibi import ALiBi
 from posenc.encodings.base import Encoding
 from posenc.encodings.carope import CARoPE, SharedPhase
 from posenc.encodings.fire import FIRE
+from posenc.encodings.fope import FoPE
 from posenc.encodings.fox import FoX
 from posenc.encodings.kerple import Kerple
-from posenc.encodings.fope import FoPE
 from posenc.encodings.learned import Learned
 from posenc.encodings.nope import NoPE
 from posenc.encodings.polar import Polar
@@ -171,6 +171,7 @@ ZOO: dict[str, Recipe] = {
         acts="logits",
         summary="a gate a token and head says how much of what lies before is forgotten",
         encoding=FoX,
+    ),
     "fope": Recipe(
         paper="2412.17739",
         acts="q, k",

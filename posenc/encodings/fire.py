@@ -83,11 +83,11 @@ class FIRE(Float32Parameters, Encoding):
         return bias.transpose(0, 1) if z.ndim == 3 else bias.unsqueeze(0)
 
     def cost(self, s: Sizes) -> Part:
-        """2 + 2 w + w H + H parameters, never below fp32; for every pair of positions that is seen
-        w + w H multiply-adds, once for all sequences.
+        """2 + 2 w + w H + H parameters, never below fp32; for every pair of a query and a key, seen
+        or not, w + w H multiply-adds, once for all sequences.
         """
         own = self.hidden * (s.H + 1)
-        return weights(2 + self.hidden + s.H + own, s.precise) + product(s.pairs * own)
+        return weights(2 + self.hidden + s.H + own, s.precise) + product(s.T * s.S * own)
 
     def extra_repr(self) -> str:
         return (
