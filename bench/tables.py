@@ -300,12 +300,63 @@ def savings_table(rows: Rows) -> Table:
     return Table(header, lines, note)
 
 
+SHAPES = {
+    "packed": "documents packed in a row",
+    "window": "window",
+    "grouped": "grouped keys, 3:1",
+    "transformers llama, 3:1": "transformers llama, 3:1",
+}
+
+
+def shapes_table(rows: Rows) -> Table:
+    """Milliseconds of packed rows, windows and grouped keys, in brackets over their measure."""
+    measures = {"packed": "apart", "window": "whole", "grouped": "equal"}
+    times = {(row["name"], row["implementation"], row["mode"]): row["p50"] for row in rows}
+    names = list(dict.fromkeys(row["name"] for row in rows))
+
+    def cell(name: str, label: str, mode: str) -> str:
+        ms = times.get((name, label, mode))
+        if ms is None:
+            return ""
+        measure = times.get((name, measures.get(label, ""), mode))
+        return f"{ms:.0f}" + ("" if measure is None else f" ({ms / measure:.2f})")
+
+    columns = [(label, mode) for label in SHAPES for mode in ("fwd", "fwd+bwd")]
+    columns = [(c, mode) for c, mode in columns if any((name, c, mode) in times for name in names)]
+    lines = [[f"`{name}`", *(cell(name, *column) for column in columns)] for name in names]
+    titles = {"fwd": "inference", "fwd+bwd": "training"}
+    header = ["layer", *(f"{SHAPES[label]}, {titles[mode]}" for label, mode in columns)]
+    options = " ".join(dict.fromkeys(row["options"] for row in rows))
+    note = (
+        "ms; in brackets over the same documents as a batch, no window, a key head for each query "
+        f"head. {options}; grouped keys at 512 tokens. {measured_on(rows)}."
+    )
+    return Table(header, lines, note)
+
+
+def steps_table(rows: Rows) -> Table:
+    """Milliseconds of a model's decoding step."""
+    first = rows[0]
+    lines = [
+        [f"`{row['name']}`", row["implementation"], f"{row['p50']:.3f}", f"{row['p20']:.3f}"]
+        for row in rows
+    ]
+    width = first["H"] * first["D"]
+    note = (
+        f"One token of one sequence after {first['S'] - 1}, {first['options']}, C={width}, "
+        f"H={first['H']}; {measured_on(rows)}."
+    )
+    return Table(["model", "by", "ms, median", "p20"], lines, note)
+
+
 #: The README's, by the name in its markers.
 TABLES: dict[str, Callable[[Rows], Table]] = {
     "perplexity": perplexity_table,
     "throughput": throughput_table,
     "memory": memory_table,
     "moh savings": savings_table,
+    "shapes": shapes_table,
+    "steps": steps_table,
 }
 
 

@@ -5,9 +5,15 @@ from posenc.cache import Cache
 from posenc.convolution import DepthwiseConv
 from posenc.cost import attention_cost, model_cost
 from posenc.encodings import (
+    FIRE,
     GRAPE,
+    T5,
+    ALiBi,
     CARoPE,
     Encoding,
+    FoPE,
+    FoX,
+    Kerple,
     Learned,
     NoPE,
     Polar,
@@ -28,14 +34,20 @@ __version__ = "0.1.0"
 # `attention` is the function; the module of that name is reached as posenc.attention only by its
 # import statement.
 __all__ = [
+    "FIRE",
     "GPT",
+    "T5",
+    "ALiBi",
     "GRAPE",
     "Attention",
     "Cache",
     "CARoPE",
     "DepthwiseConv",
     "Encoding",
+    "FoX",
+    "FoPE",
     "GPTConfig",
+    "Kerple",
     "Learned",
     "MoH",
     "NoPE",

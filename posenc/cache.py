@@ -180,7 +180,8 @@ class Cache:
             # A copy: what autograd saves must not be overwritten by the next call.
             before = stored.narrow(-2, end - seen, seen).to(rows.dtype)
             return torch.cat((before, rows.to(stored.dtype).to(rows.dtype)), dim=-2)
-        return stored.narrow(-2, end - seen, seen + count).to(rows.dtype)
+        kept = stored.narrow(-2, end - seen, seen + count)
+        return kept if kept.dtype == rows.dtype else kept.to(rows.dtype)
 
     def recent(self, name: str) -> Tensor:
         """The last `history` rows (B, *lead, history, F), zeros before the first token."""

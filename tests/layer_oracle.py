@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import oracles
+import zoo_oracles
 
 EPSILON = 1e-6
 
@@ -226,6 +227,7 @@ SCORES: dict[str, Callable[[Call], Tensor]] = {
     "CARoPE": _carope,
     "Polar": _polar,
     "Relative": _relative,
+    **zoo_oracles.SCORES,
 }
 
 

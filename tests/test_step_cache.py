@@ -32,7 +32,7 @@ def made(attention: Any, layers: int = 2) -> posenc.GPT:
 def test_steps_of_one_shape_give_the_same_tokens(
     attention: Any, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpt, "compiled_step", lambda: gpt.step)
+    monkeypatch.setattr(gpt, "compiled_step", lambda device: gpt.step)
     model, ids = made(attention), torch.randint(31, (2, 7))
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[0, :3] = not padded
