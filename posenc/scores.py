@@ -50,16 +50,23 @@ class ByDistance(NamedTuple):
 
     def __call__(self, rows: slice, keys: slice) -> Tensor:
         """(1 or B, H, rows, keys)."""
-        if self.positions is not None:
-            assert self.keys is not None
-            apart = self.positions[..., rows].unsqueeze(-1) - self.keys[..., keys].unsqueeze(-2)
-            bias = self.of(apart).to(self.dtype)
-            return bias.transpose(0, 1) if apart.ndim == 3 else bias.unsqueeze(0)
         (first, last), (low, high) = span(rows, self.length), span(keys, self.key_length)
         past = self.key_length - self.length
-        falling = torch.arange(past + last - 1 - low, past + first - high, -1, device=self.device)
-        values = self.of(falling).to(self.dtype)
-        return diagonals(values, last - first, high - low).unsqueeze(0)
+        if self.positions is None and not torch.compiler.is_compiling():
+            falling = torch.arange(
+                past + last - 1 - low, past + first - high, -1, device=self.device
+            )
+            values = self.of(falling).to(self.dtype)
+            return diagonals(values, last - first, high - low).unsqueeze(0)
+        if self.positions is None:  # a compiler would tie the lengths that `diagonals` slices
+            m = torch.arange(past + first, past + last, device=self.device)
+            n = torch.arange(low, high, device=self.device)
+        else:
+            assert self.keys is not None
+            m, n = self.positions[..., rows], self.keys[..., keys]
+        apart = m.unsqueeze(-1) - n.unsqueeze(-2)
+        bias = self.of(apart).to(self.dtype)
+        return bias.transpose(0, 1) if apart.ndim == 3 else bias.unsqueeze(0)
 
 
 def diagonals(values: Tensor, rows: int, columns: int) -> Tensor:
