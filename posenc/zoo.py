@@ -17,6 +17,7 @@ from posenc.convolution import DepthwiseConv
 from posenc.encodings.alibi import ALiBi
 from posenc.encodings.base import Encoding
 from posenc.encodings.carope import CARoPE, SharedPhase
+from posenc.encodings.cope import CoPE
 from posenc.encodings.fire import FIRE
 from posenc.encodings.fope import FoPE
 from posenc.encodings.fox import FoX
@@ -75,6 +76,7 @@ ENCODINGS: dict[str, type[Encoding]] = {
     "fire": FIRE,
     "fox": FoX,
     "fope": FoPE,
+    "cope": CoPE,
     "grape": GRAPE,
     "selective": SelectiveRoPE,
 }
@@ -181,6 +183,12 @@ ZOO: dict[str, Recipe] = {
         acts="q, k",
         summary="RoPE whose bands are fixed series of all its frequencies (Fourier)",
         encoding=FoPE,
+    ),
+    "cope": Recipe(
+        paper="2405.18719",
+        acts="logits",
+        summary="a position between the integers: how many keys since then the query's gates count",
+        encoding=CoPE,
     ),
     "grape": Recipe(
         paper="2512.07805",

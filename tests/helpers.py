@@ -25,6 +25,9 @@ torch.set_num_threads(1)
 NAMES = posenc.names()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+#: Names to which causal=False means nothing.
+CAUSAL_ALONE = frozenset({"cope"})
+
 #: Layer sizes that are not powers of two.
 HEADS, HEAD_DIM = 4, 6
 WIDTH = HEADS * HEAD_DIM

@@ -11,7 +11,7 @@ padded text in blocks whose masks are small.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import groupby, pairwise
@@ -44,6 +44,8 @@ def reason(case: Case) -> str | None:
     if torch.compiler.is_compiling():
         return "a traced loop over pieces would make a graph of its own for every length"
     mask, term = case.mask, case.scores.relative
+    if case.scores.contextual is not None:
+        return "knows no gates"
     if mask.length == 1:
         return "a single query has no blocks"
     if term is not None and (term.distances is not None or term.two_sided):
@@ -171,6 +173,19 @@ def _tiles(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
                 weights = F.dropout(weights, dropout_p)
             return torch.bmm(weights, values[:, piece.keys])
 
+    y = in_blocks(block, pieces, random=dropout_p > 0)
+    return y.unflatten(0, (heads, rows_in_batch)).transpose(0, 1)
+
+
+def in_blocks(
+    block: Callable[[Piece], Tensor], pieces: list[Piece], *, random: bool = False
+) -> Tensor:
+    """Outputs of all pieces (.., T, D), those of long rows recomputed in the backward pass.
+
+    Args:
+        random: whether a block draws random numbers, and must draw them again.
+    """
+    widest = max(piece.keys.stop - piece.keys.start for piece in pieces)
     recompute = torch.is_grad_enabled() and widest >= RECOMPUTE_FROM
     # torch.func knows no checkpoints.
     recompute = recompute and not torch._C._are_functorch_transforms_active()
@@ -179,12 +194,11 @@ def _tiles(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
     # T=8192 1.1 GB of them instead of 0.27.
     for piece in reversed(pieces):
         if recompute:
-            random = dropout_p > 0
             y = checkpoint(block, piece, use_reentrant=False, preserve_rng_state=random)
         else:
             y = block(piece)
         outputs.append(y)
-    return torch.cat(outputs[::-1], dim=1).unflatten(0, (heads, rows_in_batch)).transpose(0, 1)
+    return torch.cat(outputs[::-1], dim=1)
 
 
 def _bias(bias: Bias | None, piece: Piece) -> Tensor | None:

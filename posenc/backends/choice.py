@@ -4,8 +4,8 @@
     sdpa        torch's scaled_dot_product_attention; a dense bias only where the logits need one
     fused       Triton kernels
     auto        the first of an ordered list that can and pays: on CPU `skipping` where gates drop
-                enough, `blockwise` for relative terms, packed documents and windows, `short` in
-                half precision; else sdpa
+                enough, `contextual` for positions that gates count, `blockwise` for relative terms,
+                packed documents and windows, `short` in half precision; else sdpa
 An explicit choice never falls back: a back end's `reason` is the error. The kernels have been timed
 on no GPU yet, so `auto` leaves them out.
 """
@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from posenc.backends import blockwise, fused, reference, sdpa, short, skipping
+from posenc.backends import blockwise, contextual, fused, reference, sdpa, short, skipping
 from posenc.backends.case import Case
 from posenc.cache import Cache
 from posenc.convolution import DepthwiseConv
@@ -27,7 +27,7 @@ from posenc.rotations import Rotation
 IMPLS = ("auto", "reference", "sdpa", "fused")
 EXPLICIT: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "fused": fused}
 #: Tried in this order.
-ON_CPU = (skipping, blockwise, short, sdpa)
+ON_CPU = (skipping, contextual, blockwise, short, sdpa)
 ELSEWHERE = (sdpa,)
 
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from posenc.autocast import no_autocast
 from posenc.backends.case import Case
 from posenc.routing.gates import weighed
-from posenc.scores import add_per_head, relative_logits
+from posenc.scores import add_per_head, contextual_logits, relative_logits
 
 
 def reason(case: Case) -> str | None:
@@ -37,6 +38,9 @@ def attend_dense(case: Case) -> Tensor:
     if scores.relative is not None:
         relative = case.scale * relative_logits(q, scores.relative, key_length)
         bias = relative if bias is None else bias + relative
+    if scores.contextual is not None:
+        term = _contextual(case)
+        bias = term if bias is None else bias + term
     if bias is None and mask.only_order:
         if length == 1 or not mask.causal:  # a single query sees every key
             return sdpa(content, k, v)
@@ -54,3 +58,16 @@ def attend_dense(case: Case) -> Tensor:
         # graph with and without gradients (ONNX's does) would differ about what is a view of it.
         y = y.clone(memory_format=torch.contiguous_format)
     return y
+
+
+def _contextual(case: Case) -> Tensor:
+    """The contextual term (B, H, T, S), of products that torch's attention then forms again."""
+    case = case.repeated()
+    assert case.scores.contextual is not None
+    precise = torch.promote_types(case.q.dtype, torch.float32)
+    with no_autocast(case.q.device):
+        query, key = case.q.to(precise), case.k.to(precise)
+        products = add_per_head(query, case.scores.content) @ key.mT
+        seen = case.mask.whole()
+        term = contextual_logits(products, query, case.scores.contextual, seen, case.scale)
+        return case.scale * term

@@ -3,6 +3,7 @@
 from posenc.encodings.alibi import ALiBi
 from posenc.encodings.base import Encoding
 from posenc.encodings.carope import CARoPE
+from posenc.encodings.cope import CoPE
 from posenc.encodings.fire import FIRE
 from posenc.encodings.fope import FoPE
 from posenc.encodings.fox import FoX
@@ -25,6 +26,7 @@ __all__ = [
     "ALiBi",
     "GRAPE",
     "CARoPE",
+    "CoPE",
     "Encoding",
     "FoPE",
     "Learned",
