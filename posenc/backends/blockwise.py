@@ -45,7 +45,7 @@ def reason(case: Case) -> str | None:
         return "a traced loop over pieces would make a graph of its own for every length"
     mask, term = case.mask, case.scores.relative
     if case.scores.contextual is not None:
-        return "knows no gates"
+        return "knows no positions that gates count"
     if mask.length == 1:
         return "a single query has no blocks"
     if term is not None and (term.distances is not None or term.two_sided):
