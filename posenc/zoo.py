@@ -20,6 +20,7 @@ from posenc.encodings.fope import FoPE
 from posenc.encodings.learned import Learned
 from posenc.encodings.nope import NoPE
 from posenc.encodings.polar import Polar
+from posenc.encodings.pope import PoPE
 from posenc.encodings.relative import Relative
 from posenc.encodings.rope import RoPE
 from posenc.encodings.sinusoidal import Sinusoidal
@@ -63,6 +64,7 @@ ENCODINGS: dict[str, type[Encoding]] = {
     "polar": Polar,
     "relative": Relative,
     "fope": FoPE,
+    "pope": PoPE,
 }
 EMBEDDINGS: dict[str, type[Encoding]] = {"learned": Learned, "sinusoidal": Sinusoidal}
 #: Beside a GPT's embeddings of std 0.02 this is the original's ratio of position to token.
@@ -137,6 +139,12 @@ ZOO: dict[str, Recipe] = {
         acts="q, k",
         summary="RoPE whose bands are fixed series of all its frequencies (Fourier)",
         encoding=FoPE,
+    ),
+    "pope": Recipe(
+        paper="2509.10534",
+        acts="q, k",
+        summary="features are magnitudes at the angle of the position, twice as wide",
+        encoding=PoPE,
     ),
 }
 

@@ -30,6 +30,7 @@ EXTRA: dict[str, Callable[[int, int, int], int]] = {
     "mdha": lambda C, H, P: 9 * C,
     "rcmha": lambda C, H, P: P * (C + H) + C + 12 * C // H,
     "moh": lambda C, H, P: C * (H + 2) if H // 3 > 1 else C * (H + 1),
+    "pope": lambda C, H, P: C,
     "fope": lambda C, H, P: 2 * H * turning(C // H) ** 2,
 }
 

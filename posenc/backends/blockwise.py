@@ -1,9 +1,11 @@
 """Attention piece by piece: the fast path on CPU where T x S holds less than it spans.
 
-With a relative term: blocks of query rows that see the keys up to their last row only, so the half
-of T x S above the diagonal is never formed, and the logits of one block at a time where blocks are
-recomputed in the backward pass. Forward + backward on 2 CPU cores, fp32, B=8 H=4 T=512 D=64: 63 ms;
-as a dense bias to torch's attention 170 ms. Logits and softmax are fp32 whatever the inputs are.
+With a relative term, or keys wider than values, it forms the logits itself: blocks of query rows
+that see the keys up to their last row only, so the half of T x S above the diagonal is never
+formed, and the logits of one block at a time where blocks are recomputed in the backward pass.
+Forward + backward on 2 CPU cores, fp32, B=8 H=4 T=512 D=64: 63 ms; as a dense bias to torch's
+attention 170 ms. Keys of 2D: 71 ms; in torch's attention, which on CPU wants equal widths, 106 ms
+with values padded, 1.3 s without. Logits and softmax are fp32 whatever the inputs are.
 
 Otherwise packed documents one by one and windows as a band of blocks, each by torch's attention; a
 padded text in blocks whose masks are small.
@@ -28,7 +30,7 @@ from posenc.backends.skipping import runs_eagerly
 from posenc.routing.gates import weighed
 from posenc.scores import add_per_head, falling_table, skew
 
-#: Rows of a block with a relative term; of 64, 128, 256 and 512 the fastest on CPU.
+#: Rows of a block of logits; of 64, 128, 256 and 512 the fastest on CPU.
 ROWS = 128
 #: Blocks that meet this many keys are recomputed in the backward pass: memory linear in T.
 RECOMPUTE_FROM = 1024
@@ -51,6 +53,8 @@ def reason(case: Case) -> str | None:
         if mask.segments is not None and not runs_eagerly(case.q):
             return "packed documents are cut by their numbers, which are not to be had here"
         return None
+    if case.wide and mask.segments is None:
+        return None
     if mask.segments is not None or mask.window is not None:
         return None if runs_eagerly(case.q) else "pieces are cut by numbers not to be had here"
     if mask.real is not None and mask.length >= PADDED_FROM:
@@ -60,9 +64,9 @@ def reason(case: Case) -> str | None:
 
 def attend(case: Case) -> Tensor:
     """(B, H, T, D) in q's dtype."""
-    case = case.turned()
-    one = _relative if case.scores.relative is not None else _plain
-    rows = ROWS if case.scores.relative is not None else _band_rows(case)
+    formed = case.scores.relative is not None or (case.wide and case.scores.bias is None)
+    one = _by_logits if formed else _plain
+    rows = ROWS if formed else _band_rows(case)
     parts = groupby(case.mask.pieces(rows), key=lambda piece: piece.batch)
     outputs = [one(case, batch, list(pieces)) for batch, pieces in parts]
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -121,40 +125,45 @@ def _spans(x: Tensor, pieces: list[Piece]) -> Iterator[Tensor]:
         yield own[0] if len(own) == 1 else torch.cat(own, dim=-2)
 
 
-def _relative(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
-    """Some rows of the batch, with a relative term."""
+def _by_logits(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
+    """Some rows of the batch, with a relative term or keys wider than values."""
     case = case.repeated()
     q, k, v, scores, scale = case.q[batch], case.k[batch], case.v[batch], case.scores, case.scale
     term, mask, dropout_p = scores.relative, case.mask, case.dropout_p
-    assert term is not None
     rows_in_batch, heads, _, dim = q.shape
     precise = torch.promote_types(q.dtype, torch.float32)
 
     def by_head(x: Tensor) -> Tensor:
         # Heads before the batch: one product then serves all sequences that share a head's table.
-        return x.transpose(0, 1).reshape(heads * rows_in_batch, x.shape[-2], dim)
+        return x.transpose(0, 1).reshape(heads * rows_in_batch, *x.shape[-2:])
 
     query = q.to(precise)
     on_keys, keys = by_head(add_per_head(query, scores.content)), by_head(k.to(precise)).mT
-    on_table = add_per_head(query, term.query).transpose(0, 1)  # (H, B, T, D)
     widest = max(piece.keys.stop - piece.keys.start for piece in pieces)
-    columns, offset = falling_table(term, widest, precise)
+    if term is not None:
+        on_table = add_per_head(query, term.query).transpose(0, 1)  # (H, B, T, D)
+        columns, offset = falling_table(term, widest, precise)
     values = by_head(v)
     above = torch.ones(ROWS, ROWS, dtype=torch.bool, device=q.device).triu(1)
+    none = query.new_zeros(())
+
+    def relative(piece: Piece, rows: int, width: int) -> Tensor:
+        flat = on_table[:, :, piece.rows].reshape(heads, rows_in_batch * rows, dim)
+        by_distance = torch.bmm(flat, columns[..., widest - width :])  # (H, B * rows, width+1)
+        if offset is not None:
+            by_distance = by_distance + offset[..., widest - width :]
+        return skew(by_distance.view(heads * rows_in_batch, rows, width + 1))
 
     def block(piece: Piece) -> Tensor:
         rows, width = piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start
-        flat = on_table[:, :, piece.rows].reshape(heads, rows_in_batch * rows, dim)
         with no_autocast(q.device):
-            by_distance = torch.bmm(flat, columns[..., widest - width :])  # (H, B * rows, width+1)
-            if offset is not None:
-                by_distance = by_distance + offset[..., widest - width :]
-            relative = skew(by_distance.view(heads * rows_in_batch, rows, width + 1))
+            added, beta = (none, 0.0) if term is None else (relative(piece, rows, width), scale)
             logits = torch.baddbmm(
-                relative, on_keys[:, piece.rows], keys[..., piece.keys], beta=scale, alpha=scale
+                added, on_keys[:, piece.rows], keys[..., piece.keys], beta=beta, alpha=scale
             )
             if mask.real is None and mask.window is None:
-                logits[..., width - rows :].masked_fill_(above[:rows, :rows], -math.inf)
+                if mask.causal:
+                    logits[..., width - rows :].masked_fill_(above[:rows, :rows], -math.inf)
             else:
                 hidden = ~mask.dense(batch, piece.rows, piece.keys)
                 split = logits.unflatten(0, (heads, rows_in_batch))
