@@ -26,6 +26,7 @@ from posenc.encodings.kerple import Kerple
 from posenc.encodings.learned import Learned
 from posenc.encodings.nope import NoPE
 from posenc.encodings.polar import Polar
+from posenc.encodings.pope import PoPE
 from posenc.encodings.relative import Relative
 from posenc.encodings.rope import RoPE
 from posenc.encodings.selective import SelectiveRoPE
@@ -79,6 +80,7 @@ ENCODINGS: dict[str, type[Encoding]] = {
     "cope": CoPE,
     "grape": GRAPE,
     "selective": SelectiveRoPE,
+    "pope": PoPE,
 }
 EMBEDDINGS: dict[str, type[Encoding]] = {"learned": Learned, "sinusoidal": Sinusoidal}
 #: Beside a GPT's embeddings of std 0.02 this is the original's ratio of position to token.
@@ -201,6 +203,12 @@ ZOO: dict[str, Recipe] = {
         acts="q, k",
         summary="rotation by a running phase whose rates four tokens set, per head and pair",
         encoding=SelectiveRoPE,
+    ),
+    "pope": Recipe(
+        paper="2509.10534",
+        acts="q, k",
+        summary="features are magnitudes at the angle of the position, twice as wide",
+        encoding=PoPE,
     ),
 }
 

@@ -90,6 +90,8 @@ def counted(layer: posenc.Attention, batch: int, length: int, key_length: int, f
     hidden = 2 * (length * key_length - pairs)
     if isinstance(layer.encoding, posenc.Relative):
         hidden += length * (key_length + 1) - pairs
+    if isinstance(layer.encoding, posenc.PoPE):
+        hidden += length * key_length - pairs  # q and k are twice as wide as v
     return flops - 2 * batch * hidden * layer.embed_dim
 
 

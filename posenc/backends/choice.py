@@ -67,6 +67,8 @@ def attend(case: Case, impl: str = "auto") -> Tensor:
             f"attention needs at least as many keys as queries; got T={mask.length}, "
             f"S={mask.key_length}. Pass the whole key sequence, the queries being its last tokens."
         )
+    if impl != "fused":  # whose kernels turn; others are chosen by what comes of it
+        case = case.turned()
     backend = choose(case, impl)
     if backend is skipping:
         return skipping.attend(case, partial(attend, impl="auto"))

@@ -1,11 +1,11 @@
 """Contextual positions on CPU: a query's gates, summed from its own key back, in blocks of rows.
 
-    logits[m, n] = scale * (q[m].k[n] + q[m].table[p[m, n]])    see `posenc.scores.contextual_logits`
+    logits[m, n] = scale * (q[m].k[n] + q[m].table[p[m, n]])    `posenc.scores.contextual_logits`
 
 T x S gates are the definition; here they are those of one block of query rows at a time, of the
 keys up to its last row, and recomputed in the backward pass where texts are long: memory linear in
-T. Keys lie reversed: what is summed from a query back is then a running sum. Forward + backward on one CPU
-core, fp32, B=8 H=4 T=512 D=64, P=64: 270 ms; dense 1230; attention without positions 110.
+T. Keys lie reversed: what is summed from a query back is then a running sum. Forward + backward on
+one CPU core, fp32, B=8 H=4 T=512 D=64, P=64: 270 ms; dense 1230; attention without positions 110.
 """
 
 import math

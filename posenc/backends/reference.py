@@ -19,7 +19,7 @@ def reason(case: Case) -> str | None:
 
 def attend(case: Case) -> Tensor:
     """(B, H, T, D) in q's dtype; T x S in memory."""
-    case = case.turned().repeated()
+    case = case.repeated()
     q, k, v, scores = case.q, case.k, case.v, case.scores
     dtype = torch.promote_types(q.dtype, torch.float32)
     with no_autocast(q.device):

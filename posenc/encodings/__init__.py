@@ -12,6 +12,7 @@ from posenc.encodings.kerple import Kerple
 from posenc.encodings.learned import Learned
 from posenc.encodings.nope import NoPE
 from posenc.encodings.polar import Polar
+from posenc.encodings.pope import PoPE
 from posenc.encodings.relative import Relative
 from posenc.encodings.rope import RoPE, half_to_interleaved, interleaved_to_half
 from posenc.encodings.selective import SelectiveRoPE
@@ -31,6 +32,7 @@ __all__ = [
     "FoPE",
     "Learned",
     "NoPE",
+    "PoPE",
     "Polar",
     "Relative",
     "RoPE",

@@ -43,6 +43,8 @@ class Encoding(nn.Module):
     in_logits: ClassVar[bool] = False
     #: Whether its `x` is the phase that a model computed once, see `SharedPhase`.
     reads_phase: ClassVar[bool] = False
+    #: Whether turned q and k are wider than v, of which kernels then take a padded copy.
+    widens: ClassVar[bool] = False
     #: Its option that a model's context sets where nobody gives it.
     context_option: ClassVar[str | None] = None
     #: Coordinates of a position, without a dimension of their own where None.
@@ -196,7 +198,9 @@ class Encoding(nn.Module):
         return partial(_modify, None if added is None else added.expand(shape), factor)
 
     def streams(self) -> dict[str, Stream]:
-        """The per-token tensors that decoding must remember beside k and v, by name."""
+        """The per-token tensors that decoding must remember beside k and v, by name; k itself where
+        turned keys have another width.
+        """
         return {}
 
     def cost(self, s: Sizes) -> Part:

@@ -26,6 +26,7 @@ LAYERS = {
     "moh of relative": ("moh", {"encoding": "relative"}),
     "moh of carope": ("moh", {"encoding": "carope", "conv": True}),
     "moh of polar": ("moh", {"encoding": "cmha", "conv": True}),
+    "pope, convolved": ("pope", {"conv": True}),
     "norms, convolved": ("moh", {"router": "query_norm", "conv": True}),
     "norms of relative": ("moh", {"router": "query_norm", "encoding": "rmha", "conv": True}),
 }
