@@ -4,7 +4,17 @@ from posenc.attention import Attention
 from posenc.cache import Cache
 from posenc.convolution import DepthwiseConv
 from posenc.cost import attention_cost, model_cost
-from posenc.encodings import CARoPE, Encoding, Learned, NoPE, Polar, Relative, RoPE, Sinusoidal
+from posenc.encodings import (
+    CARoPE,
+    Encoding,
+    Learned,
+    NoPE,
+    PaTH,
+    Polar,
+    Relative,
+    RoPE,
+    Sinusoidal,
+)
 from posenc.models.config import GPTConfig
 from posenc.models.gpt import GPT
 from posenc.placement import segments
@@ -27,6 +37,7 @@ __all__ = [
     "Learned",
     "MoH",
     "NoPE",
+    "PaTH",
     "Polar",
     "Relative",
     "RoPE",

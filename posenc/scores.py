@@ -2,6 +2,7 @@
 
     logits[m, n] = scale * ((q[m] + content_h) . k[n] + relative[m, n]) + bias[m, n]
     relative     = (q[m] + query_h) . table[h, d] + offset[h, d],    d the distance of m and n
+    with reflections the product is (H_{n+1} .. H_m (q[m] + content_h)) . k[n],  H_t = I - r_t r_t^T
 
 The relative term stays factored and the bias a function until a back end needs them. Shapes: q
 (B, H, T, D), keys S >= T.
@@ -54,6 +55,7 @@ class Scores(NamedTuple):
     content: Tensor | None = None  # (H, D)
     bias: Bias | None = None
     relative: RelativeTerm | None = None
+    reflections: Tensor | None = None  # r (B, G, S, D), 0 where a key is hidden by padding
 
     def factor(self, head_dim: int) -> float:
         """The scale as a number."""
@@ -70,7 +72,7 @@ class Scores(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether the logits are scale * (q + content) . k."""
-        return self.bias is None and self.relative is None
+        return self.bias is None and self.relative is None and self.reflections is None
 
 
 def add_per_head(q: Tensor, bias: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from posenc.encodings.base import Encoding
 from posenc.encodings.carope import CARoPE, SharedPhase
 from posenc.encodings.learned import Learned
 from posenc.encodings.nope import NoPE
+from posenc.encodings.path import PaTH
 from posenc.encodings.polar import Polar
 from posenc.encodings.relative import Relative
 from posenc.encodings.rope import RoPE
@@ -61,6 +62,7 @@ ENCODINGS: dict[str, type[Encoding]] = {
     "carope": CARoPE,
     "polar": Polar,
     "relative": Relative,
+    "path": PaTH,
 }
 EMBEDDINGS: dict[str, type[Encoding]] = {"learned": Learned, "sinusoidal": Sinusoidal}
 #: Beside a GPT's embeddings of std 0.02 this is the original's ratio of position to token.
@@ -129,6 +131,12 @@ ZOO: dict[str, Recipe] = {
         summary="a router weighs the heads for each token and drops the rest; RoPE inside",
         encoding=RoPE,
         router=default_moh,
+    ),
+    "path": Recipe(
+        paper="2505.16381",
+        acts="logits",
+        summary="reflections by the tokens between a key and the query, multiplied up (PaTH)",
+        encoding=PaTH,
     ),
 }
 

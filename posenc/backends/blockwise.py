@@ -43,6 +43,8 @@ def reason(case: Case) -> str | None:
     if torch.compiler.is_compiling():
         return "a traced loop over pieces would make a graph of its own for every length"
     mask, term = case.mask, case.scores.relative
+    if case.scores.reflections is not None:
+        return "takes no reflections"
     if mask.length == 1:
         return "a single query has no blocks"
     if term is not None:

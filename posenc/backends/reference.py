@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from posenc.autocast import no_autocast
 from posenc.backends.case import Case
+from posenc.reflections import sweep
 from posenc.routing.gates import weighed
 from posenc.scores import add_per_head, relative_logits
 
@@ -24,7 +25,11 @@ def attend(case: Case) -> Tensor:
     dtype = torch.promote_types(q.dtype, torch.float32)
     with no_autocast(q.device):
         query, key, value = q.to(dtype), k.to(dtype), v.to(dtype)
-        logits = add_per_head(query, scores.content) @ key.transpose(-1, -2)
+        content = add_per_head(query, scores.content)
+        if scores.reflections is None:
+            logits = content @ key.transpose(-1, -2)
+        else:
+            logits = sweep(content, key, scores.reflections.to(dtype))
         if scores.relative is not None:
             logits = logits + relative_logits(query, scores.relative, k.shape[-2])
         logits = logits * case.scale

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from posenc.autocast import no_autocast
 from posenc.backends.case import Case
+from posenc.phase import repeat_heads
+from posenc.reflections import correction
 from posenc.routing.gates import weighed
 from posenc.scores import add_per_head, relative_logits
 
@@ -37,6 +40,9 @@ def attend_dense(case: Case) -> Tensor:
     if scores.relative is not None:
         relative = case.scale * relative_logits(q, scores.relative, key_length)
         bias = relative if bias is None else bias + relative
+    if scores.reflections is not None:
+        reflected = _reflected(content, k, scores.reflections, case.scale)
+        bias = reflected if bias is None else bias + reflected
     if bias is None and mask.only_order:
         if length == 1 or not mask.causal:  # a single query sees every key
             return sdpa(content, k, v)
@@ -54,3 +60,11 @@ def attend_dense(case: Case) -> Tensor:
         # graph with and without gradients (ONNX's does) would differ about what is a view of it.
         y = y.clone(memory_format=torch.contiguous_format)
     return y
+
+
+def _reflected(q: Tensor, k: Tensor, r: Tensor, scale: float) -> Tensor:
+    """What reflections add to the logits, in fp32 or better: (B, H, T, S)."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k, r = (repeat_heads(x.to(dtype), q.shape[1], dim=1) for x in (k, r))
+    with no_autocast(q.device):
+        return correction(q.to(dtype) * scale, k, r)

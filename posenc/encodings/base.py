@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from posenc.accounting import Part, Sizes, state, weights
 from posenc.cache import Cache, Stream
 from posenc.checks import check_pair, check_positions
+from posenc.phase import repeat_heads
 from posenc.placement import Placement, place
+from posenc.reflections import correction
 from posenc.rotations import ByFunction, Rotation
-from posenc.scores import Scores, relative_logits
+from posenc.scores import Scores, add_per_head, relative_logits
 
 #: What FlexAttention takes: (score, b, h, q_idx, kv_idx) -> score.
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -176,6 +178,11 @@ class Encoding(nn.Module):
             added = scale * (scores.content.to(q.dtype).unsqueeze(-2) @ repeated.mT)
         if scores.relative is not None:
             term = scale * relative_logits(q, scores.relative, k.shape[-2])
+            added = term if added is None else added + term
+        if scores.reflections is not None:
+            repeated, r = (repeat_heads(z, q.shape[1], dim=1) for z in (k, scores.reflections))
+            query = scale * add_per_head(q, scores.content)
+            term = correction(query, repeated, r.to(q.dtype))
             added = term if added is None else added + term
         dense = scores.added()
         if dense is not None:
