@@ -155,8 +155,8 @@ def modes(function: Function, inputs: tuple[Tensor, ...]) -> dict[str, Callable[
             function(*inputs)
 
     # A layer's backward pass is that of training: its weights have gradients too.
-    weights = tuple(function.parameters()) if isinstance(function, torch.nn.Module) else ()
-    wanted = (*inputs, *weights)
+    weights = function.parameters() if isinstance(function, torch.nn.Module) else ()
+    wanted = (*inputs, *(weight for weight in weights if weight.requires_grad))
     found = function(*inputs)
     outputs = (found,) if isinstance(found, Tensor) else found
     gradients = [torch.randn_like(output) for output in outputs]

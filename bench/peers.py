@@ -2,14 +2,13 @@
 the scheme.
 
 A builder takes (embed_dim, heads, device, dtype) and gives the peer's layer and its definition:
-`Reference` of our layer on the same weights, or a formula for ALiBi and FoX, which the zoo lacks.
+`Reference` of our layer on the same weights.
 It raises ImportError where the library is not installed. Frequencies stay in fp32, as their models
 keep them. Nothing drops out, so peers are in evaluation mode and spend no time on it.
 """
 
-import math
-from collections.abc import Callable
-from functools import lru_cache, partial
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,9 +24,19 @@ Rotation = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]  # q, k, the f
 
 
 def twin(
-    name: str, qkv: Tensor, out: Tensor, heads: int, *biases: Tensor, **options: Any
+    name: str,
+    qkv: Tensor,
+    out: Tensor,
+    heads: int,
+    *biases: Tensor,
+    encoding: Mapping[str, Tensor] | None = None,
+    **options: Any,
 ) -> Reference:
-    """Our layer of that name with these projections (3C, C) and (C, C), by its definition."""
+    """Our layer of that name with these projections (3C, C) and (C, C), by its definition.
+
+    Args:
+        encoding: parameters of its encoding, by name.
+    """
     layer = posenc.attention(name, out.shape[0], heads, bias=bool(biases), **options)
     layer = layer.to(device=qkv.device, dtype=qkv.dtype)
     with torch.no_grad():
@@ -35,6 +44,8 @@ def twin(
         layer.c_proj.weight.copy_(out)
         for projection, bias in zip((layer.c_attn, layer.c_proj), biases, strict=False):
             projection.bias.copy_(bias)
+        for which, value in (encoding or {}).items():
+            layer.encoding.get_parameter(which).copy_(value)
     return Reference(layer)
 
 
@@ -206,54 +217,17 @@ def x_alibi(embed_dim: int, heads: int, device: torch.device, dtype: torch.dtype
     from x_transformers.x_transformers import AlibiPositionalBias
 
     bias = AlibiPositionalBias(heads).to(device, dtype)
-
-    def logits(x: Tensor) -> Tensor:
-        positions = torch.arange(x.shape[1], device=x.device)
-        distance = (positions[:, None] - positions).to(x.dtype)
-        return -alibi_slopes(heads).to(distance)[:, None, None] * distance
-
-    return XTransformers(attend, lambda n: {"rel_pos": bias}), partial(
-        biased, attend, heads, logits
-    )
+    layer = XTransformers(attend, lambda n: {"rel_pos": bias})
+    return layer, twin("alibi", stacked(attend), attend.to_out.weight, heads)
 
 
 def x_fox(embed_dim: int, heads: int, device: torch.device, dtype: torch.dtype) -> Built:
     """Its forgetting attention (2503.02130), there called data-dependent ALiBi."""
     attend = x_attention(embed_dim, heads, device, dtype, data_dependent_alibi=True)
     gate = attend.data_dependent_alibi.to_forget_gates[0]
-
-    def logits(x: Tensor) -> Tensor:
-        return forgetting(F.linear(x, gate.weight.to(x), gate.bias.to(x)))
-
-    return XTransformers(attend, lambda n: {}), partial(biased, attend, heads, logits)
-
-
-def alibi_slopes(heads: int) -> Tensor:
-    """2^(-8 h/H) for h = 1 .. H, a power of 2; else those of the power below, then every other one
-    of the power above.
-    """
-    power = 2 ** int(math.log2(heads))
-    whole = [2 ** (-8 * h / power) for h in range(1, power + 1)]
-    between = [2 ** (-8 * (h - 0.5) / power) for h in range(1, heads - power + 1)]
-    return torch.tensor(whole + between, dtype=torch.float64)
-
-
-def forgetting(z: Tensor) -> Tensor:
-    """The bias of FoX (B, H, T, T) for gates sigmoid(z) (B, T, H): the sum of log gates in
-    between.
-    """
-    total = F.logsigmoid(z).cumsum(1).transpose(1, 2)
-    return total[..., :, None] - total[..., None, :]
-
-
-def biased(attend: Any, heads: int, logits: Function, x: Tensor) -> Tensor:
-    """Causal attention with a bias of the logits as written, with x-transformers' projections."""
-    projected = F.linear(x, stacked(attend).to(x)).chunk(3, dim=-1)
-    q, k, v = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in projected)
-    scores = (q @ k.mT) * q.shape[-1] ** -0.5 + logits(x)
-    hidden = torch.ones_like(scores, dtype=torch.bool).triu(1)
-    y = scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
-    return F.linear(y.transpose(1, 2).flatten(2), attend.to_out.weight.to(x))
+    gates = {"weight": gate.weight.T, "bias": gate.bias}
+    reference = twin("fox", stacked(attend), attend.to_out.weight, heads, encoding=gates)
+    return XTransformers(attend, lambda n: {}), reference
 
 
 # Hugging Face.

@@ -5,8 +5,14 @@ from posenc.cache import Cache
 from posenc.convolution import DepthwiseConv
 from posenc.cost import attention_cost, model_cost
 from posenc.encodings import (
+    FIRE,
+    T5,
+    ALiBi,
     CARoPE,
     Encoding,
+    FoPE,
+    FoX,
+    Kerple,
     Learned,
     NoPE,
     PaTH,
@@ -27,13 +33,19 @@ __version__ = "0.1.0"
 # `attention` is the function; the module of that name is reached as posenc.attention only by its
 # import statement.
 __all__ = [
+    "FIRE",
     "GPT",
+    "T5",
+    "ALiBi",
     "Attention",
     "Cache",
     "CARoPE",
     "DepthwiseConv",
     "Encoding",
+    "FoX",
+    "FoPE",
     "GPTConfig",
+    "Kerple",
     "Learned",
     "MoH",
     "NoPE",

@@ -147,7 +147,7 @@ class Float32Parameters(nn.Module):
     def float32_parameter(*shape: int) -> nn.Parameter:
         """An uninitialised parameter in the default dtype, but never below fp32."""
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        return nn.Parameter(torch.empty(*shape, dtype=dtype))
+        return nn.Parameter(torch.empty(shape, dtype=dtype))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

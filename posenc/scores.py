@@ -4,20 +4,110 @@
     relative     = (q[m] + query_h) . table[h, d] + offset[h, d],    d the distance of m and n
     with reflections the product is (H_{n+1} .. H_m (q[m] + content_h)) . k[n],  H_t = I - r_t r_t^T
 
-The relative term stays factored and the bias a function until a back end needs them. Shapes: q
-(B, H, T, D), keys S >= T.
+The relative term stays factored and the bias a function until a back end needs them:
+
+    ByDistance    bias of the distance alone                 ALiBi, T5, KERPLE
+    Decay         what a running sum has lost since the key   FoX
+
+Shapes: q (B, H, T, D), keys S >= T.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
 
 #: An additive bias broadcastable to (B, H, T, S), or one made of some rows and some keys at a time.
-Bias = Tensor | Callable[[slice, slice], Tensor]
+Bias = Union[Tensor, Callable[[slice, slice], Tensor], "ByDistance", "Decay"]
 #: Rows of distances (H, P, D), or a function that makes them as far as distances reach.
 Table = Tensor | Callable[[int], Tensor]
+
+
+def span(part: slice, length: int) -> tuple[int, int]:
+    """First and past-the-last index of a slice without a step."""
+    return part.start or 0, length if part.stop is None else part.stop
+
+
+class ByDistance(NamedTuple):
+    """A bias that is a function of the distance d = m - n, exact at any of them.
+
+    Attributes:
+        of: (H, ..) of integer distances (..). Keys after the query have negative ones; it must be
+            finite there.
+        length, key_length: T and S.
+        dtype: of what it gives, fp32 or better: in bf16 distances above 256 collapse.
+        positions: of the queries, (T,) or (B, T), and keys: (S,) or (B, S); None: consecutive keys,
+            of which the queries are the last.
+    """
+
+    of: Callable[[Tensor], Tensor]
+    length: int
+    key_length: int
+    dtype: torch.dtype
+    device: torch.device
+    positions: Tensor | None = None
+    keys: Tensor | None = None
+
+    def __call__(self, rows: slice, keys: slice) -> Tensor:
+        """(1 or B, H, rows, keys)."""
+        (first, last), (low, high) = span(rows, self.length), span(keys, self.key_length)
+        past = self.key_length - self.length
+        if self.positions is None and not torch.compiler.is_compiling():
+            falling = torch.arange(
+                past + last - 1 - low, past + first - high, -1, device=self.device
+            )
+            values = self.of(falling).to(self.dtype)
+            return diagonals(values, last - first, high - low).unsqueeze(0)
+        if self.positions is None:  # a compiler would tie the lengths that `diagonals` slices
+            m = torch.arange(past + first, past + last, device=self.device)
+            n = torch.arange(low, high, device=self.device)
+        else:
+            assert self.keys is not None
+            m, n = self.positions[..., rows], self.keys[..., keys]
+        apart = m.unsqueeze(-1) - n.unsqueeze(-2)
+        bias = self.of(apart).to(self.dtype)
+        return bias.transpose(0, 1) if apart.ndim == 3 else bias.unsqueeze(0)
+
+
+def diagonals(values: Tensor, rows: int, columns: int) -> Tensor:
+    """Constant along diagonals: values (.., R + W - 1) -> (.., R, W), [i, n] = values[R-1-i+n]."""
+    if rows == 1:
+        return values.unsqueeze(-2)
+    # One row after the other, each read one element later than its place: as in `skew`.
+    width = rows + columns - 2
+    flat = values.unsqueeze(-2).expand(*values.shape[:-1], rows, width + 1).flatten(-2)
+    flat = flat[..., rows - 1 : rows - 1 + rows * width]
+    return flat.unflatten(-1, (rows, width))[..., :columns]
+
+
+class Decay(NamedTuple):
+    """c[m] - c[n], c a running sum; -|c[m] - c[n]| where two-sided.
+
+    Attributes:
+        queries: c at the queries (B, H, T) in fp64: differences come before rounding.
+        keys: c at the keys (B, H, S).
+        dtype: of what it gives.
+        two_sided: whether keys after the query are seen.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    dtype: torch.dtype
+    two_sided: bool = False
+
+    def __call__(self, rows: slice, keys: slice) -> Tensor:
+        """(B, H, rows, keys)."""
+        lost = self.queries[..., rows].unsqueeze(-1) - self.keys[..., keys].unsqueeze(-2)
+        return (-lost.abs() if self.two_sided else lost).to(self.dtype)
+
+    def of_keys(self, row: int, keys: slice) -> Tensor:
+        """The same but for what is equal for all keys of a query, which a softmax does not see:
+        (B, H, 1, keys). Good for queries near `row`, from which it is rounded.
+        """
+        assert not self.two_sided
+        lost = self.queries[..., row].detach().unsqueeze(-1) - self.keys[..., keys]
+        return lost.to(self.dtype).unsqueeze(-2)
 
 
 class RelativeTerm(NamedTuple):

@@ -14,8 +14,13 @@ from typing import Any, NamedTuple
 from posenc.attention import Attention
 from posenc.checks import check_heads, check_kv_heads
 from posenc.convolution import DepthwiseConv
+from posenc.encodings.alibi import ALiBi
 from posenc.encodings.base import Encoding
 from posenc.encodings.carope import CARoPE, SharedPhase
+from posenc.encodings.fire import FIRE
+from posenc.encodings.fope import FoPE
+from posenc.encodings.fox import FoX
+from posenc.encodings.kerple import Kerple
 from posenc.encodings.learned import Learned
 from posenc.encodings.nope import NoPE
 from posenc.encodings.path import PaTH
@@ -23,6 +28,7 @@ from posenc.encodings.polar import Polar
 from posenc.encodings.relative import Relative
 from posenc.encodings.rope import RoPE
 from posenc.encodings.sinusoidal import Sinusoidal
+from posenc.encodings.t5 import T5
 from posenc.errors import unknown
 from posenc.routing.moh import MoH
 
@@ -62,6 +68,12 @@ ENCODINGS: dict[str, type[Encoding]] = {
     "carope": CARoPE,
     "polar": Polar,
     "relative": Relative,
+    "alibi": ALiBi,
+    "t5": T5,
+    "kerple": Kerple,
+    "fire": FIRE,
+    "fox": FoX,
+    "fope": FoPE,
     "path": PaTH,
 }
 EMBEDDINGS: dict[str, type[Encoding]] = {"learned": Learned, "sinusoidal": Sinusoidal}
@@ -131,6 +143,42 @@ ZOO: dict[str, Recipe] = {
         summary="a router weighs the heads for each token and drops the rest; RoPE inside",
         encoding=RoPE,
         router=default_moh,
+    ),
+    "alibi": Recipe(
+        paper="2108.12409",
+        acts="logits",
+        summary="a bias that falls with the distance, at a fixed slope a head",
+        encoding=ALiBi,
+    ),
+    "t5": Recipe(
+        paper="1910.10683",
+        acts="logits",
+        summary="a trained bias for each head and bucket of distances",
+        encoding=T5,
+    ),
+    "kerple": Recipe(
+        paper="2205.09921",
+        acts="logits",
+        summary="a bias that falls with the logarithm or a power of the distance, trained",
+        encoding=Kerple,
+    ),
+    "fire": Recipe(
+        paper="2310.04418",
+        acts="logits",
+        summary="a small network of the logarithm of the distance over that of the position",
+        encoding=FIRE,
+    ),
+    "fox": Recipe(
+        paper="2503.02130",
+        acts="logits",
+        summary="a gate a token and head says how much of what lies before is forgotten",
+        encoding=FoX,
+    ),
+    "fope": Recipe(
+        paper="2412.17739",
+        acts="q, k",
+        summary="RoPE whose bands are fixed series of all its frequencies (Fourier)",
+        encoding=FoPE,
     ),
     "path": Recipe(
         paper="2505.16381",
@@ -380,12 +428,12 @@ def model_attention(
 
     Args:
         attention: a name, or a pattern of NAME:KEY=VALUE,.. that repeats over the layers.
-        context: sizes the learned tables that the options do not.
+        context: sizes what the options do not, see `Encoding.context_option`, and learned tables.
     """
     sorts = sort_layers(attention, layers, options)
     for parts in sorts:
-        if parts.encoding is Relative:
-            parts.options["encoding"].setdefault("max_distance", context)
+        if parts.encoding.context_option is not None:
+            parts.options["encoding"].setdefault(parts.encoding.context_option, context)
     first = sorts[0]
     embedding: Encoding | None = None
     if first.embedding is not None:

@@ -74,11 +74,21 @@ def differs(actual: Tensor, expected: Tensor, least: float = 1e-4) -> None:
 
 
 def perturb(module: nn.Module, scale: float = 0.3) -> nn.Module:
-    """Add noise to every parameter, so that none sits at a special value."""
+    """Add noise to every parameter, so that none sits at a special value, nor beyond the bounds
+    that its module keeps it in.
+    """
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(scale * torch.randn_like(parameter))
+        for part in module.modules():
+            for name, (low, high) in getattr(part, "bounds", {}).items():
+                getattr(part, name).clamp_(low + 0.1, high - 0.1)
     return module
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by name, without fixed ones."""
+    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
 
 
 def copy_shared(source: nn.Module, target: nn.Module) -> None:
@@ -236,7 +246,7 @@ def counted(
 def raw_weights(module: nn.Module) -> dict[str, Tensor]:
     """Leaf copies of all parameters in fp64, by name."""
     return {
-        name: parameter.detach().double().clone().requires_grad_()
+        name: parameter.detach().double().clone().requires_grad_(parameter.requires_grad)
         for name, parameter in module.named_parameters()
     }
 

@@ -25,6 +25,7 @@ from helpers import (
     randn,
     raw_weights,
     repeat_key_heads,
+    trained,
 )
 from posenc.cache import Cache
 
@@ -98,8 +99,9 @@ def made(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> posen
 
 
 def gradients(module: nn.Module, x: Tensor, loss: Tensor) -> list[Tensor]:
-    """Of x and of every parameter."""
-    return list(torch.autograd.grad(loss, [x, *module.parameters()], materialize_grads=True))
+    """Of x and of every parameter that is trained."""
+    leaves = [x, *trained(module).values()]
+    return list(torch.autograd.grad(loss, leaves, materialize_grads=True))
 
 
 def same_gradients(actual: list[Tensor], expected: list[Tensor]) -> None:
@@ -122,7 +124,7 @@ def test_layer_is_its_oracle(name: str, options: str, arrangement: str) -> None:
     close(aux, expected_aux)
     actual = gradients(module, x, (y * probe).sum() + aux)
     loss = (expected * probe).sum() + expected_aux
-    leaves = [x, *(weights[which] for which, _ in module.named_parameters())]
+    leaves = [x, *(weights[which] for which in trained(module))]
     same_gradients(actual, list(torch.autograd.grad(loss, leaves, materialize_grads=True)))
 
 
@@ -259,8 +261,14 @@ def test_masks_and_segments_that_divide_nothing(name: str, options: dict[str, An
 def test_shifted_positions_in_documents_change_nothing(name: str, options: dict[str, Any]) -> None:
     module, x = made(name, **options), randn(2, LENGTH, WIDTH)
     expected = module(x, segments=SEGMENTS)
-    for positions in (torch.arange(LENGTH) + 5, (torch.arange(LENGTH) + 5).expand(2, LENGTH)):
-        close(module(x, segments=SEGMENTS, positions=positions), expected)
+    # Absolute schemes may count from afar alone.
+    later = torch.arange(LENGTH) + (5 if module.encoding.relative else 10_000)
+    for positions in (later, later.expand(2, LENGTH)):
+        shifted = module(x, segments=SEGMENTS, positions=positions)
+        if module.encoding.relative:
+            close(shifted, expected)
+        else:
+            differs(shifted, expected)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -1,5 +1,6 @@
 """The zoo: recipes, options, defaults, parameter counts."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,12 @@ import posenc
 from helpers import HEAD_DIM, HEADS, NAMES, WIDTH, close, copy_shared, differs, randn
 from layer_oracle import SCORES
 from posenc.zoo import ENCODINGS, ZOO, default_moh, model_attention
+
+
+def turning(D: int) -> int:
+    """Bands of RoPE that turn once within 512 tokens."""
+    return sum(10000 ** (-2 * i / D) >= 2 * math.pi / 512 for i in range(D // 2))
+
 
 #: Parameters of a layer beside its four projections, for C, H and P = max_distance.
 EXTRA: dict[str, Callable[[int, int, int], int]] = {
@@ -23,6 +30,12 @@ EXTRA: dict[str, Callable[[int, int, int], int]] = {
     "mdha": lambda C, H, P: 9 * C,
     "rcmha": lambda C, H, P: P * (C + H) + C + 12 * C // H,
     "moh": lambda C, H, P: C * (H + 2) if H // 3 > 1 else C * (H + 1),
+    "alibi": lambda C, H, P: 0,
+    "t5": lambda C, H, P: 32 * H,
+    "kerple": lambda C, H, P: 2 * H,
+    "fire": lambda C, H, P: 2 + 2 * 32 + 32 * H + H,
+    "fox": lambda C, H, P: C * H + H,
+    "fope": lambda C, H, P: 2 * H * turning(C // H) ** 2,
 }
 
 
@@ -236,7 +249,7 @@ def test_options_change_the_output() -> None:
         ),
         ("rope", {"shared": 3}, "unknown option.*Known: .*pairing"),
         ("moh", {"encoding": "carpe"}, "unknown encoding: 'carpe'. Did you mean 'carope'"),
-        ("moh", {"encoding": "t5"}, "unknown encoding.*Known: nope, rope, carope, polar, relative"),
+        ("moh", {"encoding": "wavelet"}, "unknown encoding.*Known: nope, rope, carope"),
         ("rope", {"conv": 3}, "conv must be True or False; got 3"),
         ("mdha", {"conv": False, "kernel_size": 3}, "unknown option"),
         ("moh", {"shared": 1, "router_shared": 1}, "given twice"),

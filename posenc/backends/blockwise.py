@@ -1,9 +1,10 @@
 """Attention piece by piece: the fast path on CPU where T x S holds less than it spans.
 
-With a relative term: blocks of query rows that see the keys up to their last row only, so the half
-of T x S above the diagonal is never formed, and the logits of one block at a time where blocks are
-recomputed in the backward pass. Forward + backward on 2 CPU cores, fp32, B=8 H=4 T=512 D=64: 63 ms;
-as a dense bias to torch's attention 170 ms. Logits and softmax are fp32 whatever the inputs are.
+With a relative term or a bias: blocks of query rows that see the keys up to their last row only, so
+the half of T x S above the diagonal is never formed, and the logits of one block at a time where
+blocks are recomputed in the backward pass. Forward + backward on 2 CPU cores, fp32, B=8 H=4 T=512
+D=64, with a relative term: 63 ms; as a dense bias to torch's attention 170 ms; with a bias as long
+as torch's attention takes without. Logits and softmax are fp32 whatever the inputs are.
 
 Otherwise packed documents one by one and windows as a band of blocks, each by torch's attention; a
 padded text in blocks whose masks are small.
@@ -26,9 +27,9 @@ from posenc.backends.mask import Piece
 from posenc.backends.short import UPCAST_TO
 from posenc.backends.skipping import runs_eagerly
 from posenc.routing.gates import weighed
-from posenc.scores import add_per_head, falling_table, skew
+from posenc.scores import Bias, Decay, Scores, add_per_head, falling_table, skew
 
-#: Rows of a block with a relative term; of 64, 128, 256 and 512 the fastest on CPU.
+#: Rows of a block with a relative term or bias; of 64, 128, 256 and 512 the fastest on CPU.
 ROWS = 128
 #: Blocks that meet this many keys are recomputed in the backward pass: memory linear in T.
 RECOMPUTE_FROM = 1024
@@ -47,11 +48,11 @@ def reason(case: Case) -> str | None:
         return "takes no reflections"
     if mask.length == 1:
         return "a single query has no blocks"
-    if term is not None:
-        if term.distances is not None or term.two_sided or case.scores.bias is not None:
-            return "takes relative terms of consecutive keys, causal, without a further bias"
-        if mask.segments is not None and not runs_eagerly(case.q):
-            return "packed documents are cut by their numbers, which are not to be had here"
+    if term is not None and (term.distances is not None or term.two_sided):
+        return "takes relative terms of consecutive keys, causal"
+    if mask.segments is not None and not runs_eagerly(case.q):
+        return "packed documents are cut by their numbers, which are not to be had here"
+    if not case.scores.plain:
         return None
     if mask.segments is not None or mask.window is not None:
         return None if runs_eagerly(case.q) else "pieces are cut by numbers not to be had here"
@@ -63,8 +64,7 @@ def reason(case: Case) -> str | None:
 def attend(case: Case) -> Tensor:
     """(B, H, T, D) in q's dtype."""
     case = case.turned()
-    one = _relative if case.scores.relative is not None else _plain
-    rows = ROWS if case.scores.relative is not None else _band_rows(case)
+    one, rows = (_plain, _band_rows(case)) if case.scores.plain else (_tiles, ROWS)
     parts = groupby(case.mask.pieces(rows), key=lambda piece: piece.batch)
     outputs = [one(case, batch, list(pieces)) for batch, pieces in parts]
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -76,12 +76,12 @@ def _band_rows(case: Case) -> int | None:
     mask = case.mask
     if mask.window is not None:
         return max(BAND_ROWS, mask.window // 2)
-    return None if mask.real is None and case.scores.bias is None else BAND_ROWS
+    return None if mask.real is None else BAND_ROWS
 
 
 def _plain(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
     """Some rows of the batch, each piece by torch's attention."""
-    q, scores, dtype = add_per_head(case.q[batch], case.scores.content), case.scores, case.q.dtype
+    q, dtype = add_per_head(case.q[batch], case.scores.content), case.q.dtype
     k, v = case.k[batch], case.v[batch]
     wide = dtype.itemsize < 4 and all(
         piece.keys.stop - piece.keys.start <= UPCAST_TO for piece in pieces
@@ -100,16 +100,11 @@ def _plain(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
         for piece, query, key, value in zip(
             pieces, queries, _spans(k, pieces), _spans(v, pieces), strict=True
         ):
-            if piece.square and scores.bias is None:
+            if piece.square:
                 outputs.append(sdpa(query, key, value, is_causal=True))
-                continue
-            allowed = case.mask.dense(batch, piece.rows, piece.keys)
-            bias = scores.added(piece.rows, piece.keys)
-            if bias is not None:
-                bias = bias[batch] if bias.ndim == 4 and len(bias) > 1 else bias
-                precise = torch.promote_types(q.dtype, torch.float32)
-                allowed = bias.to(precise).masked_fill(~allowed, -math.inf)
-            outputs.append(sdpa(query, key, value, attn_mask=allowed))
+            else:
+                allowed = case.mask.dense(batch, piece.rows, piece.keys)
+                outputs.append(sdpa(query, key, value, attn_mask=allowed))
     return torch.cat(outputs, dim=-2).to(dtype)
 
 
@@ -123,43 +118,55 @@ def _spans(x: Tensor, pieces: list[Piece]) -> Iterator[Tensor]:
         yield own[0] if len(own) == 1 else torch.cat(own, dim=-2)
 
 
-def _relative(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
-    """Some rows of the batch, with a relative term."""
+def _tiles(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
+    """Some rows of the batch, their logits in memory tile by tile."""
     case = case.repeated()
     q, k, v, scores, scale = case.q[batch], case.k[batch], case.v[batch], case.scores, case.scale
     term, mask, dropout_p = scores.relative, case.mask, case.dropout_p
-    assert term is not None
     rows_in_batch, heads, _, dim = q.shape
     precise = torch.promote_types(q.dtype, torch.float32)
 
     def by_head(x: Tensor) -> Tensor:
         # Heads before the batch: one product then serves all sequences that share a head's table.
-        return x.transpose(0, 1).reshape(heads * rows_in_batch, x.shape[-2], dim)
+        return x.transpose(0, 1).reshape(heads * rows_in_batch, x.shape[-2], x.shape[-1])
 
     query = q.to(precise)
     on_keys, keys = by_head(add_per_head(query, scores.content)), by_head(k.to(precise)).mT
-    on_table = add_per_head(query, term.query).transpose(0, 1)  # (H, B, T, D)
-    widest = max(piece.keys.stop - piece.keys.start for piece in pieces)
-    columns, offset = falling_table(term, widest, precise)
     values = by_head(v)
+    widest = max(piece.keys.stop - piece.keys.start for piece in pieces)
+    if term is not None:
+        on_table = add_per_head(query, term.query).transpose(0, 1)  # (H, B, T, D)
+        columns, offset = falling_table(term, widest, precise)
+    else:
+        on_keys = on_keys * scale
     above = torch.ones(ROWS, ROWS, dtype=torch.bool, device=q.device).triu(1)
+
+    def relative(piece: Piece) -> Tensor:
+        """The relative term (H * B, rows, keys)."""
+        rows, width = piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start
+        flat = on_table[:, :, piece.rows].reshape(heads, rows_in_batch * rows, dim)
+        by_distance = torch.bmm(flat, columns[..., widest - width :])  # (H, B * rows, width+1)
+        if offset is not None:
+            by_distance = by_distance + offset[..., widest - width :]
+        return skew(by_distance.view(heads * rows_in_batch, rows, width + 1))
 
     def block(piece: Piece) -> Tensor:
         rows, width = piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start
-        flat = on_table[:, :, piece.rows].reshape(heads, rows_in_batch * rows, dim)
         with no_autocast(q.device):
-            by_distance = torch.bmm(flat, columns[..., widest - width :])  # (H, B * rows, width+1)
-            if offset is not None:
-                by_distance = by_distance + offset[..., widest - width :]
-            relative = skew(by_distance.view(heads * rows_in_batch, rows, width + 1))
-            logits = torch.baddbmm(
-                relative, on_keys[:, piece.rows], keys[..., piece.keys], beta=scale, alpha=scale
-            )
-            if mask.real is None and mask.window is None:
-                logits[..., width - rows :].masked_fill_(above[:rows, :rows], -math.inf)
+            query, key = on_keys[:, piece.rows], keys[..., piece.keys]
+            if term is None:
+                logits = torch.bmm(query, key)
             else:
+                logits = torch.baddbmm(relative(piece), query, key, beta=scale, alpha=scale)
+            split = logits.unflatten(0, (heads, rows_in_batch))
+            bias = _bias(scores.bias, piece)
+            if bias is not None:
+                bias = bias[batch] if bias.ndim == 4 and len(bias) > 1 else bias
+                split.add_(bias.transpose(0, 1) if bias.ndim == 4 else bias.unsqueeze(-3))
+            if mask.only_order and mask.causal:
+                logits[..., width - rows :].masked_fill_(above[:rows, :rows], -math.inf)
+            elif not mask.only_order:
                 hidden = ~mask.dense(batch, piece.rows, piece.keys)
-                split = logits.unflatten(0, (heads, rows_in_batch))
                 split.masked_fill_(hidden.squeeze(1) if hidden.ndim == 4 else hidden, -math.inf)
             weights = logits.softmax(-1).to(v.dtype)
             if dropout_p:
@@ -180,3 +187,10 @@ def _relative(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
             y = block(piece)
         outputs.append(y)
     return torch.cat(outputs[::-1], dim=1).unflatten(0, (heads, rows_in_batch)).transpose(0, 1)
+
+
+def _bias(bias: Bias | None, piece: Piece) -> Tensor | None:
+    """What is added to the logits of a piece, broadcastable to (B, H, rows, keys)."""
+    if isinstance(bias, Decay) and not bias.two_sided:
+        return bias.of_keys(piece.rows.start, piece.keys)
+    return Scores(bias=bias).added(piece.rows, piece.keys)

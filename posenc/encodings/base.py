@@ -44,6 +44,8 @@ class Encoding(nn.Module):
     in_logits: ClassVar[bool] = False
     #: Whether its `x` is the phase that a model computed once, see `SharedPhase`.
     reads_phase: ClassVar[bool] = False
+    #: Its option that a model's context sets where nobody gives it.
+    context_option: ClassVar[str | None] = None
     #: Coordinates of a position, without a dimension of their own where None.
     axes_count: int | None = None
     #: Whether positions may be floating-point numbers.

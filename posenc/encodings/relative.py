@@ -87,6 +87,7 @@ class Relative(Encoding):
     """
 
     in_logits = True
+    context_option = "max_distance"
 
     def __init__(
         self,

@@ -470,7 +470,7 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls(checkpoints.with_impl(config, impl))
         checkpoints.fill(model, state)
-        return model.requires_grad_(True).eval()
+        return model.eval()
 
 
 def step(model: GPT, ids: Tensor, cache: StepModelCache) -> Tensor:

@@ -21,7 +21,7 @@ def plain_model(model: GPT, parallel: Parallel) -> GPT | None:
     with torch.device("meta"):
         plain = GPT(with_impl(model.config))
     plain.load_state_dict(state, assign=True)
-    return plain.requires_grad_(True).eval()
+    return plain.eval()
 
 
 def sample_text(model: GPT, tokenizer: Tokenizer, prompt: list[int], length: int, seed: int) -> str:

@@ -12,7 +12,7 @@ import posenc
 from bench import throughput
 from bench.layers import Layer, as_is, zoo_case
 from bench.measure import Gate, take_turns
-from bench.peers import PEERS, alibi_slopes, forgetting
+from bench.peers import PEERS
 from bench.rows import read, row_of
 
 #: x-transformers scripts functions when it is imported.
@@ -52,7 +52,7 @@ def test_every_mode_name_and_peer_has_its_rows(
         batch, length = (4, 5) if row.mode in ("train", "prefill") else (1, 5)
         assert (batch, 1 if row.mode == "decode" else length, 5) == (row.B, row.T, row.S)
     shares = {(row.name, row.implementation): row for row in rows if row.metric == "mfu"}
-    assert shares.keys() == zoo | peers - fox - {("alibi", "x-transformers")}
+    assert shares.keys() == zoo | peers
     printed = capsys.readouterr().out
     assert "rope auto: decoding beats recomputing" in printed
 
@@ -165,18 +165,6 @@ def test_candidates_take_turns() -> None:
     assert {"".join(sorted(one)) for one in rounds} == {"abc"}
     assert len(set(rounds)) > 2  # in another order
     assert all(low <= middle <= high for low, middle, high in found.values())
-
-
-def test_slopes_are_the_papers() -> None:
-    assert alibi_slopes(8).tolist() == [2.0**-h for h in range(1, 9)]
-    assert alibi_slopes(3).tolist() == [2**-4, 2**-8, 2**-2]
-
-
-def test_forgetting_sums_the_gates_in_between() -> None:
-    z = torch.randn(2, 4, 3, dtype=torch.float64)
-    bias = forgetting(z)
-    expected = sum(torch.sigmoid(z[1, t, 2]).log() for t in (2, 3))
-    torch.testing.assert_close(bias[1, 2, 3, 1], expected)
 
 
 @pytest.mark.parametrize(

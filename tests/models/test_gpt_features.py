@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import posenc
-from helpers import HEADS, NAMES, WIDTH, close, differs, tiny_gpt
+from helpers import HEADS, NAMES, WIDTH, close, differs, tiny_gpt, trained
 from posenc import GPT, GPTConfig
 from posenc.zoo import ZOO
 
@@ -43,7 +43,7 @@ def text(batch: int, length: int) -> Tensor:
 
 
 def gradients(model: GPT, loss: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True))
+    return list(torch.autograd.grad(loss, list(trained(model).values()), materialize_grads=True))
 
 
 def same_gradients(actual: list[Tensor], expected: list[Tensor]) -> None:

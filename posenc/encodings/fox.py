@@ -1,0 +1,117 @@
+"""FoX: the forgetting attention of the Forgetting Transformer (arXiv 2503.02130).
+
+    l[b,h,t] = log sigmoid( x[b,t] . W[:,h] + bias[h] )      W (C, H): a gate a token and head
+    c[b,h,t] = sum over s <= t of l[b,h,s]
+    bias[b,h,m,n] = c[m] - c[n] = sum over t = n+1 .. m of l[t]      added to q.k/sqrt(D)
+
+The gate of key n is not in its own sum. W starts at N(0, 0.02) and the gates' bias at 0: gates near
+1/2. The output gate, norms and shifts of k and v of the authors' "Pro" block are not part of it.
+Where attention is not causal: -|c[m] - c[n]| (ours).
+
+Positions are not used: gaps in them do nothing, padding has gate 1. Gates and sums are fp64 with
+autocast off, and differences come before rounding: at a million tokens c is near -7e5, where
+neighbours in fp32 are 0.06 apart. While decoding raw keys are cached, and c of every token (fp64),
+so that any rollback is exact.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from posenc.accounting import Part, Sizes, product, state, weights
+from posenc.autocast import no_autocast
+from posenc.cache import Cache, Stream
+from posenc.checks import check_sizes
+from posenc.encodings.base import Encoding
+from posenc.phase import Float32Parameters
+from posenc.placement import Placement
+from posenc.scores import Decay, Scores
+
+
+def log_gates(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """log sigmoid(x W + bias): x (B, T, C), W (C, H) -> (B, H, T) in fp64; never log of a gate."""
+    with no_autocast(x.device):
+        z = weight.double().mT @ x.double().mT  # (B, H, T)
+    return F.logsigmoid(z + bias.double().unsqueeze(-1))
+
+
+class FoX(Float32Parameters, Encoding):
+    """Forgetting attention: each head forgets what lies before a token by what the token says.
+
+    Args:
+        embed_dim: C, the width of x.
+        num_heads: H; gates are per query head.
+        causal: a key's decay is that of the tokens after it up to the query; else between the two.
+
+    Raises:
+        ValueError: for sizes below 1, or, inside attention, an x of another width.
+    """
+
+    in_logits = True
+    no_weight_decay = frozenset({"weight", "bias"})
+
+    def __init__(self, embed_dim: int, num_heads: int, *, causal: bool = True) -> None:
+        super().__init__()
+        check_sizes("FoX", embed_dim=embed_dim, num_heads=num_heads)
+        self.embed_dim, self.num_heads, self.causal = embed_dim, num_heads, causal
+        self.weight = self.float32_parameter(embed_dim, num_heads)
+        self.bias = self.float32_parameter(num_heads)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+
+    def scores(
+        self, place: Placement, x: Tensor | None = None, state: Cache | None = None
+    ) -> Scores:
+        if x is None or x.ndim != 3 or x.shape[1:] != (place.length, self.embed_dim):
+            got = None if x is None else tuple(x.shape)
+            raise ValueError(
+                f"FoX forgets by the tokens and needs x of shape (B, {place.length}, "
+                f"{self.embed_dim}); got {got}. Pass the attention's input."
+            )
+        gates = log_gates(x, self.weight, self.bias)
+        if place.here is not None:
+            gates = gates * place.here.unsqueeze(1)
+        sums = gates.cumsum(-1)
+        keys = sums
+        if state is not None:
+            sums = sums + state.recent("decay").squeeze(-1)
+            keys = state.append("decay", sums.unsqueeze(-1)).squeeze(-1)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return Scores(bias=Decay(sums, keys, dtype, two_sided=not self.causal))
+
+    def score_bias(
+        self, positions: Tensor, key_positions: Tensor, x: Tensor | None = None
+    ) -> Tensor:
+        """c[m] - c[n] of the tokens x (B, S, C), the last T of which are the queries."""
+        length, key_length = positions.shape[-1], key_positions.shape[-1]
+        if x is None or x.ndim != 3 or x.shape[1:] != (key_length, self.embed_dim):
+            got = None if x is None else tuple(x.shape)
+            raise ValueError(
+                f"FoX forgets by the tokens: score_bias needs x of shape (B, {key_length}, "
+                f"{self.embed_dim}), of all keys; got {got}. Pass the attention's input."
+            )
+        sums = log_gates(x, self.weight, self.bias).cumsum(-1)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        decay = Decay(sums[..., key_length - length :], sums, dtype, two_sided=not self.causal)
+        return decay(slice(None), slice(None))
+
+    def streams(self) -> dict[str, Stream]:
+        return {"decay": Stream((self.num_heads, 1), torch.float64, history=1)}
+
+    def cost(self, s: Sizes) -> Part:
+        """C H + H parameters, never below fp32; N C H multiply-adds; an exponential and a sum for
+        every token and head. Keeps x in fp64. State c, H in fp64.
+        """
+        return (
+            weights(s.C * s.H + s.H, s.precise)
+            + product(s.N * s.C * s.H)
+            + Part(elementwise=2 * s.N * s.H)
+            + Part(saved_bytes=8 * s.N * s.C if s.e < 8 else 0)
+            + state(self.streams().values(), s, read=s.seen)
+        )
+
+    def extra_repr(self) -> str:
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, causal={self.causal}"
