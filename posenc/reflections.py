@@ -2,8 +2,8 @@
 
     score[m, n] = k_n^T H_{n+1} .. H_m q_m        H_t = I - r_t r_t^T,  n <= m
 
-`sweep` is the definition: the query is carried back over the keys, one reflection each. `correction`
-takes them all at once (UT transform). With c[m, t] = r_t^T H_{t+1} .. H_m q_m
+`sweep` is the definition: the query is carried back over the keys, one reflection each.
+`correction` takes all at once (UT transform), by c[m, t] = r_t^T H_{t+1} .. H_m q_m:
 
     H_{n+1} .. H_m q_m = q_m - sum_{t=n+1..m} c[m, t] r_t
     c[m, t] + sum_{s=t+1..m} c[m, s] r_s.r_t = q_m.r_t                    triangular in t

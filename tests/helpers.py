@@ -25,6 +25,9 @@ torch.set_num_threads(1)
 NAMES = posenc.names()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+#: Names to which causal=False means nothing.
+CAUSAL_ALONE = frozenset({"path"})
+
 #: Layer sizes that are not powers of two.
 HEADS, HEAD_DIM = 4, 6
 WIDTH = HEADS * HEAD_DIM
@@ -112,7 +115,8 @@ def repeat_key_heads(grouped: nn.Module, whole: nn.Module, groups: int) -> None:
             heads = (q, k.repeat_interleave(times, 0), v.repeat_interleave(times, 0))
             return torch.cat(heads).reshape(shape)
         (dim,) = (i for i, (a, b) in enumerate(zip(weight.shape, shape, strict=True)) if a != b)
-        return weight.repeat_interleave(times, dim)
+        heads = weight.unflatten(dim, (groups, -1))
+        return heads.repeat_interleave(times, dim).flatten(dim, dim + 1)
 
     wanted = whole.state_dict()
     whole.load_state_dict(

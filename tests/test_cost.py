@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import posenc
 from bench.measure import bytes_saved
-from helpers import HEAD_DIM, HEADS, NAMES, WIDTH, tiny_gpt
+from helpers import CAUSAL_ALONE, HEAD_DIM, HEADS, NAMES, WIDTH, tiny_gpt
 from posenc.accounting import Part, Sizes
 from posenc.backends.mask import Mask
 from posenc.cache import POSITIONS, Stream
@@ -90,6 +90,8 @@ def counted(layer: posenc.Attention, batch: int, length: int, key_length: int, f
     hidden = 2 * (length * key_length - pairs)
     if isinstance(layer.encoding, posenc.Relative):
         hidden += length * (key_length + 1) - pairs
+    if isinstance(layer.encoding, posenc.PaTH):
+        hidden //= 2  # its queries meet no later keys; only their weights are multiplied by values
     return flops - 2 * batch * hidden * layer.embed_dim
 
 
@@ -258,7 +260,7 @@ def test_a_step_reads_weights_keys_and_history(variant: str) -> None:
     used = sum(cache._rows[name][0, :, :keys].nbytes for name in "kv")
     for name, stream in layer.encoding.streams().items():
         # What enters the logits is read of every key, what turns q and k goes on from the last.
-        rows = keys if layer.encoding.in_logits else stream.history
+        rows = keys if layer.encoding.in_logits and name != "taps" else stream.history
         used += cache._rows[name].narrow(-2, 0, rows).nbytes
     if layer.conv is not None:
         used += cache._rows["conv"].narrow(-2, 0, layer.conv.kernel_size - 1).nbytes
@@ -431,6 +433,8 @@ def test_errors() -> None:
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_and_state_of_other_shapes(name: str, options: dict[str, Any]) -> None:
+    if name in CAUSAL_ALONE:
+        options = {**options, "causal": True}
     layer = posenc.attention(name, WIDTH, HEADS, **options)
     total = attention_cost(layer, 2, 7).total
     assert total.parameters == count(layer)

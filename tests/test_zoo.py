@@ -36,6 +36,7 @@ EXTRA: dict[str, Callable[[int, int, int], int]] = {
     "fire": lambda C, H, P: 2 + 2 * 32 + 32 * H + H,
     "fox": lambda C, H, P: C * H + H,
     "fope": lambda C, H, P: 2 * H * turning(C // H) ** 2,
+    "path": lambda C, H, P: 67 * C + C * H + H,
 }
 
 
@@ -88,6 +89,7 @@ def test_parameter_counts_follow_their_formulas(
         ("mdha", {}, 6_912),
         ("rcmha", {}, 800_256),
         ("moh", {}, 10_752),
+        ("path", {}, 60_684),
     ],
 )
 def test_published_counts_of_gpt2_small(name: str, options: dict[str, Any], extra: int) -> None:

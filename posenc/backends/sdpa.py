@@ -66,5 +66,7 @@ def _reflected(q: Tensor, k: Tensor, r: Tensor, scale: float) -> Tensor:
     """What reflections add to the logits, in fp32 or better: (B, H, T, S)."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     k, r = (repeat_heads(x.to(dtype), q.shape[1], dim=1) for x in (k, r))
+    # Copies: traced, products of views into a cache would be told apart where it is full.
+    k, r = (x.clone(memory_format=torch.contiguous_format) for x in (k, r))
     with no_autocast(q.device):
         return correction(q.to(dtype) * scale, k, r)
