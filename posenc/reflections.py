@@ -33,6 +33,24 @@ def sweep(q: Tensor, k: Tensor, r: Tensor) -> Tensor:
     return torch.cat(columns[::-1], dim=-1)
 
 
+def scanned(q: Tensor, k: Tensor, r: Tensor) -> Tensor:
+    """`sweep` as a loop that a graph can hold, over any number of keys; arbitrary where n > m."""
+    from torch._higher_order_ops.scan import scan
+
+    index = torch.arange(k.shape[-2], device=q.device)
+    come = index[k.shape[-2] - q.shape[-2] :] >= index.unsqueeze(-1)  # (S, T)
+
+    def step(u: Tensor, key: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        k, r, come = key
+        k, r = k.unsqueeze(-2), r.unsqueeze(-2)
+        along = (u * r).sum(-1, keepdim=True) * come.unsqueeze(-1)
+        return u - along * r, (u * k).sum(-1)
+
+    keys = (k.movedim(-2, 0), r.movedim(-2, 0), come.to(q.dtype))
+    _, scores = scan(step, q.clone(), keys, reverse=True)
+    return scores.movedim(0, -1)
+
+
 def solve(gram: Tensor, met: Tensor) -> Tensor:
     """c (.., R, L) of rows `met` (.., R, L), q_m.r_t; gram (.., L, L), r_s.r_t, of which what lies
     on and above the diagonal is not read.
@@ -41,6 +59,8 @@ def solve(gram: Tensor, met: Tensor) -> Tensor:
 
 
 def correction(q: Tensor, k: Tensor, r: Tensor) -> Tensor:
-    """What reflections add to q.k: (.., T, S), 0 where n > m."""
+    """What reflections add to q.k: (.., T, S), what is added where n > m being arbitrary."""
+    if torch.onnx.is_in_onnx_export():  # ONNX solves no triangular systems
+        return scanned(q, k, r) - q @ k.mT
     met = (q @ r.mT).tril(r.shape[-2] - q.shape[-2])
     return -(solve(r @ r.mT, met) @ (r @ k.mT).tril(-1))
