@@ -148,3 +148,10 @@ def state(streams: Iterable[Stream], s: Sizes, read: int) -> Part:
 def rotation(s: Sizes, dim: int) -> Part:
     """Turning `dim` features of every head of q and k, 6 a pair; keeps q and k turned."""
     return Part(elementwise=3 * s.N * (s.H + s.G) * dim, saved_bytes=s.N * s.turned * s.e)
+
+
+def rotation_by_angles(s: Sizes) -> Part:
+    """Turning q and k by angles that have a gradient, without a kernel: keeps q and k in fp32 too,
+    apart from what is given where that is less precise.
+    """
+    return rotation(s, s.D) + Part(saved_bytes=4 * s.N * s.turned if s.e < 4 else 0)

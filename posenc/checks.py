@@ -136,6 +136,17 @@ def check_positions(
     return positions.double() if real else positions.long()
 
 
+def check_tokens(who: str, x: Tensor | None, length: int, embed_dim: int) -> Tensor:
+    """x, or ValueError unless it is (B, length, embed_dim): what a rotation by the tokens reads."""
+    if x is None or x.ndim != 3 or x.shape[1:] != (length, embed_dim):
+        got = None if x is None else tuple(x.shape)
+        raise ValueError(
+            f"{who} turns by the tokens: rotate(q, k, positions, x) needs x of shape "
+            f"(B, {length}, {embed_dim}); got {got}. Pass the attention's input."
+        )
+    return x
+
+
 def check_ascending(positions: Tensor, real: Tensor | None) -> None:
     """Raise ValueError where positions (T,) or (B, T) fall: looked at on CPU alone."""
     if positions.device.type != "cpu" or not concrete(positions):

@@ -49,11 +49,14 @@ class Cost:
 
 def projections_cost(layer: Attention, s: Sizes) -> Part:
     """q, k, v = x W_qkv, W = (H + 2G) D: C W (+ W) parameters, N C W multiply-adds; keeps x and q,
-    k, v. A norm of q and k is D parameters each; it keeps what it makes, and a number a head.
+    k, v, unless copies take the place of all three. A norm of q and k is D parameters each; it
+    keeps what it makes, and a number a head.
     """
     width = s.inner + 2 * s.G * s.D
     mixed = layer.conv is not None or straight_through(layer)
     queries = s.inner if mixed else s.A * s.D
+    copied = layer.encoding.widens and layer.encoding.replaces(s)
+    read = layer.conv is not None or layer.q_norm is not None or not copied
     norms = Part()
     if layer.q_norm is not None:
         norms = weights(2 * s.D, s.e) + Part(
@@ -62,7 +65,7 @@ def projections_cost(layer: Attention, s: Sizes) -> Part:
     return (
         weights(s.C * width + (width if layer.c_attn.bias is not None else 0), s.e)
         + product(s.N * s.C * width, kept=s.N * s.C * (2 * s.G * s.D + queries))
-        + Part(saved_bytes=s.N * (s.C + width) * s.e)
+        + Part(saved_bytes=s.N * (s.C + (width if read else 0)) * s.e)
         + norms
     )
 
@@ -71,7 +74,8 @@ def conv_cost(layer: Attention, s: Sizes) -> Part:
     """y[t] = sum_j w[j] x[t-k+1+j], W = (H + 2G) D: 3 k D parameters (+ 3 D), with a kernel a head
     k W (+ W); k N W multiply-adds; state q, k and v, of which k-1 rows are read.
 
-    Keeps its outputs, but for q and k that a rotation replaces and nothing else reads.
+    Keeps its outputs, but for q and k that a rotation replaces and nothing else reads, and for v
+    where kernels take a padded copy.
     """
     conv = layer.conv
     if conv is None:
@@ -79,10 +83,11 @@ def conv_cost(layer: Attention, s: Sizes) -> Part:
     width, taps = s.inner + 2 * s.G * s.D, conv.kernel_size
     channels = width if conv.per_head else 3 * s.D
     replaced = 0 if layer.q_norm is not None else layer.encoding.replaces(s)
-    kept = width
+    values = 0 if layer.encoding.widens else s.G * s.D
+    kept = s.turned + values
     if replaced:
         norms_of_q = straight_through(layer) and s.e >= 4
-        kept = s.G * s.D + (s.inner if norms_of_q else 0)
+        kept = values + (s.inner if norms_of_q else 0)
     return (
         weights(channels * (taps + (conv.bias is not None)), s.e)
         + product(taps * s.N * width)

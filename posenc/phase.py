@@ -30,7 +30,8 @@ def inverse_frequencies(dim: int, base: float, device: torch.device | None = Non
 
 def wrap(phase: Tensor) -> Tensor:
     """Reduce radians to [-pi, pi]; the gradient passes unchanged."""
-    return (phase / (2 * math.pi)).round_().mul_(-2 * math.pi).add_(phase)
+    # Detached: rounding has a gradient of zeros, which four more passes would carry back.
+    return (phase.detach() / (2 * math.pi)).round_().mul_(-2 * math.pi).add_(phase)
 
 
 def position_phases(positions: Tensor, frequencies: Tensor) -> Tensor:

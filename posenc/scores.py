@@ -1,8 +1,11 @@
 """How an encoding enters the logits: data that it describes and a back end computes.
 
-    logits[m, n] = scale * ((q[m] + content_h) . k[n] + relative[m, n]) + bias[m, n]
+    logits[m, n] = scale * ((q[m] + content_h) . k[n] + relative[m, n] + contextual[m, n])
+                   + bias[m, n]
     relative     = (q[m] + query_h) . table[h, d] + offset[h, d],    d the distance of m and n
-    with reflections the product is (H_{n+1} .. H_m (q[m] + content_h)) . k[n],  H_t = I - r_t r_t^T
+    contextual   = q[m] . table[p[m, n]],                            p counted by gates (CoPE)
+    reflections  in place of q[m] + content_h its product H_{n+1} .. H_m (q[m] + content_h),
+                 H_t = I - r_t r_t^T                         (PaTH)
 
 The relative term stays factored and the bias a function until a back end needs them:
 
@@ -145,6 +148,7 @@ class Scores(NamedTuple):
     content: Tensor | None = None  # (H, D)
     bias: Bias | None = None
     relative: RelativeTerm | None = None
+    contextual: Tensor | None = None  # (P, D), see `contextual_logits`; causal alone
     reflections: Tensor | None = None  # r (B, G, S, D), 0 where a key is hidden by padding
 
     def factor(self, head_dim: int) -> float:
@@ -162,7 +166,8 @@ class Scores(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether the logits are scale * (q + content) . k."""
-        return self.bias is None and self.relative is None and self.reflections is None
+        terms = (self.bias, self.relative, self.contextual, self.reflections)
+        return all(term is None for term in terms)
 
 
 def add_per_head(q: Tensor, bias: Tensor | None) -> Tensor:
@@ -217,3 +222,34 @@ def relative_logits(q: Tensor, term: RelativeTerm, key_length: int) -> Tensor:
     last = table.shape[-2] - 1
     at = distances + last // 2 if term.two_sided else distances
     return by_distance.gather(-1, at.clamp(0, last).expand(*q.shape[:2], *at.shape[-2:]))
+
+
+def at_places(by_place: Tensor, places: Tensor) -> Tensor:
+    """Linear between its numbers: by_place (.., T, P) at places (.., T, S) in [0, P-1].
+
+    The gradient passes through the place's fraction and the numbers, not through its floor.
+    """
+    below = places.detach().floor()
+    index = below.long()
+    steps = by_place.diff(dim=-1, append=by_place[..., -1:])
+    return by_place.gather(-1, index) + (places - below) * steps.gather(-1, index)
+
+
+def contextual_logits(
+    products: Tensor, q: Tensor, table: Tensor, seen: Tensor, scale: float
+) -> Tensor:
+    """CoPE's term, unscaled: (B, H, T, S).
+
+        g[m, j] = sigmoid(scale * products[m, j]), 0 where m does not see j
+        p[m, n] = min(sum over j >= n of g[m, j], P-1)
+        term    = q[m] . table[p], linear between the rows of the table
+
+    Args:
+        products: (q + content).k (B, H, T, S). q: (B, H, T, D).
+        table: (P, D).
+        seen: bool, broadcastable to (B, H, T, S).
+    """
+    # Before the sums: what is hidden counts 0.
+    gates = torch.sigmoid(products * scale).masked_fill(~seen, 0)
+    places = gates.flip(-1).cumsum(-1).flip(-1).clamp(max=table.shape[0] - 1)
+    return at_places(q @ table.to(q.dtype).mT, places)

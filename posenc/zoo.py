@@ -17,16 +17,20 @@ from posenc.convolution import DepthwiseConv
 from posenc.encodings.alibi import ALiBi
 from posenc.encodings.base import Encoding
 from posenc.encodings.carope import CARoPE, SharedPhase
+from posenc.encodings.cope import CoPE
 from posenc.encodings.fire import FIRE
 from posenc.encodings.fope import FoPE
 from posenc.encodings.fox import FoX
+from posenc.encodings.grape import GRAPE
 from posenc.encodings.kerple import Kerple
 from posenc.encodings.learned import Learned
 from posenc.encodings.nope import NoPE
 from posenc.encodings.path import PaTH
 from posenc.encodings.polar import Polar
+from posenc.encodings.pope import PoPE
 from posenc.encodings.relative import Relative
 from posenc.encodings.rope import RoPE
+from posenc.encodings.selective import SelectiveRoPE
 from posenc.encodings.sinusoidal import Sinusoidal
 from posenc.encodings.t5 import T5
 from posenc.errors import unknown
@@ -74,6 +78,10 @@ ENCODINGS: dict[str, type[Encoding]] = {
     "fire": FIRE,
     "fox": FoX,
     "fope": FoPE,
+    "cope": CoPE,
+    "grape": GRAPE,
+    "selective": SelectiveRoPE,
+    "pope": PoPE,
     "path": PaTH,
 }
 EMBEDDINGS: dict[str, type[Encoding]] = {"learned": Learned, "sinusoidal": Sinusoidal}
@@ -179,6 +187,30 @@ ZOO: dict[str, Recipe] = {
         acts="q, k",
         summary="RoPE whose bands are fixed series of all its frequencies (Fourier)",
         encoding=FoPE,
+    ),
+    "cope": Recipe(
+        paper="2405.18719",
+        acts="logits",
+        summary="a position between the integers: how many keys since then the query's gates count",
+        encoding=CoPE,
+    ),
+    "grape": Recipe(
+        paper="2512.07805",
+        acts="q, k",
+        summary="rotation by a running sum of one rate a token, learned frequencies (GRAPE-M)",
+        encoding=GRAPE,
+    ),
+    "selective": Recipe(
+        paper="2511.17388",
+        acts="q, k",
+        summary="rotation by a running phase whose rates four tokens set, per head and pair",
+        encoding=SelectiveRoPE,
+    ),
+    "pope": Recipe(
+        paper="2509.10534",
+        acts="q, k",
+        summary="features are magnitudes at the angle of the position, twice as wide",
+        encoding=PoPE,
     ),
     "path": Recipe(
         paper="2505.16381",

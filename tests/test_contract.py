@@ -35,6 +35,8 @@ pytestmark = pytest.mark.parametrize("name", NAMES)
 
 IMPLS = ("auto", "sdpa", "reference")
 FAR = 1_000_000
+#: Parameters without a gradient at the start, as what they are multiplied by starts at 0.
+SILENT_AT_FIRST = {"selective": {"encoding.W1", "encoding.kernel"}}
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +83,8 @@ def test_every_parameter_reaches_the_loss(name: str) -> None:
     weights = trained(module)
     gradients = torch.autograd.grad(y.square().sum() + aux, list(weights.values()))
     for which, gradient in zip(weights, gradients, strict=True):
-        assert gradient.abs().max() > 0 or "c_attn.bias" in which, which
+        silent = which in SILENT_AT_FIRST.get(name, ()) or "c_attn.bias" in which
+        assert gradient.abs().max() > 0 or silent, which
 
 
 def test_output_is_deterministic(name: str) -> None:

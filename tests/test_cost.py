@@ -90,6 +90,8 @@ def counted(layer: posenc.Attention, batch: int, length: int, key_length: int, f
     hidden = 2 * (length * key_length - pairs)
     if isinstance(layer.encoding, posenc.Relative):
         hidden += length * (key_length + 1) - pairs
+    if isinstance(layer.encoding, posenc.PoPE):
+        hidden += length * key_length - pairs  # q and k are twice as wide as v
     if isinstance(layer.encoding, posenc.PaTH):
         hidden //= 2  # its queries meet no later keys; only their weights are multiplied by values
     return flops - 2 * batch * hidden * layer.embed_dim
@@ -424,7 +426,7 @@ def test_errors() -> None:
     "options",
     [
         {"num_kv_heads": 2},
-        {"num_kv_heads": 1, "head_dim": 10},
+        {"num_kv_heads": 1, "head_dim": 12},
         {"qk_norm": "rms", "head_dim": 4},
         {"causal": False},
         {"window": 3, "num_kv_heads": 2, "bias": True},

@@ -35,7 +35,11 @@ EXTRA: dict[str, Callable[[int, int, int], int]] = {
     "kerple": lambda C, H, P: 2 * H,
     "fire": lambda C, H, P: 2 + 2 * 32 + 32 * H + H,
     "fox": lambda C, H, P: C * H + H,
+    "pope": lambda C, H, P: C,
     "fope": lambda C, H, P: 2 * H * turning(C // H) ** 2,
+    "cope": lambda C, H, P: 64 * C // H,
+    "grape": lambda C, H, P: C + 1 + C // H // 2,
+    "selective": lambda C, H, P: 32 * C + 37 * C // 2,
     "path": lambda C, H, P: 67 * C + C * H + H,
 }
 

@@ -1,17 +1,19 @@
 """Attention piece by piece: the fast path on CPU where T x S holds less than it spans.
 
-With a relative term or a bias: blocks of query rows that see the keys up to their last row only, so
-the half of T x S above the diagonal is never formed, and the logits of one block at a time where
-blocks are recomputed in the backward pass. Forward + backward on 2 CPU cores, fp32, B=8 H=4 T=512
-D=64, with a relative term: 63 ms; as a dense bias to torch's attention 170 ms; with a bias as long
-as torch's attention takes without. Logits and softmax are fp32 whatever the inputs are.
+With a relative term, a bias, or keys wider than values it forms the logits itself: blocks of query
+rows that see the keys up to their last row only, so the half of T x S above the diagonal is never
+formed, and the logits of one block at a time where blocks are recomputed in the backward pass.
+Forward + backward on 2 CPU cores, fp32, B=8 H=4 T=512 D=64, with a relative term: 63 ms; as a dense
+bias to torch's attention 170 ms. With a bias: as long as torch's attention without. Keys of 2D: 71
+ms; in torch's attention, which on CPU wants equal widths, 106 ms with values padded, 1.3 s without.
+Logits and softmax are fp32 whatever the inputs are.
 
 Otherwise packed documents one by one and windows as a band of blocks, each by torch's attention; a
 padded text in blocks whose masks are small.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import groupby, pairwise
@@ -29,7 +31,7 @@ from posenc.backends.skipping import runs_eagerly
 from posenc.routing.gates import weighed
 from posenc.scores import Bias, Decay, Scores, add_per_head, falling_table, skew
 
-#: Rows of a block with a relative term or bias; of 64, 128, 256 and 512 the fastest on CPU.
+#: Rows of a block of logits; of 64, 128, 256 and 512 the fastest on CPU.
 ROWS = 128
 #: Blocks that meet this many keys are recomputed in the backward pass: memory linear in T.
 RECOMPUTE_FROM = 1024
@@ -44,6 +46,8 @@ def reason(case: Case) -> str | None:
     if torch.compiler.is_compiling():
         return "a traced loop over pieces would make a graph of its own for every length"
     mask, term = case.mask, case.scores.relative
+    if case.scores.contextual is not None:
+        return "knows no positions that gates count"
     if case.scores.reflections is not None:
         return "takes no reflections"
     if mask.length == 1:
@@ -52,7 +56,7 @@ def reason(case: Case) -> str | None:
         return "takes relative terms of consecutive keys, causal"
     if mask.segments is not None and not runs_eagerly(case.q):
         return "packed documents are cut by their numbers, which are not to be had here"
-    if not case.scores.plain:
+    if _forms_logits(case):
         return None
     if mask.segments is not None or mask.window is not None:
         return None if runs_eagerly(case.q) else "pieces are cut by numbers not to be had here"
@@ -63,12 +67,16 @@ def reason(case: Case) -> str | None:
 
 def attend(case: Case) -> Tensor:
     """(B, H, T, D) in q's dtype."""
-    case = case.turned()
-    one, rows = (_plain, _band_rows(case)) if case.scores.plain else (_tiles, ROWS)
+    one, rows = (_by_logits, ROWS) if _forms_logits(case) else (_plain, _band_rows(case))
     parts = groupby(case.mask.pieces(rows), key=lambda piece: piece.batch)
     outputs = [one(case, batch, list(pieces)) for batch, pieces in parts]
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return weighed(y, case.gates)
+
+
+def _forms_logits(case: Case) -> bool:
+    """Whether torch's attention has no fast path for it."""
+    return case.wide or not case.scores.plain
 
 
 def _band_rows(case: Case) -> int | None:
@@ -118,8 +126,8 @@ def _spans(x: Tensor, pieces: list[Piece]) -> Iterator[Tensor]:
         yield own[0] if len(own) == 1 else torch.cat(own, dim=-2)
 
 
-def _tiles(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
-    """Some rows of the batch, their logits in memory tile by tile."""
+def _by_logits(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
+    """Some rows of the batch, the logits of one block after the other."""
     case = case.repeated()
     q, k, v, scores, scale = case.q[batch], case.k[batch], case.v[batch], case.scores, case.scale
     term, mask, dropout_p = scores.relative, case.mask, case.dropout_p
@@ -173,6 +181,19 @@ def _tiles(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
                 weights = F.dropout(weights, dropout_p)
             return torch.bmm(weights, values[:, piece.keys])
 
+    y = in_blocks(block, pieces, random=dropout_p > 0)
+    return y.unflatten(0, (heads, rows_in_batch)).transpose(0, 1)
+
+
+def in_blocks(
+    block: Callable[[Piece], Tensor], pieces: list[Piece], *, random: bool = False
+) -> Tensor:
+    """Outputs of all pieces (.., T, D), those of long rows recomputed in the backward pass.
+
+    Args:
+        random: whether a block draws random numbers, and must draw them again.
+    """
+    widest = max(piece.keys.stop - piece.keys.start for piece in pieces)
     recompute = torch.is_grad_enabled() and widest >= RECOMPUTE_FROM
     # torch.func knows no checkpoints.
     recompute = recompute and not torch._C._are_functorch_transforms_active()
@@ -181,12 +202,11 @@ def _tiles(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
     # T=8192 1.1 GB of them instead of 0.27.
     for piece in reversed(pieces):
         if recompute:
-            random = dropout_p > 0
             y = checkpoint(block, piece, use_reentrant=False, preserve_rng_state=random)
         else:
             y = block(piece)
         outputs.append(y)
-    return torch.cat(outputs[::-1], dim=1).unflatten(0, (heads, rows_in_batch)).transpose(0, 1)
+    return torch.cat(outputs[::-1], dim=1)
 
 
 def _bias(bias: Bias | None, piece: Piece) -> Tensor | None:

@@ -4,7 +4,7 @@
     y[m]   = gate[m] sum over n of softmax_n(logits[m, n]) v[n]      over the keys that m may see
 
 Shapes: q (B, H, T, D), k and v (B, G, S, D), T <= S; query row i sits at key index S - T + i, and
-query head h reads key head h // (H/G).
+query head h reads key head h // (H/G). Turned q and k may be wider than v.
 """
 
 from typing import NamedTuple
@@ -36,6 +36,11 @@ class Case(NamedTuple):
     def place(self) -> Placement:
         """Where the queries and keys sit."""
         return self.mask.place
+
+    @property
+    def wide(self) -> bool:
+        """Whether turned q and k are wider than v."""
+        return self.k.shape[-1] != self.v.shape[-1]
 
     @property
     def scale(self) -> float:

@@ -4,8 +4,9 @@
     sdpa        torch's scaled_dot_product_attention; a dense bias only where the logits need one
     fused       Triton kernels
     auto        the first of an ordered list that can and pays: `reflected` for products of
-                reflections; on CPU `skipping` where gates drop enough, `blockwise` for relative
-                terms, packed documents and windows, `short` in half precision; else sdpa
+                reflections; on CPU `skipping` where gates drop enough, `contextual` for positions
+                that gates count, `blockwise` for relative terms, packed documents and windows,
+                `short` in half precision; else sdpa
 An explicit choice never falls back: a back end's `reason` is the error. The kernels have been timed
 on no GPU yet, so `auto` leaves them out.
 """
@@ -16,7 +17,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from posenc.backends import blockwise, fused, reference, reflected, sdpa, short, skipping
+from posenc.backends import (
+    blockwise,
+    contextual,
+    fused,
+    reference,
+    reflected,
+    sdpa,
+    short,
+    skipping,
+)
 from posenc.backends.case import Case
 from posenc.cache import Cache
 from posenc.convolution import DepthwiseConv
@@ -27,7 +37,7 @@ from posenc.rotations import Rotation
 IMPLS = ("auto", "reference", "sdpa", "fused")
 EXPLICIT: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "fused": fused}
 #: Tried in this order.
-ON_CPU = (reflected, skipping, blockwise, short, sdpa)
+ON_CPU = (reflected, skipping, contextual, blockwise, short, sdpa)
 ELSEWHERE = (reflected, sdpa)
 
 
@@ -67,6 +77,8 @@ def attend(case: Case, impl: str = "auto") -> Tensor:
             f"attention needs at least as many keys as queries; got T={mask.length}, "
             f"S={mask.key_length}. Pass the whole key sequence, the queries being its last tokens."
         )
+    if impl != "fused":  # whose kernels turn; others are chosen by what comes of it
+        case = case.turned()
     backend = choose(case, impl)
     if backend is skipping:
         return skipping.attend(case, partial(attend, impl="auto"))

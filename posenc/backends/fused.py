@@ -68,6 +68,8 @@ def reason(case: Case) -> str | None:
         return "is causal attention; got causal=False"
     if case.place.at is not None:
         return "reads the keys that there are, not a memory of fixed size (generate(compile=True))"
+    if case.scores.contextual is not None:
+        return "has no kernel for positions that gates count (CoPE)"
     if case.scores.reflections is not None:
         return "has no kernel for products of reflections"
     term = case.scores.relative
@@ -103,11 +105,9 @@ def attend(case: Case) -> Tensor:
     if _joins(case, term):
         assert term.factors is not None
         on_query, on_key = term.factors(add_per_head(q, term.query))
-        width = on_query.shape[-1]
         queries = torch.cat((query, on_query), dim=-1)
-        keys = torch.cat((k, on_key.expand(*k.shape[:-1], width)), dim=-1)
-        y = _plain(queries, keys, F.pad(v, (0, width)), case.gates, scale, mask)
-        return y[..., : v.shape[-1]]
+        keys = torch.cat((k, on_key.expand(*k.shape[:-1], on_query.shape[-1])), dim=-1)
+        return _plain(queries, keys, v, case.gates, scale, mask)
     table = term.rows(k.shape[-2])
     biases = (term.offset, scores.content, term.query)
     y = relative_attention(q, k, v, table, *biases, scale=scale, mask=mask)
@@ -130,6 +130,9 @@ def _joins(case: Case, term: RelativeTerm) -> bool:
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, gates: Gates | None, scale: float, mask: Any) -> Tensor:
     """Attention without terms in the logits, dense or of what the gates keep."""
+    if k.shape[-1] > v.shape[-1]:  # kernels take equal widths
+        padded = F.pad(v, (0, k.shape[-1] - v.shape[-1]))
+        return _plain(q, k, padded, gates, scale, mask)[..., : v.shape[-1]]
     from posenc.kernels.flash import flash_attention
     from posenc.kernels.routed import routed_attention
 

@@ -42,8 +42,8 @@ def reason(case: Case) -> str | None:
         return "computes products of reflections"
     if torch.compiler.is_compiling():
         return "a traced loop over chunks would make a graph of its own for every length"
-    if scores.bias is not None or scores.relative is not None or not case.mask.causal:
-        return "takes reflections alone, causal"
+    if not (scores._replace(reflections=None).plain and case.mask.causal):
+        return "takes reflections without a further term, causal"
     return None if case.place.at is None else "reads the keys that there are"
 
 

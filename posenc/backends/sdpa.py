@@ -12,7 +12,7 @@ from posenc.backends.case import Case
 from posenc.phase import repeat_heads
 from posenc.reflections import correction
 from posenc.routing.gates import weighed
-from posenc.scores import add_per_head, relative_logits
+from posenc.scores import add_per_head, contextual_logits, relative_logits
 
 
 def reason(case: Case) -> str | None:
@@ -22,11 +22,15 @@ def reason(case: Case) -> str | None:
 
 def attend(case: Case) -> Tensor:
     """(B, H, T, D) in q's dtype."""
-    return weighed(attend_dense(case.turned()), case.gates)
+    return weighed(attend_dense(case), case.gates)
 
 
 def attend_dense(case: Case) -> Tensor:
     """Without gates, of turned q and k."""
+    if case.wide:  # torch's flash attention wants equal widths: twice as fast, zeros included
+        width = case.v.shape[-1]
+        padded = F.pad(case.v, (0, case.k.shape[-1] - width))
+        return attend_dense(case._replace(v=padded))[..., :width]
     q, k, v, scores, mask = case.q, case.k, case.v, case.scores, case.mask
     length, key_length = mask.length, mask.key_length
     content = add_per_head(q, scores.content)
@@ -40,6 +44,9 @@ def attend_dense(case: Case) -> Tensor:
     if scores.relative is not None:
         relative = case.scale * relative_logits(q, scores.relative, key_length)
         bias = relative if bias is None else bias + relative
+    if scores.contextual is not None:
+        term = _contextual(case)
+        bias = term if bias is None else bias + term
     if scores.reflections is not None:
         reflected = _reflected(content, k, scores.reflections, case.scale)
         bias = reflected if bias is None else bias + reflected
@@ -60,6 +67,19 @@ def attend_dense(case: Case) -> Tensor:
         # graph with and without gradients (ONNX's does) would differ about what is a view of it.
         y = y.clone(memory_format=torch.contiguous_format)
     return y
+
+
+def _contextual(case: Case) -> Tensor:
+    """The contextual term (B, H, T, S), of products that torch's attention then forms again."""
+    case = case.repeated()
+    assert case.scores.contextual is not None
+    precise = torch.promote_types(case.q.dtype, torch.float32)
+    with no_autocast(case.q.device):
+        query, key = case.q.to(precise), case.k.to(precise)
+        products = add_per_head(query, case.scores.content) @ key.mT
+        seen = case.mask.whole()
+        term = contextual_logits(products, query, case.scores.contextual, seen, case.scale)
+        return case.scale * term
 
 
 def _reflected(q: Tensor, k: Tensor, r: Tensor, scale: float) -> Tensor:

@@ -30,7 +30,7 @@ def reason(case: Case) -> str | None:
 
 def attend(case: Case) -> Tensor:
     """(B, H, T, D) in q's dtype."""
-    case, dtype = case.turned(), case.q.dtype
+    dtype = case.q.dtype
     with no_autocast(case.q.device):
         wide = case._replace(q=case.q.float(), k=case.k.float(), v=case.v.float(), gates=None)
         y = sdpa.attend(wide).to(dtype)

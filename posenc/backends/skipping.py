@@ -62,7 +62,6 @@ def reason(case: Case) -> str | None:
 
 def attend(case: Case, dense: Callable[[Case], Tensor]) -> Tensor:
     """(B, H, T, D) in q's dtype; `dense` computes heads that nothing drops."""
-    case = case.turned()
     assert case.gates is not None
     plain = Case(case.q, case.k, case.v, case.mask, scores=Scores(scale=case.scale))
 
@@ -97,17 +96,19 @@ def attend_kept(
     """Causal attention over consecutive keys, weighed.
 
     Args:
-        q: (B, H, T, D). k, v: (B, H, S, D), T <= S.
+        q: (B, H, T, D). k, v: (B, H, S, D), T <= S. v may be narrower.
         gates: where one is 0 nothing is computed, and its own gradient is 0.
         dense: attention of some heads without gates.
 
     Returns:
-        (B, H, T, D) in q's dtype.
+        (B, H, T, D), v's width, in q's dtype.
     """
     if q.shape[2] == 1 and not torch.is_grad_enabled():
         return weigh(_attend_token(q, k, v, gates.values[:, :, 0] != 0, dense), gates.values)
     n = gates.always
-    shared = weigh(dense(q[:, :n], k[:, :n], v[:, :n]), gates.values[:, :n]) if n else q[:, :0]
+    shared = q.new_empty(len(q), 0, q.shape[2], v.shape[-1])
+    if n:
+        shared = weigh(dense(q[:, :n], k[:, :n], v[:, :n]), gates.values[:, :n])
     routed = (x[:, n:] for x in (q, k, v, gates.values))
     return _Kept.apply(shared, *routed, scale)
 
@@ -120,7 +121,7 @@ def _attend_token(
     dense: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """One query a sequence: its kept heads (B, H) as few views of the keys, without copies."""
-    y = torch.zeros_like(q)
+    y = q.new_zeros(*q.shape[:-1], v.shape[-1])
     for b, row in enumerate(kept.tolist()):
         one = slice(b, b + 1)
         for heads in progressions([h for h, keep in enumerate(row) if keep]):
@@ -296,14 +297,14 @@ class _Kept(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, gates)
         ctx.scale, n = scale, shared.shape[1]
-        batch, heads, length, dim = q.shape
+        batch, heads, length, _ = q.shape
         # Laid out (B, T, H, D): merging the heads then copies nothing.
-        y = q.new_zeros(batch, length, n + heads, dim).transpose(1, 2)
+        y = q.new_zeros(batch, length, n + heads, v.shape[-1]).transpose(1, 2)
         y[:, :n] = shared
         (space,) = _spaces(k, 1)
         with no_autocast(q.device):
             for b, group in _groups(q, k, v, gates, scale):
-                made = torch.empty_like(group.query)
+                made = group.query.new_empty(*group.query.shape[:-1], v.shape[-1])
                 for block, seen, weights in group.blocks(space):
                     made[block] = weights @ group.values[seen]
                 group.put(y[b, n:], made.mul_(group.gates))

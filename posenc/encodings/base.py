@@ -20,7 +20,7 @@ from posenc.phase import repeat_heads
 from posenc.placement import Placement, place
 from posenc.reflections import correction
 from posenc.rotations import ByFunction, Rotation
-from posenc.scores import Scores, add_per_head, relative_logits
+from posenc.scores import Scores, add_per_head, contextual_logits, relative_logits
 
 #: What FlexAttention takes: (score, b, h, q_idx, kv_idx) -> score.
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -44,6 +44,8 @@ class Encoding(nn.Module):
     in_logits: ClassVar[bool] = False
     #: Whether its `x` is the phase that a model computed once, see `SharedPhase`.
     reads_phase: ClassVar[bool] = False
+    #: Whether turned q and k are wider than v, of which kernels then take a padded copy.
+    widens: ClassVar[bool] = False
     #: Its option that a model's context sets where nobody gives it.
     context_option: ClassVar[str | None] = None
     #: Coordinates of a position, without a dimension of their own where None.
@@ -168,7 +170,9 @@ class Encoding(nn.Module):
         """The closure that FlexAttention takes, for turned q (B, H, T, D) and k (B, G, S, D); None
         where the scheme leaves the logits alone.
 
-        It captures what the scheme adds as a tensor (B or 1, H, T, S), made here.
+        It captures what the scheme adds as a tensor (B or 1, H, T, S), made here. Where gates count
+        keys (CoPE) they count those at positions from 0 to the query's; the closure knows of no
+        window and no documents.
         """
         keys = positions if key_positions is None else key_positions
         where = Placement(positions, length=q.shape[-2], key_length=k.shape[-2], keys=keys)
@@ -180,6 +184,9 @@ class Encoding(nn.Module):
             added = scale * (scores.content.to(q.dtype).unsqueeze(-2) @ repeated.mT)
         if scores.relative is not None:
             term = scale * relative_logits(q, scores.relative, k.shape[-2])
+            added = term if added is None else added + term
+        if scores.contextual is not None:
+            term = scale * _contextual_logits(q, k, scores, positions, keys)
             added = term if added is None else added + term
         if scores.reflections is not None:
             repeated, r = (repeat_heads(z, q.shape[1], dim=1) for z in (k, scores.reflections))
@@ -197,7 +204,9 @@ class Encoding(nn.Module):
         return partial(_modify, None if added is None else added.expand(shape), factor)
 
     def streams(self) -> dict[str, Stream]:
-        """The per-token tensors that decoding must remember beside k and v, by name."""
+        """The per-token tensors that decoding must remember beside k and v, by name; k itself where
+        turned keys have another width.
+        """
         return {}
 
     def cost(self, s: Sizes) -> Part:
@@ -221,6 +230,21 @@ def _modify(
 ) -> Tensor:
     score = score if factor == 1 else score * factor
     return score if added is None else score + added[b, h, m, n]
+
+
+def _contextual_logits(
+    q: Tensor, k: Tensor, scores: Scores, positions: Tensor, keys: Tensor
+) -> Tensor:
+    """The contextual term, unscaled, of keys up to the query: (B, H, T, S)."""
+    assert scores.contextual is not None
+    at = keys.unsqueeze(-2)
+    seen = (at <= positions.unsqueeze(-1)) & (at >= 0)
+    seen = seen if seen.ndim == 2 else seen.unsqueeze(1)
+    precise = torch.promote_types(q.dtype, torch.float32)
+    query, key = q.to(precise), repeat_heads(k, q.shape[1], dim=1).to(precise)
+    products = add_per_head(query, scores.content) @ key.mT
+    factor = scores.factor(q.shape[-1])
+    return contextual_logits(products, query, scores.contextual, seen, factor)
 
 
 def _key_positions(place: Placement) -> Tensor:

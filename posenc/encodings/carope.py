@@ -25,10 +25,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posenc.accounting import Part, Sizes, product, rotation, state, weights
+from posenc.accounting import Part, Sizes, product, rotation, rotation_by_angles, state, weights
 from posenc.autocast import no_autocast
 from posenc.cache import Cache, Stream
-from posenc.checks import check_base, check_head_dim, check_heads, check_kv_heads, check_sizes
+from posenc.checks import (
+    check_base,
+    check_head_dim,
+    check_heads,
+    check_kv_heads,
+    check_sizes,
+    check_tokens,
+)
 from posenc.encodings.base import Encoding
 from posenc.errors import unknown
 from posenc.phase import Float32Parameters
@@ -123,12 +130,7 @@ class CARoPE(Float32Parameters, Encoding):
     def rotation(
         self, place: Placement, x: Tensor | None = None, state: Cache | None = None
     ) -> ByRates:
-        if x is None or x.ndim != 3 or x.shape[1:] != (place.length, self.embed_dim):
-            got = None if x is None else tuple(x.shape)
-            raise ValueError(
-                "CARoPE turns by the tokens: rotate(q, k, positions, x) needs x of shape "
-                f"(B, {place.length}, {self.embed_dim}); got {got}. Pass the attention's input."
-            )
+        x = check_tokens("CARoPE", x, place.length, self.embed_dim)
         log_f = log_rates(x, self.weight, self.bias)
         return ByRates(log_f, self.head_dim // 2, self.first_power, place.here, state)
 
@@ -194,10 +196,8 @@ class SharedPhase(Encoding):
         dtype.
         """
         angles = (3 if s.e < 8 else 2) * s.N * s.G * s.D // 2  # fp64 layers share the phase
-        copies = s.N * s.turned if s.e < 4 else 0
-        return rotation(s, s.D) + Part(
-            elementwise=s.N * s.G * s.D, saved_bytes=(angles + copies) * s.precise
-        )
+        sines = Part(elementwise=s.N * s.G * s.D, saved_bytes=angles * s.precise)
+        return rotation_by_angles(s) + sines
 
     def replaces(self, s: Sizes) -> bool:
         return s.e < 4  # by copies

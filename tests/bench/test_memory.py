@@ -37,7 +37,9 @@ def test_the_model_holds_for_every_name_at_odd_sizes(tmp_path: Path) -> None:
         if row["metric"].endswith("over predicted")
     }
     names, plain = posenc.names(), ("mha", "sinusoidal", "nope", "mdha")
-    expected = {(name, "fused", "train") for name in names}
+    without = {line.split()[0] for line in done.stdout.splitlines() if line.endswith("no kernel")}
+    assert without <= {name for name in names if posenc.attention(name, 8, 4).encoding.in_logits}
+    expected = {(name, "fused", "train") for name in names if name not in without}
     expected |= {(name, "auto", "train") for name in plain}
     expected |= {(name, "cache", "decode") for name in names}
     assert ratios.keys() == expected
