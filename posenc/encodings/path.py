@@ -30,6 +30,7 @@ from posenc.accounting import Part, Sizes, product, state, weights
 from posenc.autocast import no_autocast
 from posenc.cache import Cache, Stream
 from posenc.checks import check_heads, check_kv_heads, check_sizes
+from posenc.convolution import gather_taps
 from posenc.encodings.base import Encoding
 from posenc.phase import Float32Parameters
 from posenc.placement import Placement
@@ -50,26 +51,17 @@ def directions(
 ) -> Tensor:
     """w (B, G, T, D), 0 where z is.
 
-    The taps are gathered before W2, where a token is 32 numbers: convolution and W2 are one
-    product.
+    The taps are gathered before W2, where a token is 32 numbers.
 
     Args:
         narrow: x W1 (B, T, 32). wide: W2 (32, G*D). kernel: (G, D, 3).
         past: (B, 2, 32), the rows before; None is zeros.
         segments: (B, T), documents that no tap leaves.
     """
-    length, (groups, dim, taps) = narrow.shape[1], kernel.shape
-    if past is None:
-        past = narrow.new_zeros(()).expand(narrow.shape[0], taps - 1, narrow.shape[-1])
-    rows = torch.cat((past, narrow), dim=1)
-    read = [rows[:, j : j + length] for j in range(taps)]
-    if segments is not None:
-        padded = F.pad(segments, (taps - 1, 0))  # what lies before the row is zeros anyway
-        own = (padded[:, j : j + length] == segments for j in range(taps))
-        read = [tap * same.unsqueeze(-1) for tap, same in zip(read, own, strict=True)]
+    groups, dim, taps = kernel.shape
     both = kernel.permute(2, 0, 1).unsqueeze(1) * wide.unflatten(1, (groups, dim))  # (3, 32, G, D)
     with no_autocast(narrow.device):
-        z = torch.cat(read, dim=-1) @ both.flatten(0, 1).flatten(1)  # (B, T, G*D)
+        z = gather_taps(narrow, taps, past, segments) @ both.flatten(0, 1).flatten(1)  # (B, T, G*D)
     z = F.silu(z).unflatten(-1, (groups, dim)).transpose(1, 2)
     return z * (z.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
