@@ -4,6 +4,8 @@
                    + bias[m, n]
     relative     = (q[m] + query_h) . table[h, d] + offset[h, d],    d the distance of m and n
     contextual   = q[m] . table[p[m, n]],                            p counted by gates (CoPE)
+    reflections  in place of q[m] + content_h its product H_{n+1} .. H_m (q[m] + content_h),
+                 H_t = I - r_t r_t^T                         (PaTH)
 
 The relative term stays factored and the bias a function until a back end needs them:
 
@@ -147,6 +149,7 @@ class Scores(NamedTuple):
     bias: Bias | None = None
     relative: RelativeTerm | None = None
     contextual: Tensor | None = None  # (P, D), see `contextual_logits`; causal alone
+    reflections: Tensor | None = None  # r (B, G, S, D), 0 where a key is hidden by padding
 
     def factor(self, head_dim: int) -> float:
         """The scale as a number."""
@@ -163,7 +166,8 @@ class Scores(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether the logits are scale * (q + content) . k."""
-        return self.bias is None and self.relative is None and self.contextual is None
+        terms = (self.bias, self.relative, self.contextual, self.reflections)
+        return all(term is None for term in terms)
 
 
 def add_per_head(q: Tensor, bias: Tensor | None) -> Tensor:

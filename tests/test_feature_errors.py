@@ -184,6 +184,7 @@ def test_parts_know_the_sizes_that_shape_them() -> None:
         "cope": {"head_dim", "causal"},
         "grape": {"head_dim"},
         "selective": {"head_dim", "num_kv_heads"},
+        "path": {"head_dim", "num_kv_heads", "causal"},
         "conv": {"head_dim", "num_kv_heads", "causal"},
     }
 
@@ -204,7 +205,7 @@ def test_parts_built_otherwise_are_refused(part: str, misfit: str) -> None:
     posenc.Attention(WIDTH, HEADS, **both, **fitting(part, **both))
 
 
-@pytest.mark.parametrize("part", ["carope", "polar", "selective", "conv"])
+@pytest.mark.parametrize("part", ["carope", "polar", "selective", "path", "conv"])
 @pytest.mark.parametrize("groups", [3, 0, 8, 2.0])
 def test_parts_refuse_key_heads_that_do_not_divide(part: str, groups: object) -> None:
     with refused("num_kv_heads"):

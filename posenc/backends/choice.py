@@ -3,9 +3,10 @@
     reference   materialises the definition, in fp32 or better
     sdpa        torch's scaled_dot_product_attention; a dense bias only where the logits need one
     fused       Triton kernels
-    auto        the first of an ordered list that can and pays: on CPU `skipping` where gates drop
-                enough, `contextual` for positions that gates count, `blockwise` for relative terms,
-                packed documents and windows, `short` in half precision; else sdpa
+    auto        the first of an ordered list that can and pays: `reflected` for products of
+                reflections; on CPU `skipping` where gates drop enough, `contextual` for positions
+                that gates count, `blockwise` for relative terms, packed documents and windows,
+                `short` in half precision; else sdpa
 An explicit choice never falls back: a back end's `reason` is the error. The kernels have been timed
 on no GPU yet, so `auto` leaves them out.
 """
@@ -16,7 +17,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from posenc.backends import blockwise, contextual, fused, reference, sdpa, short, skipping
+from posenc.backends import (
+    blockwise,
+    contextual,
+    fused,
+    reference,
+    reflected,
+    sdpa,
+    short,
+    skipping,
+)
 from posenc.backends.case import Case
 from posenc.cache import Cache
 from posenc.convolution import DepthwiseConv
@@ -27,8 +37,8 @@ from posenc.rotations import Rotation
 IMPLS = ("auto", "reference", "sdpa", "fused")
 EXPLICIT: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "fused": fused}
 #: Tried in this order.
-ON_CPU = (skipping, contextual, blockwise, short, sdpa)
-ELSEWHERE = (sdpa,)
+ON_CPU = (reflected, skipping, contextual, blockwise, short, sdpa)
+ELSEWHERE = (reflected, sdpa)
 
 
 def check_impl(impl: str, dropout: float = 0.0, conv: DepthwiseConv | None = None) -> str:

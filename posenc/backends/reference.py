@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from posenc.autocast import no_autocast
 from posenc.backends.case import Case
+from posenc.reflections import sweep
 from posenc.routing.gates import weighed
 from posenc.scores import add_per_head, contextual_logits, relative_logits
 
@@ -35,8 +36,12 @@ def logits(case: Case) -> Tensor:
     dtype = torch.promote_types(q.dtype, torch.float32)
     with no_autocast(q.device):
         query, key = q.to(dtype), case.k.to(dtype)
-        products = total = add_per_head(query, scores.content) @ key.transpose(-1, -2)
-        seen = case.mask.whole()
+        content = add_per_head(query, scores.content)
+        if scores.reflections is None:
+            products = content @ key.transpose(-1, -2)
+        else:
+            products = sweep(content, key, scores.reflections.to(dtype))
+        total, seen = products, case.mask.whole()
         if scores.relative is not None:
             total = total + relative_logits(query, scores.relative, key.shape[-2])
         if scores.contextual is not None:

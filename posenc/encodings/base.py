@@ -18,6 +18,7 @@ from posenc.cache import Cache, Stream
 from posenc.checks import check_pair, check_positions
 from posenc.phase import repeat_heads
 from posenc.placement import Placement, place
+from posenc.reflections import correction
 from posenc.rotations import ByFunction, Rotation
 from posenc.scores import Scores, add_per_head, contextual_logits, relative_logits
 
@@ -186,6 +187,11 @@ class Encoding(nn.Module):
             added = term if added is None else added + term
         if scores.contextual is not None:
             term = scale * _contextual_logits(q, k, scores, positions, keys)
+            added = term if added is None else added + term
+        if scores.reflections is not None:
+            repeated, r = (repeat_heads(z, q.shape[1], dim=1) for z in (k, scores.reflections))
+            query = scale * add_per_head(q, scores.content)
+            term = correction(query, repeated, r.to(q.dtype))
             added = term if added is None else added + term
         dense = scores.added()
         if dense is not None:
