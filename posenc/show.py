@@ -11,6 +11,10 @@ queries, so that equal tokens match:
     one head         the logits of one text, query by key
     by position      the bias alone, or how far each pair turns a token, where there is such
 
+    python -m posenc.show rope axes=[32,32] base=100
+
+draws a scheme of two axes: the logits of equal tokens, from the middle of an image to all of it.
+
 Needs matplotlib, which the extra `train` has.
 """
 
@@ -18,6 +22,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +59,18 @@ class Seen(NamedTuple):
     turns: Tensor | None
 
 
+class Image(NamedTuple):
+    """What is drawn of a layer of two axes.
+
+    Attributes:
+        title: of the scheme.
+        logits: of equal tokens, from the middle to everywhere, (H, side, side).
+    """
+
+    title: str
+    logits: Tensor
+
+
 @torch.no_grad()
 def look(
     name: str,
@@ -64,15 +81,17 @@ def look(
     texts: int = 16,
     seed: int = 0,
     **options: Any,
-) -> Seen:
+) -> Seen | Image:
     """Measure a new layer of a name of the zoo.
 
     Args:
-        length: T, tokens of a text. texts: how many of random tokens.
+        length: T, tokens of a text; of two axes a square of at most as many. texts: how many of
+            random tokens.
         options: of `posenc.attention`.
 
     Raises:
-        ValueError: for what cannot be built, or sizes below 1 (2 for the length).
+        ValueError: for what cannot be built, more axes than two, or sizes below 1 (2 for the
+            length).
     """
     for what, value, least in (("length", length, 2), ("texts", texts, 1)):
         if value < least:
@@ -82,6 +101,8 @@ def look(
         layer = posenc.attention(name, embed_dim, heads, **options).double()
         x = torch.randn(texts, length, embed_dim, dtype=torch.float64)
     match_keys(layer)
+    if layer.encoding.axes_count is not None:
+        return image_of(title_of(name, options), layer, x)
     same = x[:, :1].expand_as(x)
     random = layer.logits(x)
     met = by_distance(random)
@@ -94,6 +115,21 @@ def look(
         bias_of(layer, x),
         turns_of(layer, x),
     )
+
+
+def image_of(title: str, layer: Attention, x: Tensor) -> Image:
+    """From the middle of a square image of equal tokens, each as in the first text."""
+    if layer.encoding.axes_count != 2:
+        raise ValueError(
+            f"two axes can be drawn, or none; got {layer.encoding.axes_count}. Give axes=[A,B]."
+        )
+    side = math.isqrt(x.shape[1])
+    layer.causal = False  # everything is seen from the middle
+    every = torch.arange(side)
+    same = x[:1, :1].expand(1, side * side, -1)
+    logits = layer.logits(same, positions=torch.cartesian_prod(every, every))
+    middle = side // 2 * side + side // 2
+    return Image(title, logits[0, :, middle].unflatten(-1, (side, side)))
 
 
 def title_of(name: str, options: dict[str, Any]) -> str:
@@ -153,25 +189,39 @@ def turns_of(layer: Attention, x: Tensor) -> Tensor | None:
     return step.mean((0, 2))
 
 
-def figure(seen: Seen) -> Any:
+def figure(seen: Seen | Image) -> Any:
     """The picture, a matplotlib Figure."""
     from matplotlib.figure import Figure  # without pyplot there is no display to look for
 
-    draws: list[Callable[[Any], None]] = [
-        lambda axes: lines(axes, seen.equal, "equal tokens", "logit"),
-        lambda axes: lines(axes, seen.random, "random tokens, on average", "logit"),
-        lambda axes: heat(axes, seen.one),
-    ]
-    bias, turns = seen.bias, seen.turns
-    if bias is not None:
-        draws.append(lambda axes: lines(axes, bias, "the bias alone", "added to the logit"))
-    if turns is not None:
-        draws.append(lambda axes: rates(axes, turns))
+    draws = panels(seen) if isinstance(seen, Seen) else maps(seen)
     made = Figure(figsize=(4.2 * len(draws), 3.8), dpi=120, layout="constrained")
     made.suptitle(seen.title)
     for axes, draw in zip(made.subplots(1, len(draws), squeeze=False)[0], draws, strict=True):
         draw(axes)
     return made
+
+
+def panels(seen: Seen) -> list[Callable[[Any], None]]:
+    """What is drawn of text."""
+    bias, turns = seen.bias, seen.turns
+    draws: list[Callable[[Any], None]] = [
+        lambda axes: lines(axes, seen.equal, "equal tokens", "logit"),
+        lambda axes: lines(axes, seen.random, "random tokens, on average", "logit"),
+        lambda axes: heat(axes, seen.one, "head 0 on random tokens", "key", "query"),
+    ]
+    if bias is not None:
+        draws.append(lambda axes: lines(axes, bias, "the bias alone", "added to the logit"))
+    if turns is not None:
+        draws.append(lambda axes: rates(axes, turns))
+    return draws
+
+
+def maps(seen: Image) -> list[Callable[[Any], None]]:
+    """What is drawn of images: a map a head, of the first four."""
+    return [
+        partial(heat, logits=logits, title=f"head {head}, equal tokens", x="column", y="row")
+        for head, logits in enumerate(seen.logits[:4])
+    ]
 
 
 def lines(axes: Any, values: Tensor, title: str, label: str) -> None:
@@ -186,14 +236,14 @@ def lines(axes: Any, values: Tensor, title: str, label: str) -> None:
         axes.legend(frameon=False, fontsize="small")
 
 
-def heat(axes: Any, logits: Tensor) -> None:
-    """Logits of one head, query by key."""
+def heat(axes: Any, logits: Tensor, title: str, x: str, y: str) -> None:
+    """Logits of one head as colours."""
     seen = logits[~logits.isnan()].abs()
     most = float(seen.quantile(0.99)) or 1.0  # tokens that meet themselves stand out anyway
     image = axes.imshow(
         logits.numpy(), cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest"
     )
-    axes.set(title="head 0 on random tokens", xlabel="key", ylabel="query")
+    axes.set(title=title, xlabel=x, ylabel=y)
     axes.figure.colorbar(image, ax=axes, shrink=0.8)
 
 

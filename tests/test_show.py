@@ -58,6 +58,18 @@ def test_the_bias_is_shown_alone() -> None:
     close(seen.bias, -torch.tensor(slopes(4)).double()[:, None] * torch.arange(9))
 
 
+def test_two_axes_are_an_image() -> None:
+    seen = show.look("rope", **{**SMALL, "embed_dim": 32, "length": 30}, axes=[4, 4], base=100.0)
+    assert seen.title == "rope:axes=[4, 4],base=100.0"
+    assert isinstance(seen, show.Image)
+    assert seen.logits.shape == (4, 5, 5)
+    assert (seen.logits[:, 2, 2] == seen.logits.amax((1, 2))).all()
+    close(seen.logits, seen.logits.flip(1, 2))  # as far to either side
+    assert len(show.figure(seen).axes) == 8  # with their scales
+    with pytest.raises(ValueError, match=r"two axes can be drawn, or none; got 3"):
+        show.look("rope", **{**SMALL, "embed_dim": 32}, axes=[4, 2, 2])
+
+
 def test_nothing_else_is_drawn_anew() -> None:
     """Looking takes no random numbers of the caller's."""
     before = torch.random.get_rng_state()
