@@ -21,25 +21,33 @@ def reason(case: Case) -> str | None:
 def attend(case: Case) -> Tensor:
     """(B, H, T, D) in q's dtype; T x S in memory."""
     case = case.repeated()
-    q, k, v, scores = case.q, case.k, case.v, case.scores
+    with no_autocast(case.q.device):
+        weights = torch.softmax(logits(case), dim=-1)
+        if case.dropout_p:
+            weights = F.dropout(weights, case.dropout_p)
+        return weighed((weights @ case.v.to(weights.dtype)).to(case.q.dtype), case.gates)
+
+
+def logits(case: Case) -> Tensor:
+    """What the softmax sees of turned q and k with a key head for every query head: (B, H, T, S)
+    in fp32 or better, -inf where hidden.
+    """
+    q, scores = case.q, case.scores
     dtype = torch.promote_types(q.dtype, torch.float32)
     with no_autocast(q.device):
-        query, key, value = q.to(dtype), k.to(dtype), v.to(dtype)
+        query, key = q.to(dtype), case.k.to(dtype)
         content = add_per_head(query, scores.content)
         if scores.reflections is None:
             products = content @ key.transpose(-1, -2)
         else:
             products = sweep(content, key, scores.reflections.to(dtype))
-        logits, seen = products, case.mask.whole()
+        total, seen = products, case.mask.whole()
         if scores.relative is not None:
-            logits = logits + relative_logits(query, scores.relative, k.shape[-2])
+            total = total + relative_logits(query, scores.relative, key.shape[-2])
         if scores.contextual is not None:
             term = contextual_logits(products, query, scores.contextual, seen, case.scale)
-            logits = logits + term
-        logits = logits * case.scale
+            total = total + term
+        total = total * case.scale
         bias = scores.added()
-        logits = logits if bias is None else logits + bias
-        weights = torch.softmax(logits.masked_fill(~seen, -math.inf), dim=-1)
-        if case.dropout_p:
-            weights = F.dropout(weights, case.dropout_p)
-        return weighed((weights @ value).to(q.dtype), case.gates)
+        total = total if bias is None else total + bias
+        return total.masked_fill(~seen, -math.inf)
