@@ -206,7 +206,7 @@ def in_blocks(
         else:
             y = block(piece)
         outputs.append(y)
-    return torch.cat(outputs[::-1], dim=1)
+    return torch.cat(outputs[::-1], dim=-2)
 
 
 def _bias(bias: Bias | None, piece: Piece) -> Tensor | None:

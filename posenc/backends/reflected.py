@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from posenc.autocast import no_autocast
+from posenc.backends.blockwise import in_blocks
 from posenc.backends.case import Case
 from posenc.backends.mask import ALL, Piece
 from posenc.backends.skipping import runs_eagerly
@@ -34,8 +34,6 @@ from posenc.scores import add_per_head
 
 #: Tokens of a chunk, and chunks of a block of queries: of 32 to 128 and 1 to 8 the fastest on CPU.
 CHUNK, CHUNKS = 64, 2
-#: Blocks that meet this many keys are recomputed in the backward pass: memory linear in T.
-RECOMPUTE_FROM = 1024
 
 
 def reason(case: Case) -> str | None:
@@ -135,57 +133,54 @@ def sweep(parts: Chunks, start: int, stop: int, farthest: int) -> Tensor:
     return torch.cat(columns[::-1], dim=-1)
 
 
-def _attend(case: Case, piece: Piece) -> Tensor:
+def _blocks(parts: Chunks, document: Piece, window: int | None) -> list[Piece]:
+    """A document's queries, so many chunks at a time, and all chunks of keys that they see."""
+    length = document.rows.stop - document.rows.start
+    past = document.keys.stop - document.keys.start - length
+    blocks = []
+    for start in range(0, length, CHUNKS * parts.size):
+        stop = min(start + CHUNKS * parts.size, length)
+        low = 0 if window is None else max(0, past + start - window + 1)
+        low = max(0, low - (low + parts.front) % parts.size)
+        rows = slice(document.rows.start + start, document.rows.start + stop)
+        keys = slice(document.keys.start + low, document.keys.start + past + stop)
+        blocks.append(Piece(document.batch, rows, keys, square=False))
+    return blocks
+
+
+def _attend(case: Case, document: Piece) -> Tensor:
     """(B, H, T, D) of one document, in v's dtype."""
-    mask, content, dropout_p = case.mask, case.scores.content, case.dropout_p
-    assert case.scores.reflections is not None
-    q = add_per_head(case.q[piece.batch, :, piece.rows], content)
-    k, v, r = (x[piece.batch, :, piece.keys] for x in (case.k, case.v, case.scores.reflections))
-    batch, heads, length, _ = q.shape
-    groups, key_length = k.shape[1:3]
+    mask, scores, dropout_p = case.mask, case.scores, case.dropout_p
+    assert scores.reflections is not None
+    q = add_per_head(case.q[document.batch, :, document.rows], scores.content)
+    k, v, r = (
+        x[document.batch, :, document.keys].flatten(0, 1)
+        for x in (case.k, case.v, scores.reflections)
+    )
+    batch, groups = len(q), case.k.shape[1]
     precise = torch.promote_types(q.dtype, torch.float32)
-    k, v, r = k.to(precise).flatten(0, 1), v.flatten(0, 1), r.to(precise).flatten(0, 1)
     with no_autocast(q.device):
         scaled = (q.to(precise) * case.scale).unflatten(1, (groups, -1)).flatten(0, 1)
-        parts = chunks(scaled, k, r)
-    size, past = parts.size, key_length - length
+        parts = chunks(scaled, k.to(precise), r.to(precise))
 
-    def block(start: int) -> Tensor:
-        stop = min(start + CHUNKS, len(parts.own))
-        rows = slice(start * size, min(stop * size, length))
-        seen = 0 if mask.window is None else max(0, past + rows.start - mask.window + 1)
-        farthest = (seen + parts.front) // size
-        zeros = max(0, parts.front - farthest * size)
-        keys = slice(farthest * size + zeros - parts.front, past + rows.stop)
+    def block(piece: Piece) -> Tensor:
+        rows, width = piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start
+        start = (piece.rows.start - document.rows.start) // parts.size
+        low = piece.keys.start - document.keys.start
+        farthest = (low + parts.front) // parts.size
+        zeros = 0 if low else parts.front
         with no_autocast(q.device):
-            logits = sweep(parts, start, stop, farthest)
-            logits = logits[:, :, : rows.stop - rows.start, zeros : zeros + keys.stop - keys.start]
-            if not (piece.square or mask.only_order):
-                hidden = ~mask.dense(
-                    piece.batch, _later(rows, piece.rows.start), _later(keys, piece.keys.start)
-                )
-                logits = logits.unflatten(0, (batch, groups)).flatten(1, 2)
-                logits = logits.masked_fill(hidden, -math.inf)
-                logits = logits.unflatten(1, (groups, -1)).flatten(0, 1)
+            logits = sweep(parts, start, min(start + CHUNKS, len(parts.own)), farthest)
+            logits = logits[:, :, :rows, zeros : zeros + width]
+            if not (document.square or mask.only_order):
+                hidden = ~mask.dense(piece.batch, piece.rows, piece.keys)
+                by_query_head = logits.unflatten(0, (batch, groups)).flatten(1, 2)
+                logits = by_query_head.masked_fill(hidden, -math.inf).view(logits.shape)
             weights = logits.softmax(-1).to(v.dtype)
             if dropout_p:
                 weights = F.dropout(weights, dropout_p)
-            return torch.bmm(weights.flatten(1, 2), v[:, keys]).unflatten(1, (-1, weights.shape[2]))
+            y = torch.bmm(weights.flatten(1, 2), v[:, low : low + width])
+            return y.unflatten(1, (-1, rows))
 
-    recompute = torch.is_grad_enabled() and key_length >= RECOMPUTE_FROM
-    # torch.func knows no checkpoints.
-    recompute = recompute and not torch._C._are_functorch_transforms_active()
-    outputs = []
-    # The widest block first: where it lay the others fit.
-    for start in reversed(range(0, len(parts.own), CHUNKS)):
-        if recompute:
-            random = dropout_p > 0
-            y = checkpoint(block, start, use_reentrant=False, preserve_rng_state=random)
-        else:
-            y = block(start)
-        outputs.append(y)
-    return torch.cat(outputs[::-1], dim=-2).view(batch, heads, length, -1)
-
-
-def _later(part: slice, by: int) -> slice:
-    return slice(part.start + by, part.stop + by)
+    y = in_blocks(block, _blocks(parts, document, mask.window), random=dropout_p > 0)
+    return y.unflatten(0, (batch, groups)).flatten(1, 2)

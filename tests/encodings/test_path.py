@@ -27,7 +27,7 @@ from helpers import (
     rms_error,
 )
 from posenc import PaTH
-from posenc.backends import choice, fused, reflected, sdpa
+from posenc.backends import blockwise, choice, fused, reflected, sdpa
 from posenc.backends.case import consecutive
 from posenc.convolution import depthwise_conv
 from posenc.encodings.path import directions, root_beta
@@ -185,7 +185,7 @@ def test_blocks_made_anew_in_the_backward_pass_change_nothing(
     inputs, probe = tensors(150, 150), randn(B, HEADS, 150, D)
     results = []
     for least in (1, 1000):
-        monkeypatch.setattr(reflected, "RECOMPUTE_FROM", least)
+        monkeypatch.setattr(blockwise, "RECOMPUTE_FROM", least)
         torch.manual_seed(1)
         run = partial(by, "auto", dropout_p=dropout)
         results.append(outputs_and_gradients(run, inputs, probe))
@@ -212,7 +212,7 @@ def test_memory_is_linear_in_the_length() -> None:
 
 
 def test_transforms_of_functions_go_through_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reflected, "RECOMPUTE_FROM", 1)
+    monkeypatch.setattr(blockwise, "RECOMPUTE_FROM", 1)
     inputs = tensors(130, 130)
     expected = by("reference", *inputs)
     y = torch.func.vmap(lambda *x: by("auto", *(z[None] for z in x))[0])(*inputs)
