@@ -204,7 +204,11 @@ def test_options_of_a_pattern_are_read_as_values() -> None:
     assert single.h[1].attn.conv is not None
 
 
-@pytest.mark.parametrize("names", list(product(NAMES, NAMES)), ids=",".join)
+#: Every name beside one of each kind at the input, and beside its neighbour.
+PAIRS = [*product(NAMES, ("rope", "mha", "sinusoidal")), *pairwise(NAMES)]
+
+
+@pytest.mark.parametrize("names", PAIRS, ids=",".join)
 def test_names_mix_where_their_tables_at_the_input_agree(names: tuple[str, str]) -> None:
     first, second = (ZOO[name].embedding for name in names)
     if first is second:
