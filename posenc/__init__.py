@@ -26,6 +26,7 @@ from posenc.encodings import (
     Sinusoidal,
 )
 from posenc.models.config import GPTConfig
+from posenc.models.convert import convert
 from posenc.models.gpt import GPT
 from posenc.placement import segments
 from posenc.routing.moh import MoH
@@ -64,6 +65,7 @@ __all__ = [
     "Sinusoidal",
     "attention",
     "attention_cost",
+    "convert",
     "model_cost",
     "names",
     "record_routing",

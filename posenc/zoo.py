@@ -245,7 +245,8 @@ MODULE_OPTIONS = (
 ALIASES = {"cmha": "polar", "rmha": "relative", "mha": "learned"}
 
 
-def _accepted(part: Callable[..., Any]) -> list[str]:
+def options_of(part: Callable[..., Any]) -> list[str]:
+    """The options of a part, without the sizes that it is told."""
     parameters = inspect.signature(part).parameters
     return [name for name in parameters if name not in SIZES]
 
@@ -275,12 +276,12 @@ def sort_options(name: str, options: Mapping[str, Any]) -> Parts:
         raise ValueError(f"conv must be True or False; got {conv!r}. Its options are conv_NAME.")
     parts: dict[str, list[str]] = {"attention": list(MODULE_OPTIONS)}
     if recipe.router is not None:
-        parts["router"] = _accepted(MoH)
+        parts["router"] = options_of(MoH)
     if conv:
-        parts["conv"] = _accepted(DepthwiseConv)
-    parts["encoding"] = _accepted(encoding)
+        parts["conv"] = options_of(DepthwiseConv)
+    parts["encoding"] = options_of(encoding)
     if embedding is not None:
-        parts["embedding"] = _accepted(embedding)
+        parts["embedding"] = options_of(embedding)
     table: dict[str, tuple[str, str]] = {}
     for part, accepted in parts.items():
         for option in accepted:
@@ -304,6 +305,12 @@ def sort_options(name: str, options: Mapping[str, Any]) -> Parts:
             )
         sorted_options[part][argument] = value
     return Parts(recipe, encoding, embedding, conv, sorted_options)
+
+
+def encoding_name(parts: Parts) -> str:
+    """What `encoding=` calls the encoding of these parts."""
+    wanted, known = parts.embedding or parts.encoding, {**ENCODINGS, **EMBEDDINGS}
+    return next(name for name, part in known.items() if part is wanted)
 
 
 def _build(part: Callable[..., Any], sizes: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
