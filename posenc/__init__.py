@@ -23,6 +23,7 @@ from posenc.encodings import (
     RoPE,
     SelectiveRoPE,
     Sinusoidal,
+    XPos,
 )
 from posenc.models.config import GPTConfig
 from posenc.models.gpt import GPT
@@ -60,6 +61,7 @@ __all__ = [
     "RoPE",
     "SelectiveRoPE",
     "Sinusoidal",
+    "XPos",
     "attention",
     "attention_cost",
     "model_cost",

@@ -5,6 +5,8 @@
     relative     = (q[m] + query_h) . table[h, d] + offset[h, d],    d the distance of m and n
     contextual   = q[m] . table[p[m, n]],                            p counted by gates (CoPE)
 
+    with fading each product of two features also fades with the distance, see `posenc.fading`
+
 The relative term stays factored and the bias a function until a back end needs them:
 
     ByDistance    bias of the distance alone                 ALiBi, T5, KERPLE
@@ -18,6 +20,8 @@ from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
+
+from posenc.fading import Fading
 
 #: An additive bias broadcastable to (B, H, T, S), or one made of some rows and some keys at a time.
 Bias = Union[Tensor, Callable[[slice, slice], Tensor], "ByDistance", "Decay"]
@@ -147,6 +151,7 @@ class Scores(NamedTuple):
     bias: Bias | None = None
     relative: RelativeTerm | None = None
     contextual: Tensor | None = None  # (P, D), see `contextual_logits`; causal alone
+    fading: Fading | None = None  # causal, without any of the others but the scale
 
     def factor(self, head_dim: int) -> float:
         """The scale as a number."""
@@ -163,7 +168,8 @@ class Scores(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether the logits are scale * (q + content) . k."""
-        return self.bias is None and self.relative is None and self.contextual is None
+        extra = (self.bias, self.relative, self.contextual, self.fading)
+        return all(term is None for term in extra)
 
 
 def add_per_head(q: Tensor, bias: Tensor | None) -> Tensor:

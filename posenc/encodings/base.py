@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from posenc.accounting import Part, Sizes, state, weights
 from posenc.cache import Cache, Stream
 from posenc.checks import check_pair, check_positions
+from posenc.fading import faded_logits
 from posenc.phase import repeat_heads
 from posenc.placement import Placement, place
 from posenc.rotations import ByFunction, Rotation
@@ -177,6 +178,8 @@ class Encoding(nn.Module):
         where = Placement(positions, length=q.shape[-2], key_length=k.shape[-2], keys=keys)
         scores = self.scores(where, x)
         scale = scores.factor(q.shape[-1])
+        if scores.fading is not None:  # no function of the score: it takes its place
+            return partial(_modify, scale * faded_logits(q, k, scores.fading, where), 0.0)
         added: Tensor | None = None
         if scores.content is not None:
             repeated = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
