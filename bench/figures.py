@@ -39,7 +39,9 @@ def style(name: str) -> dict[str, Any]:
     """The same colour and marker for a name of the zoo in every figure; hollow with options."""
     names, (plain, _, options) = posenc.names(), name.partition(":")
     number = names.index(plain) if plain in names else 7
-    look = {"color": COLOURS[number], "marker": MARKERS[number], "markersize": 4}
+    again, colour = divmod(number, len(COLOURS))  # more names than colours: other markers
+    marker = MARKERS[(colour + again) % len(MARKERS)]
+    look = {"color": COLOURS[colour], "marker": marker, "markersize": 4}
     return look | ({"fillstyle": "none"} if options else {})
 
 

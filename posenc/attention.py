@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, overload
 import torch
 from torch import Tensor, nn
 
-from posenc.backends import choice
+from posenc.backends import choice, reference
 from posenc.backends.case import Case
 from posenc.backends.mask import Mask
 from posenc.backends.projections import from_heads, kept_rows, to_heads
@@ -189,9 +189,10 @@ class Attention(nn.Module):
 
     def streams(self) -> dict[str, Stream]:
         """What decoding remembers of each token, by name."""
+        wide = Stream((self.num_kv_heads, self.head_dim * self.encoding.widening))
         heads = Stream((self.num_kv_heads, self.head_dim))
         conv = {} if self.conv is None else self.conv.streams()
-        return {"k": heads, "v": heads, **self.encoding.streams(), **conv}
+        return {"k": wide, "v": heads, **self.encoding.streams(), **conv}
 
     @overload
     def forward(
@@ -268,19 +269,51 @@ class Attention(nn.Module):
             shared = Shared(self._place(x, positions, mask, segments, cache))
         elif not (positions is mask is segments is None):
             raise ValueError("positions, mask and segments are placed in shared; give one of both.")
+        case, aux, kept = self._case(x, shared, cache, self.impl)
+        y = from_heads(choice.attend(case, self.impl), self.c_proj, kept)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        if not return_aux:
+            return y
+        return y, x.new_zeros((), dtype=torch.float32) if aux is None else aux
+
+    def logits(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """What the softmax sees, by the definition: (B, H, T, T) in fp32 or better, -inf where
+        hidden. Arguments and errors as those of `forward`; for looking at, as no back end but
+        "reference" forms it.
+        """
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != self.embed_dim:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x must have shape (B, T, {self.embed_dim}); got {got}.")
+        shared = Shared(self._place(x, positions, mask, segments, None))
+        case, _, _ = self._case(x, shared, None, "reference")
+        return reference.logits(case.turned().repeated())
+
+    def _case(
+        self, x: Tensor, shared: Shared, cache: Cache | None, impl: str
+    ) -> tuple[Case, Tensor | None, Gates | None]:
+        """What a back end is asked for; the balance loss; the gates if only what they keep was
+        projected.
+        """
         where = shared.place if cache is None else shared.place.ending(cache.seen + x.shape[1])
         described = x
         if self.encoding.reads_phase and shared.phase is not None:
             described = shared.phase
-
         router, gates, aux = self.router, None, None
         if router is not None and not router.reads_queries:
             gates, aux = _route(router, x, None, where.here)
         plain = self.conv is None
-        kept = kept_rows(x, gates, [self.c_attn, self.c_proj], self.impl) if plain else None
+        kept = kept_rows(x, gates, [self.c_attn, self.c_proj], impl) if plain else None
         q, k, v = to_heads(x, self.c_attn, self.num_heads, self.num_kv_heads, kept)
         if self.conv is not None:
-            q, k, v = choice.convolve(self.conv, q, k, v, where, cache, self.impl)
+            q, k, v = choice.convolve(self.conv, q, k, v, where, cache, impl)
         # Before norm and rotation: the rotation keeps the length of q, which the norm takes away.
         if router is not None and router.reads_queries:
             gates, aux = _route(router, x, q, where.here)
@@ -289,7 +322,7 @@ class Attention(nn.Module):
         rotation = self.encoding.describe_rotation(where, described, cache)
         if cache is not None:
             if rotation is not None:  # cached keys have turned
-                q, k = choice.turn(rotation, q, k, self.impl)
+                q, k = choice.turn(rotation, q, k, impl)
                 rotation = None
             k, v = cache.append("k", k), cache.append("v", v)
         case = Case(
@@ -302,12 +335,7 @@ class Attention(nn.Module):
             gates,
             self.dropout if self.training else 0.0,
         )
-        y = from_heads(choice.attend(case, self.impl), self.c_proj, kept)
-        if cache is not None:
-            cache.advance(x.shape[1])
-        if not return_aux:
-            return y
-        return y, x.new_zeros((), dtype=torch.float32) if aux is None else aux
+        return case, aux, kept
 
     def _place(
         self,

@@ -85,6 +85,29 @@ def _within(
     return y
 
 
+def gather_taps(
+    x: Tensor, taps: int, past: Tensor | None = None, segments: Tensor | None = None
+) -> Tensor:
+    """What the causal taps of each token read, side by side: x (B, T, r) -> (B, T, taps * r).
+
+    Where a narrow x is widened and convolved, one product then does both.
+
+    Args:
+        past: (B, taps - 1, r), the rows before; None is zeros.
+        segments: (B, T), documents that no tap leaves.
+    """
+    length = x.shape[1]
+    if past is None:
+        past = x.new_zeros(()).expand(x.shape[0], taps - 1, x.shape[-1])
+    rows = torch.cat((past, x), dim=1)
+    read = [rows[:, j : j + length] for j in range(taps)]
+    if segments is not None:
+        padded = F.pad(segments, (taps - 1, 0))  # what lies before the row is zeros anyway
+        own = (padded[:, j : j + length] == segments for j in range(taps))
+        read = [tap * same.unsqueeze(-1) for tap, same in zip(read, own, strict=True)]
+    return torch.cat(read, dim=-1)
+
+
 class DepthwiseConv(nn.Module):
     """Short convolutions of q, k and v along time.
 

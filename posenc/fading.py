@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from posenc.checks import concrete
 from posenc.phase import repeat_heads
@@ -126,9 +127,11 @@ def _starts(place: Placement, reach: int) -> list[int]:
 
 def faded_logits(q: Tensor, k: Tensor, fading: Fading, place: Placement) -> Tensor:
     """The products, unscaled: (B, H, T, S); keys after the query must be masked."""
-    k, parts = repeat_heads(k, q.shape[1], dim=1), []
+    k, parts, later = repeat_heads(k, q.shape[1], dim=1), [], 0
     for rows in blocks(fading, place, q.dtype):
-        here = place.block(rows, slice(0, place.key_length))
-        query, key = fade(q[..., rows, :], k, fading, here)
-        parts.append(query @ key.mT)
+        if place.keys is None or place.real is not None:  # the queries are the last of the keys
+            later = place.length - rows.stop
+        keys = slice(0, place.key_length - later)
+        query, key = fade(q[..., rows, :], k[..., keys, :], fading, place.block(rows, keys))
+        parts.append(F.pad(query @ key.mT, (0, later)))
     return torch.cat(parts, dim=-2)

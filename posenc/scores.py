@@ -4,6 +4,8 @@
                    + bias[m, n]
     relative     = (q[m] + query_h) . table[h, d] + offset[h, d],    d the distance of m and n
     contextual   = q[m] . table[p[m, n]],                            p counted by gates (CoPE)
+    reflections  in place of q[m] + content_h its product H_{n+1} .. H_m (q[m] + content_h),
+                 H_t = I - r_t r_t^T                         (PaTH)
 
     with fading each product of two features also fades with the distance, see `posenc.fading`
 
@@ -151,6 +153,7 @@ class Scores(NamedTuple):
     bias: Bias | None = None
     relative: RelativeTerm | None = None
     contextual: Tensor | None = None  # (P, D), see `contextual_logits`; causal alone
+    reflections: Tensor | None = None  # r (B, G, S, D), 0 where a key is hidden by padding
     fading: Fading | None = None  # causal, without any of the others but the scale
 
     def factor(self, head_dim: int) -> float:
@@ -168,7 +171,7 @@ class Scores(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether the logits are scale * (q + content) . k."""
-        extra = (self.bias, self.relative, self.contextual, self.fading)
+        extra = (self.bias, self.relative, self.contextual, self.reflections, self.fading)
         return all(term is None for term in extra)
 
 

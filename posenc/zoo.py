@@ -25,6 +25,7 @@ from posenc.encodings.grape import GRAPE
 from posenc.encodings.kerple import Kerple
 from posenc.encodings.learned import Learned
 from posenc.encodings.nope import NoPE
+from posenc.encodings.path import PaTH
 from posenc.encodings.polar import Polar
 from posenc.encodings.pope import PoPE
 from posenc.encodings.relative import Relative
@@ -83,6 +84,7 @@ ENCODINGS: dict[str, type[Encoding]] = {
     "selective": SelectiveRoPE,
     "pope": PoPE,
     "xpos": XPos,
+    "path": PaTH,
 }
 EMBEDDINGS: dict[str, type[Encoding]] = {"learned": Learned, "sinusoidal": Sinusoidal}
 #: Beside a GPT's embeddings of std 0.02 this is the original's ratio of position to token.
@@ -217,6 +219,12 @@ ZOO: dict[str, Recipe] = {
         acts="q, k",
         summary="RoPE whose pairs fade with the distance, the fastest ones fastest",
         encoding=XPos,
+    ),
+    "path": Recipe(
+        paper="2505.16381",
+        acts="logits",
+        summary="reflections by the tokens between a key and the query, multiplied up (PaTH)",
+        encoding=PaTH,
     ),
 }
 

@@ -92,6 +92,8 @@ def counted(layer: posenc.Attention, batch: int, length: int, key_length: int, f
         hidden += length * (key_length + 1) - pairs
     if isinstance(layer.encoding, posenc.PoPE):
         hidden += length * key_length - pairs  # q and k are twice as wide as v
+    if isinstance(layer.encoding, posenc.PaTH):
+        hidden //= 2  # its queries meet no later keys; only their weights are multiplied by values
     return flops - 2 * batch * hidden * layer.embed_dim
 
 
@@ -260,7 +262,7 @@ def test_a_step_reads_weights_keys_and_history(variant: str) -> None:
     used = sum(cache._rows[name][0, :, :keys].nbytes for name in "kv")
     for name, stream in layer.encoding.streams().items():
         # What enters the logits is read of every key, what turns q and k goes on from the last.
-        rows = keys if layer.encoding.in_logits else stream.history
+        rows = keys if layer.encoding.in_logits and name != "taps" else stream.history
         used += cache._rows[name].narrow(-2, 0, rows).nbytes
     if layer.conv is not None:
         used += cache._rows["conv"].narrow(-2, 0, layer.conv.kernel_size - 1).nbytes

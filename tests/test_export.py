@@ -62,6 +62,8 @@ def same_in_onnxruntime(
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
 def test_onnxruntime_gives_a_model_s_logits_at_any_length(name: str) -> None:
+    if name == "path" and torch.__version__ < "2.13":
+        pytest.skip("torch 2.11 decomposes no scan over a number of tokens that is not known")
     model = tiny_gpt(name, torch.float32, layers=1)
     inputs = [ids(2, 12), ids(3, 5), ids(1, 16)]
     same_in_onnxruntime(model, inputs, DYNAMIC, lambda x: model(x).logits)

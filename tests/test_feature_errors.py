@@ -186,12 +186,13 @@ def test_parts_know_the_sizes_that_shape_them() -> None:
         "kerple": set(),
         "fire": {"causal"},
         "fox": {"causal"},
-        "fope": {"head_dim", "num_kv_heads"},
-        "pope": {"head_dim", "num_kv_heads"},
-        "xpos": {"head_dim", "causal"},
         "cope": {"head_dim", "causal"},
+        "xpos": {"head_dim", "causal"},
+        "pope": {"head_dim"},
+        "fope": {"head_dim", "num_kv_heads"},
         "grape": {"head_dim"},
         "selective": {"head_dim", "num_kv_heads"},
+        "path": {"head_dim", "num_kv_heads", "causal"},
         "conv": {"head_dim", "num_kv_heads", "causal"},
     }
 
@@ -212,7 +213,7 @@ def test_parts_built_otherwise_are_refused(part: str, misfit: str) -> None:
     posenc.Attention(WIDTH, HEADS, **both, **fitting(part, **both))
 
 
-@pytest.mark.parametrize("part", ["carope", "polar", "selective", "conv"])
+@pytest.mark.parametrize("part", ["carope", "polar", "selective", "path", "conv"])
 @pytest.mark.parametrize("groups", [3, 0, 8, 2.0])
 def test_parts_refuse_key_heads_that_do_not_divide(part: str, groups: object) -> None:
     with refused("num_kv_heads"):

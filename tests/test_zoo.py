@@ -41,6 +41,7 @@ EXTRA: dict[str, Callable[[int, int, int], int]] = {
     "cope": lambda C, H, P: 64 * C // H,
     "grape": lambda C, H, P: C + 1 + C // H // 2,
     "selective": lambda C, H, P: 32 * C + 37 * C // 2,
+    "path": lambda C, H, P: 67 * C + C * H + H,
 }
 
 
@@ -93,6 +94,7 @@ def test_parameter_counts_follow_their_formulas(
         ("mdha", {}, 6_912),
         ("rcmha", {}, 800_256),
         ("moh", {}, 10_752),
+        ("path", {}, 60_684),
     ],
 )
 def test_published_counts_of_gpt2_small(name: str, options: dict[str, Any], extra: int) -> None:

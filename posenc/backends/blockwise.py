@@ -48,6 +48,8 @@ def reason(case: Case) -> str | None:
     mask, term = case.mask, case.scores.relative
     if case.scores.contextual is not None:
         return "knows no positions that gates count"
+    if case.scores.reflections is not None:
+        return "takes no reflections"
     if mask.length == 1:
         return "a single query has no blocks"
     if term is not None and (term.distances is not None or term.two_sided):
@@ -204,7 +206,7 @@ def in_blocks(
         else:
             y = block(piece)
         outputs.append(y)
-    return torch.cat(outputs[::-1], dim=1)
+    return torch.cat(outputs[::-1], dim=-2)
 
 
 def _bias(bias: Bias | None, piece: Piece) -> Tensor | None:

@@ -62,7 +62,9 @@ class Case(NamedTuple):
         if self.k.shape[1] == heads:
             return self
         k, v = (repeat_heads(x, heads, dim=1) for x in (self.k, self.v))
-        return self._replace(k=k, v=v)
+        r = self.scores.reflections
+        r = None if r is None else repeat_heads(r, heads, dim=1)
+        return self._replace(k=k, v=v, scores=self.scores._replace(reflections=r))
 
 
 def consecutive(

@@ -3,10 +3,11 @@
     reference   materialises the definition, in fp32 or better
     sdpa        torch's scaled_dot_product_attention; a dense bias only where the logits need one
     fused       Triton kernels
-    auto        the first of an ordered list that can and pays: on CPU `skipping` where gates drop
-                enough, `contextual` for positions that gates count, `blockwise` for relative terms,
-                packed documents and windows, `short` in half precision; else sdpa
-Features that fade with the distance (xPos) are folded into q and k before (`faded`).
+    auto        the first of an ordered list that can and pays: `reflected` for products of
+                reflections; on CPU `skipping` where gates drop enough, `contextual` for positions
+                that gates count, `blockwise` for relative terms, packed documents and windows,
+                `short` in half precision; else sdpa
+Features that fade with the distance (xPos) are folded into q and k before, but for `reference`.
 An explicit choice never falls back: a back end's `reason` is the error. The kernels have been timed
 on no GPU yet, so `auto` leaves them out.
 """
@@ -17,7 +18,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from posenc.backends import blockwise, contextual, faded, fused, reference, sdpa, short, skipping
+from posenc.backends import (
+    blockwise,
+    contextual,
+    faded,
+    fused,
+    reference,
+    reflected,
+    sdpa,
+    short,
+    skipping,
+)
 from posenc.backends.case import Case
 from posenc.cache import Cache
 from posenc.convolution import DepthwiseConv
@@ -28,8 +39,8 @@ from posenc.rotations import Rotation
 IMPLS = ("auto", "reference", "sdpa", "fused")
 EXPLICIT: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "fused": fused}
 #: Tried in this order.
-ON_CPU = (skipping, contextual, blockwise, short, sdpa)
-ELSEWHERE = (sdpa,)
+ON_CPU = (reflected, skipping, contextual, blockwise, short, sdpa)
+ELSEWHERE = (reflected, sdpa)
 
 
 def check_impl(impl: str, dropout: float = 0.0, conv: DepthwiseConv | None = None) -> str:
@@ -68,7 +79,7 @@ def attend(case: Case, impl: str = "auto") -> Tensor:
             f"attention needs at least as many keys as queries; got T={mask.length}, "
             f"S={mask.key_length}. Pass the whole key sequence, the queries being its last tokens."
         )
-    fading = case.scores.fading is not None
+    fading = case.scores.fading is not None and impl != "reference"
     if case.rotation is not None and (fading or impl != "fused"):
         # Kernels turn inside; other back ends are chosen by what comes of it.
         q, k = turn(case.rotation, case.q, case.k, impl)

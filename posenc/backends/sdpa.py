@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from posenc.autocast import no_autocast
 from posenc.backends.case import Case
+from posenc.phase import repeat_heads
+from posenc.reflections import correction
 from posenc.routing.gates import weighed
 from posenc.scores import add_per_head, contextual_logits, relative_logits
 
@@ -45,6 +47,9 @@ def attend_dense(case: Case) -> Tensor:
     if scores.contextual is not None:
         term = _contextual(case)
         bias = term if bias is None else bias + term
+    if scores.reflections is not None:
+        reflected = _reflected(content, k, scores.reflections, case.scale)
+        bias = reflected if bias is None else bias + reflected
     if bias is None and mask.only_order:
         if length == 1 or not mask.causal:  # a single query sees every key
             return sdpa(content, k, v)
@@ -75,3 +80,13 @@ def _contextual(case: Case) -> Tensor:
         seen = case.mask.whole()
         term = contextual_logits(products, query, case.scores.contextual, seen, case.scale)
         return case.scale * term
+
+
+def _reflected(q: Tensor, k: Tensor, r: Tensor, scale: float) -> Tensor:
+    """What reflections add to the logits, in fp32 or better: (B, H, T, S)."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k, r = (repeat_heads(x.to(dtype), q.shape[1], dim=1) for x in (k, r))
+    # Copies: traced, products of views into a cache would be told apart where it is full.
+    k, r = (x.clone(memory_format=torch.contiguous_format) for x in (k, r))
+    with no_autocast(q.device):
+        return correction(q.to(dtype) * scale, k, r)

@@ -11,6 +11,7 @@ from posenc.encodings.grape import GRAPE
 from posenc.encodings.kerple import Kerple
 from posenc.encodings.learned import Learned
 from posenc.encodings.nope import NoPE
+from posenc.encodings.path import PaTH
 from posenc.encodings.polar import Polar
 from posenc.encodings.pope import PoPE
 from posenc.encodings.relative import Relative
@@ -33,6 +34,7 @@ __all__ = [
     "FoPE",
     "Learned",
     "NoPE",
+    "PaTH",
     "PoPE",
     "Polar",
     "Relative",

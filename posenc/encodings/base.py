@@ -19,6 +19,7 @@ from posenc.checks import check_pair, check_positions
 from posenc.fading import faded_logits
 from posenc.phase import repeat_heads
 from posenc.placement import Placement, place
+from posenc.reflections import correction
 from posenc.rotations import ByFunction, Rotation
 from posenc.scores import Scores, add_per_head, contextual_logits, relative_logits
 
@@ -44,8 +45,8 @@ class Encoding(nn.Module):
     in_logits: ClassVar[bool] = False
     #: Whether its `x` is the phase that a model computed once, see `SharedPhase`.
     reads_phase: ClassVar[bool] = False
-    #: Whether turned q and k are wider than v, of which kernels then take a padded copy.
-    widens: ClassVar[bool] = False
+    #: How many times as wide as v turned q and k are; kernels then take a padded copy of v.
+    widening: ClassVar[int] = 1
     #: Its option that a model's context sets where nobody gives it.
     context_option: ClassVar[str | None] = None
     #: Coordinates of a position, without a dimension of their own where None.
@@ -190,6 +191,11 @@ class Encoding(nn.Module):
         if scores.contextual is not None:
             term = scale * _contextual_logits(q, k, scores, positions, keys)
             added = term if added is None else added + term
+        if scores.reflections is not None:
+            repeated, r = (repeat_heads(z, q.shape[1], dim=1) for z in (k, scores.reflections))
+            query = scale * add_per_head(q, scores.content)
+            term = correction(query, repeated, r.to(q.dtype))
+            added = term if added is None else added + term
         dense = scores.added()
         if dense is not None:
             dense = dense.reshape((1,) * (4 - dense.ndim) + dense.shape)
@@ -201,9 +207,7 @@ class Encoding(nn.Module):
         return partial(_modify, None if added is None else added.expand(shape), factor)
 
     def streams(self) -> dict[str, Stream]:
-        """The per-token tensors that decoding must remember beside k and v, by name; k itself where
-        turned keys have another width.
-        """
+        """The per-token tensors that decoding must remember beside k and v, by name."""
         return {}
 
     def cost(self, s: Sizes) -> Part:

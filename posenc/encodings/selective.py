@@ -41,6 +41,7 @@ from posenc.checks import (
     check_sizes,
     check_tokens,
 )
+from posenc.convolution import gather_taps
 from posenc.encodings.base import Encoding
 from posenc.errors import unknown
 from posenc.phase import Float32Parameters, inverse_frequencies
@@ -82,21 +83,13 @@ def pair_steps(
         past: (B, 3, r), the rows before; None is zeros.
         segments: (B, T), documents that no tap leaves.
     """
-    length, (groups, pairs, taps) = narrow.shape[1], kernel.shape
-    if past is None:
-        past = narrow.new_zeros(()).expand(narrow.shape[0], taps - 1, narrow.shape[-1])
-    rows = torch.cat((past, narrow), dim=1)
-    read = [rows[:, j : j + length] for j in range(taps)]
-    if segments is not None:
-        padded = F.pad(segments, (taps - 1, 0))  # what lies before the row is zeros anyway
-        own = (padded[:, j : j + length] == segments for j in range(taps))
-        read = [tap * same.unsqueeze(-1) for tap, same in zip(read, own, strict=True)]
+    groups, pairs, taps = kernel.shape
     by_pair = wide.double().unflatten(1, (groups, pairs)) * frequencies
     both = kernel.double().permute(2, 0, 1).unsqueeze(1) * by_pair  # (4, r, G, D/2)
-    both, read_at_once = both.flatten(0, 1).flatten(1), torch.cat(read, dim=-1)
+    both, read = both.flatten(0, 1).flatten(1), gather_taps(narrow, taps, past, segments)
     still = None if beta is None else (beta.double().exp() * frequencies).flatten()
     with no_autocast(narrow.device):
-        steps = F.linear(read_at_once, both.mT, still)  # (B, T, G*D/2)
+        steps = F.linear(read, both.mT, still)  # (B, T, G*D/2)
     return steps.unflatten(-1, (groups, pairs)).transpose(1, 2)
 
 

@@ -146,7 +146,7 @@ def test_encodings_without_a_bias_say_so(name: str) -> None:
 
 @EVERY
 def test_biases_have_the_shape_of_scores(name: str) -> None:
-    bias = made(name).score_bias(torch.arange(T), torch.arange(S))
+    bias = made(name).score_bias(torch.arange(T), torch.arange(S), randn(B, S, WIDTH))
     assert bias is None or (bias.shape[0] in (1, B) and bias.shape[1:] == (HEADS, T, S))
 
 
