@@ -24,6 +24,7 @@ from posenc.encodings import (
     RoPE,
     SelectiveRoPE,
     Sinusoidal,
+    XPos,
 )
 from posenc.models.config import GPTConfig
 from posenc.models.convert import convert
@@ -63,6 +64,7 @@ __all__ = [
     "RoPE",
     "SelectiveRoPE",
     "Sinusoidal",
+    "XPos",
     "attention",
     "attention_cost",
     "convert",

@@ -189,9 +189,10 @@ class Attention(nn.Module):
 
     def streams(self) -> dict[str, Stream]:
         """What decoding remembers of each token, by name."""
+        wide = Stream((self.num_kv_heads, self.head_dim * self.encoding.widening))
         heads = Stream((self.num_kv_heads, self.head_dim))
         conv = {} if self.conv is None else self.conv.streams()
-        return {"k": heads, "v": heads, **self.encoding.streams(), **conv}
+        return {"k": wide, "v": heads, **self.encoding.streams(), **conv}
 
     @overload
     def forward(

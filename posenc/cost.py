@@ -55,7 +55,7 @@ def projections_cost(layer: Attention, s: Sizes) -> Part:
     width = s.inner + 2 * s.G * s.D
     mixed = layer.conv is not None or straight_through(layer)
     queries = s.inner if mixed else s.A * s.D
-    copied = layer.encoding.widens and layer.encoding.replaces(s)
+    copied = layer.encoding.widening > 1 and layer.encoding.replaces(s)
     read = layer.conv is not None or layer.q_norm is not None or not copied
     norms = Part()
     if layer.q_norm is not None:
@@ -83,7 +83,7 @@ def conv_cost(layer: Attention, s: Sizes) -> Part:
     width, taps = s.inner + 2 * s.G * s.D, conv.kernel_size
     channels = width if conv.per_head else 3 * s.D
     replaced = 0 if layer.q_norm is not None else layer.encoding.replaces(s)
-    values = 0 if layer.encoding.widens else s.G * s.D
+    values = 0 if layer.encoding.widening > 1 else s.G * s.D
     kept = s.turned + values
     if replaced:
         norms_of_q = straight_through(layer) and s.e >= 4

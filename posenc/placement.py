@@ -23,7 +23,7 @@ class Placement:
         positions: of the queries, (T,) or (B, T); with axes (T, A) or (B, T, A).
         keys: of the keys, (S,) or (B, S); None: consecutive tokens, ending with the queries.
         real: (B, S) bool, False for padding; None: no padding.
-        segments: integer (B, T), equal within a document; None: one document a row.
+        segments: of the keys, integer (B, S), equal within a document; None: one document a row.
         length, key_length: T and S.
         at: of the queries among the keys, (T,); None: they are the last.
     """
@@ -76,6 +76,24 @@ class Placement:
             )
 
         return self.once(("ending", key_length), shorten)
+
+    def block(self, rows: slice, keys: slice) -> "Placement":
+        """Some queries over some keys, of which they are the last where positions were not given.
+
+        Both slices have a start and a stop.
+        """
+
+        def cut() -> Placement:
+            return Placement(
+                self.positions[..., rows],
+                length=rows.stop - rows.start,
+                key_length=keys.stop - keys.start,
+                keys=None if self.keys is None else self.keys[..., keys],
+                real=None if self.real is None else self.real[:, keys],
+                segments=None if self.segments is None else self.segments[:, keys],
+            )
+
+        return self.once(("block", rows.start, rows.stop, keys.start, keys.stop), cut)
 
 
 def place(

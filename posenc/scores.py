@@ -7,6 +7,8 @@
     reflections  in place of q[m] + content_h its product H_{n+1} .. H_m (q[m] + content_h),
                  H_t = I - r_t r_t^T                         (PaTH)
 
+    with fading each product of two features also fades with the distance, see `posenc.fading`
+
 The relative term stays factored and the bias a function until a back end needs them:
 
     ByDistance    bias of the distance alone                 ALiBi, T5, KERPLE
@@ -20,6 +22,8 @@ from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
+
+from posenc.fading import Fading
 
 #: An additive bias broadcastable to (B, H, T, S), or one made of some rows and some keys at a time.
 Bias = Union[Tensor, Callable[[slice, slice], Tensor], "ByDistance", "Decay"]
@@ -150,6 +154,7 @@ class Scores(NamedTuple):
     relative: RelativeTerm | None = None
     contextual: Tensor | None = None  # (P, D), see `contextual_logits`; causal alone
     reflections: Tensor | None = None  # r (B, G, S, D), 0 where a key is hidden by padding
+    fading: Fading | None = None  # causal, without any of the others but the scale
 
     def factor(self, head_dim: int) -> float:
         """The scale as a number."""
@@ -166,8 +171,8 @@ class Scores(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether the logits are scale * (q + content) . k."""
-        terms = (self.bias, self.relative, self.contextual, self.reflections)
-        return all(term is None for term in terms)
+        extra = (self.bias, self.relative, self.contextual, self.reflections, self.fading)
+        return all(term is None for term in extra)
 
 
 def add_per_head(q: Tensor, bias: Tensor | None) -> Tensor:

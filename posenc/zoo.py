@@ -33,6 +33,7 @@ from posenc.encodings.rope import RoPE
 from posenc.encodings.selective import SelectiveRoPE
 from posenc.encodings.sinusoidal import Sinusoidal
 from posenc.encodings.t5 import T5
+from posenc.encodings.xpos import XPos
 from posenc.errors import unknown
 from posenc.routing.moh import MoH
 
@@ -82,6 +83,7 @@ ENCODINGS: dict[str, type[Encoding]] = {
     "grape": GRAPE,
     "selective": SelectiveRoPE,
     "pope": PoPE,
+    "xpos": XPos,
     "path": PaTH,
 }
 EMBEDDINGS: dict[str, type[Encoding]] = {"learned": Learned, "sinusoidal": Sinusoidal}
@@ -211,6 +213,12 @@ ZOO: dict[str, Recipe] = {
         acts="q, k",
         summary="features are magnitudes at the angle of the position, twice as wide",
         encoding=PoPE,
+    ),
+    "xpos": Recipe(
+        paper="2212.10554",
+        acts="q, k",
+        summary="RoPE whose pairs fade with the distance, the fastest ones fastest",
+        encoding=XPos,
     ),
     "path": Recipe(
         paper="2505.16381",

@@ -26,7 +26,7 @@ NAMES = posenc.names()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Names to which causal=False means nothing.
-CAUSAL_ALONE = frozenset({"cope", "path"})
+CAUSAL_ALONE = frozenset({"cope", "path", "xpos"})
 
 #: Layer sizes that are not powers of two.
 HEADS, HEAD_DIM = 4, 6

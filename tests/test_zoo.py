@@ -35,6 +35,7 @@ EXTRA: dict[str, Callable[[int, int, int], int]] = {
     "kerple": lambda C, H, P: 2 * H,
     "fire": lambda C, H, P: 2 + 2 * 32 + 32 * H + H,
     "fox": lambda C, H, P: C * H + H,
+    "xpos": lambda C, H, P: 0,
     "pope": lambda C, H, P: C,
     "fope": lambda C, H, P: 2 * H * turning(C // H) ** 2,
     "cope": lambda C, H, P: 64 * C // H,

@@ -7,6 +7,7 @@
                 reflections; on CPU `skipping` where gates drop enough, `contextual` for positions
                 that gates count, `blockwise` for relative terms, packed documents and windows,
                 `short` in half precision; else sdpa
+Features that fade with the distance (xPos) are folded into q and k before, but for `reference`.
 An explicit choice never falls back: a back end's `reason` is the error. The kernels have been timed
 on no GPU yet, so `auto` leaves them out.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from posenc.backends import (
     blockwise,
     contextual,
+    faded,
     fused,
     reference,
     reflected,
@@ -77,8 +79,14 @@ def attend(case: Case, impl: str = "auto") -> Tensor:
             f"attention needs at least as many keys as queries; got T={mask.length}, "
             f"S={mask.key_length}. Pass the whole key sequence, the queries being its last tokens."
         )
-    if impl != "fused":  # whose kernels turn; others are chosen by what comes of it
-        case = case.turned()
+    fading = case.scores.fading is not None and impl != "reference"
+    if case.rotation is not None and (fading or impl != "fused"):
+        # Kernels turn inside; other back ends are chosen by what comes of it.
+        q, k = turn(case.rotation, case.q, case.k, impl)
+        case = case._replace(q=q, k=k, rotation=None)
+    if fading:
+        outputs = [attend(part, impl) for part in faded.parts(case)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
     backend = choose(case, impl)
     if backend is skipping:
         return skipping.attend(case, partial(attend, impl="auto"))
@@ -87,7 +95,7 @@ def attend(case: Case, impl: str = "auto") -> Tensor:
 
 
 def turn(rotation: Rotation, q: Tensor, k: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    """q and k turned, where the keys are to be cached."""
+    """q and k turned, by a kernel or eagerly."""
     turned = fused.turn(rotation, q, k) if impl == "fused" else rotation.apply(q, k)
     q_turned, k_turned = turned
     assert q_turned is not None

@@ -70,6 +70,8 @@ def reason(case: Case) -> str | None:
         return "reads the keys that there are, not a memory of fixed size (generate(compile=True))"
     if case.scores.contextual is not None:
         return "has no kernel for positions that gates count (CoPE)"
+    if case.mask.segments is not None and case.mask.length < case.mask.key_length:
+        return "takes packed documents whole, not in blocks of queries as xPos does for long texts"
     if case.scores.reflections is not None:
         return "has no kernel for products of reflections"
     term = case.scores.relative

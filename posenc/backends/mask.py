@@ -3,7 +3,7 @@
 query row i of T sits at key index m = i + S - T (aligned at the lower right); key n is seen if
 n <= m                             causal
 |m - n| < window                   counted in tokens of the row
-segments[m] == segments[n]         T = S
+segments[m] == segments[n]
 real[n], or n == m                 a padded query sees itself: a softmax over nothing is NaN
 """
 
@@ -71,14 +71,15 @@ class Mask:
         if self.window is not None:
             seen = seen & (m - n < self.window) & (n - m < self.window)
         if self.segments is not None:
-            of_rows, of_keys = self.segments[batch, rows], self.segments[batch, keys]
+            of_queries = self.segments[:, self.key_length - self.length :]
+            of_rows, of_keys = of_queries[batch, rows], self.segments[batch, keys]
             seen = seen & (of_rows.unsqueeze(-1) == of_keys.unsqueeze(-2)).unsqueeze(1)
         if self.real is not None:
             seen = seen & (self.real[batch, None, None, keys] | (m == n))
         return seen
 
     def bounds(self) -> tuple[Tensor, Tensor] | None:
-        """The first and the last token of each token's own segment: int32 (B, T) each, or None."""
+        """The first and the last token of each token's own segment: int32 (B, S) each, or None."""
         segments = self.segments
         if segments is None:
             return None
@@ -92,28 +93,29 @@ class Mask:
         Args:
             rows: the most rows of a piece; None cuts no more than segments do.
         """
+        past = self.key_length - self.length  # the first query's own key
+        behind = (self.window or self.key_length) - 1
         for batch, start, stop in self._documents():
             ahead = 0 if self.causal else (self.window or stop - start) - 1
-            offset = 0 if self.segments is not None else self.key_length - self.length
-            behind = (self.window or self.key_length) - 1
-            first, end = (start, stop) if self.segments is not None else (0, self.key_length)
-            for at in range(start, stop, rows or stop - start):
-                until = min(at + (rows or stop - start), stop)
-                low = max(first, at + offset - behind)
-                high = min(end, until + offset + ahead)
+            first = max(start, past)
+            for at in range(first, stop, rows or max(stop - first, 1)):
+                until = min(at + (rows or stop - first), stop)
+                low, high = max(start, at - behind), min(stop, until + ahead)
                 square = (
                     self.causal
                     and self.real is None
                     and high - low == until - at
                     and behind >= until - at - 1
                 )
-                yield Piece(batch, slice(at, until), slice(low, high), square)
+                yield Piece(batch, slice(at - past, until - past), slice(low, high), square)
 
     def _documents(self) -> list[tuple[slice, int, int]]:
-        """Batch rows, start and stop of every document; all rows at once where they agree."""
+        """Batch rows, and first and past-the-last key of every document; all rows at once where
+        they agree.
+        """
         segments = self.segments
         if segments is None:
-            return [(ALL, 0, self.length)]
+            return [(ALL, 0, self.key_length)]
         return self.place.once("documents", lambda: documents(segments))
 
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from posenc.autocast import no_autocast
 from posenc.backends.case import Case
+from posenc.fading import faded_logits
 from posenc.reflections import sweep
 from posenc.routing.gates import weighed
 from posenc.scores import add_per_head, contextual_logits, relative_logits
@@ -37,10 +38,12 @@ def logits(case: Case) -> Tensor:
     with no_autocast(q.device):
         query, key = q.to(dtype), case.k.to(dtype)
         content = add_per_head(query, scores.content)
-        if scores.reflections is None:
-            products = content @ key.transpose(-1, -2)
-        else:
+        if scores.reflections is not None:
             products = sweep(content, key, scores.reflections.to(dtype))
+        elif scores.fading is not None:
+            products = faded_logits(content, key, scores.fading, case.place)
+        else:
+            products = content @ key.transpose(-1, -2)
         total, seen = products, case.mask.whole()
         if scores.relative is not None:
             total = total + relative_logits(query, scores.relative, key.shape[-2])

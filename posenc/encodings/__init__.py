@@ -19,6 +19,7 @@ from posenc.encodings.rope import RoPE, half_to_interleaved, interleaved_to_half
 from posenc.encodings.selective import SelectiveRoPE
 from posenc.encodings.sinusoidal import Sinusoidal
 from posenc.encodings.t5 import T5
+from posenc.encodings.xpos import XPos
 
 __all__ = [
     "FoX",
@@ -40,6 +41,7 @@ __all__ = [
     "RoPE",
     "SelectiveRoPE",
     "Sinusoidal",
+    "XPos",
     "half_to_interleaved",
     "interleaved_to_half",
 ]

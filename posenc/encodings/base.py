@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from posenc.accounting import Part, Sizes, state, weights
 from posenc.cache import Cache, Stream
 from posenc.checks import check_pair, check_positions
+from posenc.fading import faded_logits
 from posenc.phase import repeat_heads
 from posenc.placement import Placement, place
 from posenc.reflections import correction
@@ -44,8 +45,8 @@ class Encoding(nn.Module):
     in_logits: ClassVar[bool] = False
     #: Whether its `x` is the phase that a model computed once, see `SharedPhase`.
     reads_phase: ClassVar[bool] = False
-    #: Whether turned q and k are wider than v, of which kernels then take a padded copy.
-    widens: ClassVar[bool] = False
+    #: How many times as wide as v turned q and k are; kernels then take a padded copy of v.
+    widening: ClassVar[int] = 1
     #: Its option that a model's context sets where nobody gives it.
     context_option: ClassVar[str | None] = None
     #: Coordinates of a position, without a dimension of their own where None.
@@ -178,6 +179,8 @@ class Encoding(nn.Module):
         where = Placement(positions, length=q.shape[-2], key_length=k.shape[-2], keys=keys)
         scores = self.scores(where, x)
         scale = scores.factor(q.shape[-1])
+        if scores.fading is not None:  # no function of the score: it takes its place
+            return partial(_modify, scale * faded_logits(q, k, scores.fading, where), 0.0)
         added: Tensor | None = None
         if scores.content is not None:
             repeated = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
@@ -204,9 +207,7 @@ class Encoding(nn.Module):
         return partial(_modify, None if added is None else added.expand(shape), factor)
 
     def streams(self) -> dict[str, Stream]:
-        """The per-token tensors that decoding must remember beside k and v, by name; k itself where
-        turned keys have another width.
-        """
+        """The per-token tensors that decoding must remember beside k and v, by name."""
         return {}
 
     def cost(self, s: Sizes) -> Part:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from posenc.accounting import Part, Sizes, product, state, weights
 from posenc.cache import Cache, Stream
-from posenc.checks import check_base, check_kv_heads, check_sizes
+from posenc.checks import check_base, check_sizes
 from posenc.encodings.base import Encoding
 from posenc.encodings.carope import softplus
 from posenc.phase import Float32Parameters, phase_dtype
@@ -71,29 +71,26 @@ class PoPE(Float32Parameters, Encoding):
     Args:
         num_heads: H.
         head_dim: D, which may be odd.
-        num_kv_heads: G, heads of k. H if None.
         base: of the D frequencies.
 
     Raises:
-        ValueError: for sizes below 1, heads that do not divide, or a base of 1 or less.
+        ValueError: for sizes below 1, or a base of 1 or less.
     """
 
     no_weight_decay = frozenset({"delta"})
-    widens = True
+    widening = 2
 
     def __init__(
         self,
         num_heads: int,
         head_dim: int,
         *,
-        num_kv_heads: int | None = None,
         base: float = 10000.0,
     ) -> None:
         super().__init__()
         check_sizes("PoPE", num_heads=num_heads, head_dim=head_dim)
         check_base(base)
         self.num_heads, self.head_dim, self.base = num_heads, head_dim, base
-        self.num_kv_heads = check_kv_heads(num_heads, num_kv_heads)
         self.delta = self.float32_parameter(num_heads, head_dim)
         self.reset_parameters()
 
@@ -109,9 +106,6 @@ class PoPE(Float32Parameters, Encoding):
         self, place: Placement, x: Tensor | None = None, state: Cache | None = None
     ) -> Scores:
         return Scores(scale=self.head_dim**-0.5)
-
-    def streams(self) -> dict[str, Stream]:
-        return {"k": Stream((self.num_kv_heads, 2 * self.head_dim))}
 
     def cost(self, s: Sizes) -> Part:
         """delta: H D parameters, never below fp32. For every feature of q and of k an exponential
