@@ -78,13 +78,13 @@ ENCODINGS: dict[str, type[Encoding]] = {
     "kerple": Kerple,
     "fire": FIRE,
     "fox": FoX,
-    "fope": FoPE,
     "cope": CoPE,
-    "grape": GRAPE,
-    "selective": SelectiveRoPE,
-    "pope": PoPE,
     "xpos": XPos,
+    "pope": PoPE,
+    "selective": SelectiveRoPE,
+    "grape": GRAPE,
     "path": PaTH,
+    "fope": FoPE,
 }
 EMBEDDINGS: dict[str, type[Encoding]] = {"learned": Learned, "sinusoidal": Sinusoidal}
 #: Beside a GPT's embeddings of std 0.02 this is the original's ratio of position to token.
@@ -184,35 +184,11 @@ ZOO: dict[str, Recipe] = {
         summary="a gate a token and head says how much of what lies before is forgotten",
         encoding=FoX,
     ),
-    "fope": Recipe(
-        paper="2412.17739",
-        acts="q, k",
-        summary="RoPE whose bands are fixed series of all its frequencies (Fourier)",
-        encoding=FoPE,
-    ),
     "cope": Recipe(
         paper="2405.18719",
         acts="logits",
         summary="a position between the integers: how many keys since then the query's gates count",
         encoding=CoPE,
-    ),
-    "grape": Recipe(
-        paper="2512.07805",
-        acts="q, k",
-        summary="rotation by a running sum of one rate a token, learned frequencies (GRAPE-M)",
-        encoding=GRAPE,
-    ),
-    "selective": Recipe(
-        paper="2511.17388",
-        acts="q, k",
-        summary="rotation by a running phase whose rates four tokens set, per head and pair",
-        encoding=SelectiveRoPE,
-    ),
-    "pope": Recipe(
-        paper="2509.10534",
-        acts="q, k",
-        summary="features are magnitudes at the angle of the position, twice as wide",
-        encoding=PoPE,
     ),
     "xpos": Recipe(
         paper="2212.10554",
@@ -220,11 +196,35 @@ ZOO: dict[str, Recipe] = {
         summary="RoPE whose pairs fade with the distance, the fastest ones fastest",
         encoding=XPos,
     ),
+    "pope": Recipe(
+        paper="2509.10534",
+        acts="q, k",
+        summary="features are magnitudes at the angle of the position, twice as wide",
+        encoding=PoPE,
+    ),
+    "selective": Recipe(
+        paper="2511.17388",
+        acts="q, k",
+        summary="rotation by a running phase whose rates four tokens set, per head and pair",
+        encoding=SelectiveRoPE,
+    ),
+    "grape": Recipe(
+        paper="2512.07805",
+        acts="q, k",
+        summary="rotation by a running sum of one rate a token, learned frequencies (GRAPE-M)",
+        encoding=GRAPE,
+    ),
     "path": Recipe(
         paper="2505.16381",
         acts="logits",
         summary="reflections by the tokens between a key and the query, multiplied up (PaTH)",
         encoding=PaTH,
+    ),
+    "fope": Recipe(
+        paper="2412.17739",
+        acts="q, k",
+        summary="RoPE whose bands are fixed series of all its frequencies (Fourier)",
+        encoding=FoPE,
     ),
 }
 
