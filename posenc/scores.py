@@ -160,11 +160,12 @@ class Scores(NamedTuple):
         """The scale as a number."""
         return head_dim**-0.5 if self.scale is None else self.scale
 
-    def added(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor | None:
-        """The bias of these rows and keys, broadcastable to (B, H, rows, keys)."""
+    def added(self, rows: slice | None = None, keys: slice | None = None) -> Tensor | None:
+        """The bias of these rows and keys, None being all, broadcastable to (B, H, rows, keys)."""
+        every = slice(None)  # torch 2.11 compiles no slice as a default
+        rows, keys = rows or every, keys or every
         if not isinstance(self.bias, Tensor):
             return None if self.bias is None else self.bias(rows, keys)
-        every = slice(None)
         part = self.bias[..., rows if self.bias.shape[-2] > 1 else every, :]
         return part[..., keys if self.bias.shape[-1] > 1 else every]
 

@@ -47,8 +47,8 @@ def test_compiled_decoding_steps_share_graphs(name: str) -> None:
         cache.truncate(6)
         close(run(x[:, 6:9], cache=cache), expected[:, 6:9], 1e-5)
         close(run(x[:, 9:14], cache=cache), expected[:, 9:14], 1e-5)
-        # and one for chunks
-        assert counter.frame_count <= 3
+        # and one for chunks; torch 2.11 makes one of the first chunk's length before
+        assert counter.frame_count <= 3 + (torch.__version__ < "2.13")
 
 
 @pytest.mark.parametrize("encoding", ["carope", "relative"])

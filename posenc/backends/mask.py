@@ -59,8 +59,12 @@ class Mask:
         """`dense` of everything, made once a placement."""
         return self.place.once(("mask", *self.key), self.dense)
 
-    def dense(self, batch: slice = ALL, rows: slice = ALL, keys: slice = ALL) -> Tensor:
+    def dense(
+        self, batch: slice | None = None, rows: slice | None = None, keys: slice | None = None
+    ) -> Tensor:
         """True where a query sees a key: (T, S), or (B, 1, T, S) where rows of the batch differ."""
+        every = slice(None)  # torch 2.11 compiles no slice as a default
+        batch, rows, keys = batch or every, rows or every, keys or every
         device = self.place.positions.device
         at = self.place.at
         if at is None:
