@@ -29,6 +29,7 @@ from bench.rows import Row, RowFile
 from posenc.backends.case import consecutive
 from posenc.backends.choice import attend
 from posenc.convolution import depthwise_conv
+from posenc.kernels.biased_attention import biased_attention
 from posenc.kernels.carope import carope
 from posenc.kernels.carope_attention import carope_attention
 from posenc.kernels.conv import conv
@@ -39,7 +40,7 @@ from posenc.kernels.rope import rope
 from posenc.kernels.rope_attention import rope_attention
 from posenc.phase import inverse_frequencies, phase_dtype, position_phases
 from posenc.rotations import running_phase, turn_by_content, turn_by_phase
-from posenc.scores import RelativeTerm, Scores, add_per_head, relative_logits
+from posenc.scores import Decay, RelativeTerm, Scores, add_per_head, relative_logits
 
 #: Batch, heads, length, head dim. GPT-2's layer at three lengths, 16,384 tokens each.
 SHAPES = {"S1": (16, 12, 1024, 64), "S2": (4, 12, 4096, 64), "S3": (1, 12, 16384, 64)}
@@ -239,6 +240,51 @@ def relative(
     )
 
 
+def decay(
+    shape: tuple[int, int, int, int],
+    qkv: tuple[Tensor, Tensor, Tensor],
+    peers: dict[str, Callable[[], Function]],
+) -> Case:
+    """FoX's attention: c falls by gates near 1/2."""
+    batch, heads, length, _ = shape
+    device = qkv[0].device
+    gates = F.logsigmoid(torch.randn(batch, heads, length, device=device, dtype=torch.float64))
+    c = gates.cumsum(-1).requires_grad_()
+
+    def by(impl: str) -> Function:
+        def run(q: Tensor, k: Tensor, v: Tensor, c: Tensor) -> Tensor:
+            bias = Decay(c, c, torch.promote_types(q.dtype, torch.float32))
+            return attend(consecutive(q, k, v, Scores(bias=bias)), impl)
+
+        return run
+
+    def by_flex() -> Function:
+        core = peers["flex"]()
+
+        def run(q: Tensor, k: Tensor, v: Tensor, c: Tensor) -> Tensor:
+            c = c.float()  # near enough to 0 at these lengths
+
+            def add(score: Tensor, b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
+                return score + c[b, h, m] - c[b, h, n]
+
+            return core(q, k, v, score_mod=add)  # type: ignore[return-value]
+
+        return run
+
+    providers: dict[str, Callable[[], Function]] = {
+        OURS: lambda: by("fused"),
+        f"{OURS} split": lambda: partial(biased_attention, deterministic=True),
+        f"{OURS} one kernel": lambda: partial(biased_attention, deterministic=False),
+        EAGER: lambda: by("reference"),
+        "sdpa + bias": lambda: by("sdpa"),
+    }
+    if device.type == "cuda":
+        providers["torch.compile sdpa + bias"] = lambda: torch.compile(by("sdpa"))
+        providers["flex + bias"] = by_flex
+    name = "decay + attention"
+    return Case("kernel", name, (*qkv, c), by("reference"), providers, one_head)
+
+
 def cases(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Case]:
@@ -347,6 +393,7 @@ def cases(
             mixes["fla"] = fla
         yield Case("kernel", name, (q, k, v, weight, *bias), eager_conv, mixes, part)
     yield relative(shape, (q, k, v), peers)
+    yield decay(shape, (q, k, v), peers)
 
 
 PARTS = {"ops": cases, "layers": layers}

@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from posenc.kernels import bias as biases
+from posenc.kernels.bias import add_bias, bias_of, decay_of_rows
 from posenc.kernels.common import (
     OPTIONS,
     backward_only,
@@ -146,6 +148,8 @@ def attend_keys(
     m,
     lo,
     real,
+    bias,
+    own,
     start,
     stop,
     S,
@@ -159,14 +163,16 @@ def attend_keys(
     """Take keys start .. stop - 1 into the softmax of queries m under way.
 
     m, lo: columns, key indices. real: what is real among all keys, a pointer. Both may be None.
+    bias, own: see `posenc.kernels.bias.add_bias`.
     """
     for first in range(start, stop, BLOCK_N):
         k_tile = load_tile(k, first, S, BLOCK_N, D, BLOCK_D, not MASK)
         s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
         n = first + tl.arange(0, BLOCK_N)
+        s, unit = add_bias(s, c, bias, own, n, S, not MASK)
         s = hide(s, m, n[None, :], lo, None, along(real_tile(real, first, BLOCK_N), 1), MASK)
         v_tile = load_tile(v, first, S, BLOCK_N, D, BLOCK_D, not MASK)
-        sums, total, peak = add_keys(sums, total, peak, s, v_tile, c, PRECISION)
+        sums, total, peak = add_keys(sums, total, peak, s, v_tile, unit, PRECISION)
     return sums, total, peak
 
 
@@ -180,6 +186,7 @@ def attend(
     lowest,
     highest,
     mask,
+    bias,
     T,
     S,
     c,
@@ -189,7 +196,10 @@ def attend(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The softmax of a tile q of rows m, between `lowest` and `highest`, over all that they see."""
+    """The softmax of a tile q of rows m, between `lowest` and `highest`, over all that they see.
+
+    bias: `posenc.kernels.bias.bias_of`.
+    """
     shift = S - T
     begin, inner, until, whole, stop = key_bounds(mask, b, lowest, highest, T, shift, BLOCK_N)
     real = real_of(mask, b, S)
@@ -197,20 +207,23 @@ def attend(
         m = tl.minimum(m, T - 1)  # rows past the last repeat it: they too see a key
     lo = along(lowest_seen(mask, b, m, T, shift), 0)
     at = (m + shift)[:, None]
+    base, rows, lost = decay_of_rows(bias, m, lowest, T, shift)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = start_of_peak(mask, BLOCK_M)
     if lo is not None:
         sums, total, peak = attend_keys(
-            sums, total, peak, q, k, v, at, lo, real,
+            sums, total, peak, q, k, v, at, lo, real, bias, base,
             begin, inner, S, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     sums, total, peak = attend_keys(
-        sums, total, peak, q, k, v, at, lo, real,
+        sums, total, peak, q, k, v, at, lo, real, bias, base,
         inner, until, S, c, False, D, BLOCK_D, BLOCK_N, PRECISION,
     )  # fmt: skip
+    if lost is not None:
+        peak += lost  # no key so far comes after the first row
     sums, total, peak = attend_keys(
-        sums, total, peak, q, k, v, at, lo, real,
+        sums, total, peak, q, k, v, at, lo, real, bias, rows,
         whole, stop, S, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
     )  # fmt: skip
     return sums, total, peak
@@ -225,6 +238,7 @@ def forward_kernel(
     lse,
     extra,
     mask,
+    bias,
     H,
     T,
     S,
@@ -250,34 +264,43 @@ def forward_kernel(
     keys, values = head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
     sums, total, peak = attend(
         q_tile, keys, values, b, m, first, min(first + BLOCK_M, T) - 1, mask,
-        T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+        bias_of(bias, b, h, H, S), T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     store_tile(head_of(o, b, h), sums / total[:, None], first, T, BLOCK_M, D, BLOCK_D)
     tl.store(lse + bh * T + m, peak + tl.log2(total), mask=m < T)
 
 
-def launch(kernel: str, x: Tensor, mask: Arguments = PLAIN) -> tuple[Config, dict]:
+def launch(
+    kernel: str, x: Tensor, mask: Arguments = PLAIN, bias: biases.Arguments | None = None
+) -> tuple[Config, dict]:
     """The configuration of a kernel for tensors like x, and the launch's keyword arguments."""
     sizes = x.element_size(), max(32, block_of(x))
-    if any(part is not None for part in mask) and (f"masked {kernel}", *sizes) in CONFIGS:
+    more = bias is not None or any(part is not None for part in mask)
+    if more and (f"masked {kernel}", *sizes) in CONFIGS:
         kernel = f"masked {kernel}"
     config = CONFIGS[kernel, *sizes]
     return config, {**tile_options(x, config), "maxnreg": config.registers}
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, load: Hook = LOAD, mask: Arguments = PLAIN
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    load: Hook = LOAD,
+    mask: Arguments = PLAIN,
+    bias: biases.Arguments | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o (B, H, T, D) in q's dtype and L, fp32 (B, H, T), of checked arguments."""
     batch, heads, length, _ = q.shape
     o = rows_by_head(q)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
-    config, options = launch("forward", q, mask)
+    config, options = launch("forward", q, mask, bias)
     grid = (triton.cdiv(length, config.block_m) * batch * heads,)
     with device_of(q):
         forward_kernel[grid](
             strided(q), strided(k), strided(v), strided(o), lse, load.extra,
-            mask, heads, length, k.shape[2], scale * math.log2(math.e),
+            mask, bias, heads, length, k.shape[2], scale * math.log2(math.e),
             HOOK=load.function, OPTIONS=load.options, GROUP=heads // k.shape[1], **options,
         )  # fmt: skip
     return o, lse
@@ -305,21 +328,22 @@ def backward_split(
     store_q: Hook = STORE,
     store_k: Hook = STORE,
     mask: Arguments = PLAIN,
+    bias: biases.Arguments | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv by two kernels; `store_q` runs for all rows before `store_k` for any."""
     q, k, v, o, lse = saved
     batch, heads, length, _ = q.shape
     c = scale * math.log2(math.e)
     dq, delta = rows_by_head(q), torch.empty_like(lse)
-    config, options = launch("dq", q, mask)
+    config, options = launch("dq", q, mask, bias)
     grid = (triton.cdiv(length, config.block_m) * batch * heads,)
     with device_of(q):
         dq_kernel[grid](
             strided(q), strided(k), strided(v), strided(o), strided(do), lse, delta, strided(dq),
-            store_q.extra, mask, heads, length, k.shape[2], scale, c,
+            store_q.extra, mask, bias, heads, length, k.shape[2], scale, c,
             HOOK=store_q.function, OPTIONS=store_q.options, GROUP=heads // k.shape[1], **options,
         )  # fmt: skip
-    return dq, *launch_dkv("dkv", do, saved, delta, delta, scale, store_k, mask)
+    return dq, *launch_dkv("dkv", do, saved, delta, delta, scale, store_k, mask, bias=bias)
 
 
 def delta_of(o: Tensor, do: Tensor) -> Tensor:
@@ -335,12 +359,17 @@ def delta_of(o: Tensor, do: Tensor) -> Tensor:
 
 
 def backward_atomic(
-    do: Tensor, saved: Saved, scale: float, store_k: Hook = STORE, mask: Arguments = PLAIN
+    do: Tensor,
+    saved: Saved,
+    scale: float,
+    store_k: Hook = STORE,
+    mask: Arguments = PLAIN,
+    bias: biases.Arguments | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq / scale in fp32, contiguous; dk, dv: by one kernel with atomics, and one for delta."""
     dq_sum = torch.zeros(saved.q.shape, dtype=torch.float32, device=saved.q.device)
     delta = delta_of(saved.o, do)
-    return dq_sum, *launch_dkv("dqkv", do, saved, delta, dq_sum, scale, store_k, mask)
+    return dq_sum, *launch_dkv("dqkv", do, saved, delta, dq_sum, scale, store_k, mask, bias=bias)
 
 
 def launch_dkv(
@@ -354,18 +383,19 @@ def launch_dkv(
     mask: Arguments = PLAIN,
     order: Tensor | None = None,
     ranks: Tensor | None = None,
+    bias: biases.Arguments | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dk and dv; "dqkv" adds dq to dq_sum, which "dkv" does not touch."""
     q, k, v, _, lse = saved
     batch, heads, length, _ = q.shape
     kv_heads, key_length = k.shape[1:3]
     dk, dv = rows_by_head(k), rows_by_head(v)
-    config, options = launch(kernel, q, mask)
+    config, options = launch(kernel, q, mask, bias)
     grid = (triton.cdiv(key_length, config.block_n) * batch * kv_heads,)
     with device_of(q):
         dkv_kernel[grid](
             strided(q), strided(k), strided(v), strided(do), lse, delta, strided(dk), strided(dv),
-            dq_sum, order, ranks, store_k.extra, mask, heads, length, key_length, scale,
+            dq_sum, order, ranks, store_k.extra, mask, bias, heads, length, key_length, scale,
             scale * math.log2(math.e),
             HOOK=store_k.function, OPTIONS=store_k.options, ADD_DQ=kernel == "dqkv",
             GROUP=heads // kv_heads, **options,
@@ -374,12 +404,17 @@ def launch_dkv(
 
 
 def backward(
-    do: Tensor, saved: Saved, scale: float, deterministic: bool | None, mask: Arguments = PLAIN
+    do: Tensor,
+    saved: Saved,
+    scale: float,
+    deterministic: bool | None,
+    mask: Arguments = PLAIN,
+    bias: biases.Arguments | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv; deterministic False takes one kernel, True two, None the likely faster way."""
     if is_split(deterministic, saved.q.shape[2]):
-        return backward_split(do, saved, scale, mask=mask)
-    dq_sum, dk, dv = backward_atomic(do, saved, scale, mask=mask)
+        return backward_split(do, saved, scale, mask=mask, bias=bias)
+    dq_sum, dk, dv = backward_atomic(do, saved, scale, mask=mask, bias=bias)
     dq = rows_by_head(saved.q)
     torch.mul(dq_sum, scale, out=dq)
     return dq, dk, dv

@@ -17,6 +17,7 @@ Q and K are what met in the forward pass; HOOK stores dQ, or dK (see `posenc.ker
 import triton
 import triton.language as tl
 
+from posenc.kernels.bias import add_bias, add_to_decay, apart, bias_of, decay_at, decay_of_rows
 from posenc.kernels.common import head_of, load_rows, load_tile, store_tile
 from posenc.kernels.mask import (
     along,
@@ -43,6 +44,8 @@ def dq_over_keys(
     m,
     lo,
     real,
+    bias,
+    own,
     start,
     stop,
     S,
@@ -57,12 +60,16 @@ def dq_over_keys(
     for first in range(start, stop, BLOCK_N):
         k_tile = load_tile(k, first, S, BLOCK_N, D, BLOCK_D, not MASK)
         v_tile = load_tile(v, first, S, BLOCK_N, D, BLOCK_D, not MASK)
-        s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * c
+        s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
         n = first + tl.arange(0, BLOCK_N)
+        s, unit = add_bias(s, c, bias, own, n, S, not MASK)
+        s = s * unit
         s = hide(s, m, n[None, :], lo, None, along(real_tile(real, first, BLOCK_N), 1), MASK)
         p = tl.exp2(s - lse[:, None])
         dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
+        if bias is not None:
+            add_to_decay(bias, m, tl.sum(ds, 1, keep_dims=True), S)
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     return dq
 
@@ -80,6 +87,7 @@ def dq_of_rows(
     lowest,
     highest,
     mask,
+    bias,
     T,
     S,
     c,
@@ -89,24 +97,26 @@ def dq_of_rows(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ / scale of a tile q of rows m, between `lowest` and `highest`."""
+    """dQ / scale of a tile q of rows m, between `lowest` and `highest` (`flash.attend`)."""
     shift = S - T
     begin, inner, until, whole, stop = key_bounds(mask, b, lowest, highest, T, shift, BLOCK_N)
     real = real_of(mask, b, S)
     lo = along(lowest_seen(mask, b, m, T, shift), 0)
     at = (m + shift)[:, None]
+    base, rows, lost = decay_of_rows(bias, m, lowest, T, shift)
+    from_base = lse if lost is None else lse - lost
     grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if lo is not None:
         grad = dq_over_keys(
-            grad, q, do, lse, delta, k, v, at, lo, real,
+            grad, q, do, from_base, delta, k, v, at, lo, real, bias, base,
             begin, inner, S, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     grad = dq_over_keys(
-        grad, q, do, lse, delta, k, v, at, lo, real,
+        grad, q, do, from_base, delta, k, v, at, lo, real, bias, base,
         inner, until, S, c, False, D, BLOCK_D, BLOCK_N, PRECISION,
     )  # fmt: skip
     return dq_over_keys(
-        grad, q, do, lse, delta, k, v, at, lo, real,
+        grad, q, do, lse, delta, k, v, at, lo, real, bias, rows,
         whole, stop, S, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
     )  # fmt: skip
 
@@ -123,6 +133,7 @@ def dq_kernel(
     dq,
     extra,
     mask,
+    bias,
     H,
     T,
     S,
@@ -158,7 +169,7 @@ def dq_kernel(
     keys, values = head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
     grad = dq_of_rows(
         q_tile, do_tile, row_lse, row_delta, keys, values, b, m, first, min(first + BLOCK_M, T) - 1,
-        mask, T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+        mask, bias_of(bias, b, h, H, S), T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     HOOK(grad * scale, dq, b, h, extra, first, T, OPTIONS, BLOCK_M, D, BLOCK_D)
 
@@ -181,9 +192,12 @@ def dkv_over_queries(
     n,
     hi,
     real,
+    bias,
+    last,
     start,
     stop,
     T,
+    S,
     shift,
     c,
     MASK: tl.constexpr,
@@ -198,6 +212,8 @@ def dkv_over_queries(
 
     n, hi, real: columns, the last two may be None (`posenc.kernels.mask`).
     `order`, int32 (B, H, T) or None: which row of q comes when.
+    bias: `posenc.kernels.bias.Arguments` or None. MASK False promises that no query comes before
+    `last`, the last of the keys.
     """
     # One loop over the tiles of all GROUP heads: a loop in a loop takes up to 60 registers more,
     # which grouped heads do not have.
@@ -222,11 +238,28 @@ def dkv_over_queries(
         # Keys x queries: P^T and dS^T are then the left operands of dV and dK, and stay in
         # registers.
         s = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION) * c
+        here = bias_of(bias, b, head, H, S)
+        if here is not None:
+            rows = decay_at(here, tl.minimum(m, T - 1) + shift)
+            keys = decay_at(here, tl.minimum(n, S - 1))
+            if MASK:
+                s += apart((rows[0][None, :], rows[1][None, :]), keys)
+            else:
+                base = decay_at(here, last)
+                s += apart(base, keys)
+                row_lse -= apart(rows, base)
+            # Rows past the last have no weight: 2^s may overflow, and meets a gradient of 0.
+            row_lse = tl.where(inside, row_lse, float("inf"))
         s = hide(s, (m + shift)[None, :], n, None, hi, real, MASK)
         p = tl.exp2(s - row_lse[None, :])
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do_tile), input_precision=PRECISION)
-        ds = (p * (dp - row_delta[None, :])).to(q_tile.dtype)
+        ds = p * (dp - row_delta[None, :])
+        if here is not None:
+            add_to_decay(here, n, -tl.sum(ds, 1, keep_dims=True), S)
+            if ADD_DQ:
+                add_to_decay(here, m + shift, tl.sum(ds, 0), S)
+        ds = ds.to(q_tile.dtype)
         dk = tl.dot(ds, q_tile, dk, input_precision=PRECISION)
         if ADD_DQ:
             share = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
@@ -254,6 +287,7 @@ def dkv_of_keys(
     H,
     first,
     mask,
+    bias,
     T,
     S,
     c,
@@ -271,6 +305,7 @@ def dkv_of_keys(
     """
     shift = S - T
     n = first + tl.arange(0, BLOCK_N)
+    last = min(first + BLOCK_N, S) - 1
     real = real_keys(real_of(mask, b, S), n, S)
     start, whole, until, stop = query_bounds(mask, b, first, real, T, S, BLOCK_N)
     hi, real, n = along(highest_seeing(mask, b, n, S), 0), along(real, 0), n[:, None]
@@ -286,18 +321,18 @@ def dkv_of_keys(
     until = stop if hi is None else whole + max(until - whole, 0) // BLOCK_M * BLOCK_M
     dk, dv = dkv_over_queries(
         dk, dv, k, v, q, do, lse, delta, dq_sum, order, b, h, H, n, hi, real,
-        start, min(whole, stop), T, shift, c,
+        bias, last, start, min(whole, stop), T, S, shift, c,
         True, ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, PRECISION,
     )  # fmt: skip
     dk, dv = dkv_over_queries(
         dk, dv, k, v, q, do, lse, delta, dq_sum, order, b, h, H, n, hi, real,
-        whole, until, T, shift, c,
+        bias, last, whole, until, T, S, shift, c,
         False, ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, PRECISION,
     )  # fmt: skip
     if hi is not None:
         dk, dv = dkv_over_queries(
             dk, dv, k, v, q, do, lse, delta, dq_sum, order, b, h, H, n, hi, real,
-            until, stop, T, shift, c,
+            bias, last, until, stop, T, S, shift, c,
             True, ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, PRECISION,
         )  # fmt: skip
     return dk, dv
@@ -318,6 +353,7 @@ def dkv_kernel(
     ranks,
     extra,
     mask,
+    bias,
     H,
     T,
     S,
@@ -352,7 +388,7 @@ def dkv_kernel(
     if ranks is None or GROUP == 1:
         k_grad, v_grad = dkv_of_keys(
             k_grad, v_grad, k_tile, v_tile, q, do, lse, delta, dq_sum, order, ranks,
-            b, kv_head * GROUP, H, first, mask, T, S, c,
+            b, kv_head * GROUP, H, first, mask, bias, T, S, c,
             ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     else:
@@ -360,7 +396,7 @@ def dkv_kernel(
         for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
             k_grad, v_grad = dkv_of_keys(
                 k_grad, v_grad, k_tile, v_tile, q, do, lse, delta, dq_sum, order, ranks,
-                b, head, H, first, mask, T, S, c,
+                b, head, H, first, mask, bias, T, S, c,
                 ADD_DQ, 1, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
     # dV first: its registers are then free for the hook.

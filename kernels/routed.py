@@ -144,7 +144,7 @@ def forward_kernel(
     q_tile = load_rows(head_of(q, b, h), m, kept, D, BLOCK_D)
     keys, values = head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
     sums, total, peak = attend(
-        q_tile, keys, values, b, m, lowest, highest, mask,
+        q_tile, keys, values, b, m, lowest, highest, mask, None,
         T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     gate = tl.load(gates + bh * T + m, mask=kept, other=1.0)
@@ -223,7 +223,7 @@ def dq_kernel(
     keys, values = head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
     grad = dq_of_rows(
         q_tile, dy_tile, row_lse, row_delta, keys, values, b, m, lowest, highest,
-        mask, T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+        mask, None, T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     grad = tl.where(kept[:, None], grad * scale, 0.0)
     store_rows(head_of(dq, b, h), grad, m, inside, D, BLOCK_D)

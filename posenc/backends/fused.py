@@ -18,7 +18,7 @@ from posenc.convolution import DepthwiseConv
 from posenc.placement import segment_bounds
 from posenc.rotations import ByContent, ByPosition, ByRates, Rotation
 from posenc.routing.gates import Gates, weighed
-from posenc.scores import RelativeTerm, add_per_head
+from posenc.scores import Decay, RelativeTerm, Scores, add_per_head
 
 REMEDY = "Use impl='sdpa' (torch's fused attention), 'reference' or 'auto'."
 
@@ -76,7 +76,7 @@ def reason(case: Case) -> str | None:
         return "has no kernel for products of reflections"
     term = case.scores.relative
     given = term is not None and term.distances is not None and not _joins(case, term)
-    if case.scores.bias is not None or given:
+    if given or _is_dense(case.scores):
         return (
             "has no kernel for a dense bias, nor for a relative term at given positions or over "
             "padding between tokens; leave positions out where they are consecutive"
@@ -84,8 +84,17 @@ def reason(case: Case) -> str | None:
     return None
 
 
+def _is_dense(scores: Scores) -> bool:
+    """Whether the logits have a bias that no kernel makes."""
+    if scores.bias is None:
+        return False
+    decays = isinstance(scores.bias, Decay) and not scores.bias.two_sided
+    return not decays or scores.relative is not None
+
+
 def attend(case: Case) -> Tensor:
     """(B, H, T, D) in q's dtype. What gates drop is skipped unless there is a relative term."""
+    from posenc.kernels.biased_attention import biased_attention
     from posenc.kernels.relative import relative_attention
 
     mask = _kernel_mask(case)
@@ -102,6 +111,9 @@ def attend(case: Case) -> Tensor:
         q, k = turn(rotation, q, k)
     term = scores.relative
     query = add_per_head(q, scores.content)
+    if isinstance(scores.bias, Decay):
+        y = biased_attention(query, k, v, scores.bias.keys, scale=scale, mask=mask)
+        return weighed(y, case.gates)
     if term is None:
         return _plain(query, k, v, case.gates, scale, mask)
     if _joins(case, term):

@@ -25,6 +25,7 @@ def test_every_provider_has_a_row(tmp_path, monkeypatch, capsys):
         "conv",
         "conv per head",
         "relative + attention",
+        "decay + attention",
         *(f"{name} layer" for name in LAYERS),
     }
     for row in timed:

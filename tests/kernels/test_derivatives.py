@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from helpers import NAMES, build, close
 from posenc.kernels import common
+from posenc.kernels.biased_attention import biased_attention
 from posenc.kernels.carope import carope, carope_with_phases
 from posenc.kernels.carope_attention import carope_attention
 from posenc.kernels.conv import conv, conv_with_state
@@ -45,6 +46,7 @@ def frequencies():
 
 #: Every op, and tensors that it can be differentiated by.
 OPS = {
+    biased_attention: lambda: (*triple(), heads(B, H, T)),
     carope: lambda: (*pair(), -heads(B, H, T)),
     carope_with_phases: lambda: (*pair(), -heads(B, H, T)),
     carope_attention: lambda: (*triple(), -heads(B, H, T)),

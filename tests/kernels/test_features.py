@@ -54,7 +54,7 @@ def outputs(layer: posenc.Attention, x: Tensor, real: Tensor, **call: Tensor) ->
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("name", ["rope", "carope", "cmha", "mdha", "rcmha", "moh"])
+@pytest.mark.parametrize("name", ["rope", "carope", "cmha", "mdha", "rcmha", "moh", "fox"])
 def test_fused_layers_are_their_reference(
     name: str, call: str, shape: str, device: torch.device
 ) -> None:
@@ -77,7 +77,7 @@ def test_fused_layers_are_their_reference(
         assert (actual - expected).abs().max() < 2e-5 * scale
 
 
-@pytest.mark.parametrize("name", ["rope", "carope", "mdha"])
+@pytest.mark.parametrize("name", ["rope", "carope", "mdha", "fox"])
 def test_windows_decode_by_the_kernels(name: str, device: torch.device) -> None:
     fused, reference = pair(name, device, window=4)
     x = torch.randn(2, LENGTH, WIDTH, device=device)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from helpers import outputs_and_gradients
 from posenc.kernels import carope, carope_attention, flash, routed
+from posenc.kernels.biased_attention import biased_attention
 from posenc.kernels.flash import flash_attention
 from posenc.kernels.mask import CAUSAL, Mask
 from posenc.kernels.rope_attention import rope_attention
@@ -100,7 +101,7 @@ def visible(mask, length, key_length, device):
 def softmax_over_seen(scores, v, mask):
     """Attention by logits (B, H, T, S) over what the mask shows."""
     seen = visible(mask, *scores.shape[-2:], v.device)[:, None]
-    return scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
+    return scores.masked_fill(~seen, -math.inf).softmax(-1).to(v.dtype) @ v
 
 
 def of_query_heads(x, heads):
@@ -132,7 +133,7 @@ def check(kernel: Callable, definition: Callable, inputs: list[Tensor], do: Tens
     for place, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
         assert (a.shape, a.dtype) == (p.shape, p.dtype)
         size = e.abs().max().clamp(min=1.0)
-        allowed = 2 * (p.double() - e).abs().max() + 4 * torch.finfo(p.dtype).eps * size
+        allowed = 2 * (p.double() - e).abs().max() + 4 * torch.finfo(do.dtype).eps * size
         wrong = (a.double() - e).abs().max()
         assert wrong <= allowed, f"number {place}: error {wrong:.2e}, allowed {allowed:.2e}"
 
@@ -219,9 +220,22 @@ def carope_definition(q, k, v, log_rates, mask):
     return attention(query, turned(k, phases), v, mask)
 
 
+def with_decay(length, dtype, device):
+    (q, k, v), do = same_length(length, dtype, device)
+    gates = -torch.rand(q.shape[:-1], device=device)
+    return [q, k, v, gates.cumsum(-1)], do
+
+
+def decay_definition(q, k, v, decay, mask):
+    k, v = (of_query_heads(x, q.shape[1]) for x in (k, v))
+    lost = decay.unsqueeze(-1) - decay.unsqueeze(-2)
+    return softmax_over_seen(q @ k.mT / math.sqrt(q.shape[-1]) + lost, v, mask)
+
+
 CASES = {
     "rope": Case(same_length, rope_kernel, rope_definition),
     "carope": Case(with_rates, carope_kernel, carope_definition),
+    "decay": Case(with_decay, biased_attention, decay_definition),
     "flash": Case(same_length, flash_attention, attention),
     "routed": Case(with_gates, routed_attention, routed_definition),
 }

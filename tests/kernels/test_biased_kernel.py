@@ -1,0 +1,232 @@
+"""Biases in the flash core against the fp64 definition: outputs and every gradient.
+
+Tolerance: twice the error of the definition in the kernel's dtype, whose biases are exact and whose
+logits are fp32, and four roundings of the largest entry; both errors are against fp64. Masks:
+test_masks.py.
+"""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from helpers import outputs_and_gradients, replayed
+from posenc.kernels import biased_attention as kernels
+from posenc.kernels import flash
+from posenc.kernels.biased_attention import biased_attention
+from posenc.kernels.flash import flash_attention
+
+DTYPES = (torch.float32, torch.float16)
+#: batch, heads, key heads, queries, keys, head dim
+SHAPES = [
+    (1, 1, 1, 1, 1, 16),
+    (2, 4, 2, 37, 37, 24),
+    (1, 2, 1, 50, 93, 16),  # fewer queries than keys, not by whole tiles
+    (2, 1, 1, 2, 34, 40),
+]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch, request):
+    """Tiles so small that short sequences take many of them, of (queries, keys)."""
+    m, n = getattr(request, "param", (16, 32))
+    monkeypatch.setattr(flash, "CONFIGS", dict.fromkeys(flash.CONFIGS, flash.Config(m, n, 4, 1)))
+
+
+def random_inputs(shape, dtype, device, start=-7e5, size=1.0):
+    """q, k, v, c, do: gates near 1/2 after `start`; `size` steepens them."""
+    batch, heads, kv_heads, length, key_length, dim = shape
+    torch.manual_seed(0)
+
+    def draw(*sizes):
+        return torch.randn(*sizes, device=device)
+
+    q, do = draw(2, batch, heads, length, dim).to(dtype).unbind(0)
+    k, v = draw(2, batch, kv_heads, key_length, dim).to(dtype).unbind(0)
+    gates = logsigmoid(size * draw(batch, heads, key_length).double())
+    return [q, k, v, start + gates.cumsum(-1)], do
+
+
+def definition(q, k, v, decay):
+    """As written: fp32 logits at least, biases rounded after the subtraction."""
+    length, key_length = q.shape[2], k.shape[2]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    precise = torch.promote_types(q.dtype, torch.float32)
+    lost = decay[..., key_length - length :, None] - decay[..., None, :]
+    logits = q.to(precise) @ k.to(precise).mT / math.sqrt(q.shape[-1]) + lost.to(precise)
+    hidden = torch.ones(length, key_length, dtype=torch.bool, device=q.device)
+    hidden = hidden.triu(key_length - length + 1)
+    return logits.masked_fill(hidden, -math.inf).softmax(-1).to(v.dtype) @ v
+
+
+def check(function, inputs, do):
+    actual = outputs_and_gradients(function, inputs, do)
+    plain = outputs_and_gradients(definition, inputs, do)
+    exact = outputs_and_gradients(definition, [x.double() for x in inputs], do.double())
+    for name, a, p, e in zip(("o", "dq", "dk", "dv", "dc"), actual, plain, exact, strict=True):
+        assert (a.shape, a.dtype) == (p.shape, p.dtype)
+        size = e.abs().max().clamp(min=1.0)
+        allowed = 2 * (p.double() - e).abs().max() + 4 * torch.finfo(do.dtype).eps * size
+        error = (a.double() - e).abs().max()
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize(
+    ("small_tiles", "deterministic"),
+    [((16, 32), True), ((32, 16), False)],
+    indirect=["small_tiles"],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("small_tiles")
+def test_outputs_and_gradients(shape, dtype, deterministic, device):
+    inputs, do = random_inputs(shape, dtype, device)
+    check(lambda *x: biased_attention(*x, deterministic=deterministic), inputs, do)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 64), (torch.float16, 128)])
+def test_tiles_of_the_table(dtype, dim, deterministic, device):
+    inputs, do = random_inputs((1, 2, 1, 140, 140, dim), dtype, device)
+    check(lambda *x: biased_attention(*x, deterministic=deterministic), inputs, do)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e-4])
+@pytest.mark.usefixtures("small_tiles")
+def test_steep_and_flat_decays(size, device):
+    """Within a tile c falls by thousands, and near tokens still differ by what they do."""
+    inputs, do = random_inputs((1, 2, 2, 50, 50, 16), torch.float32, device, size=size)
+    check(biased_attention, inputs, do)
+    assert inputs[3][0, 0, 0] - inputs[3][0, 0, 15] > 1e3 * (size > 1)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.usefixtures("small_tiles")
+def test_far_along_is_as_near_the_start(deterministic, device):
+    inputs, do = random_inputs((1, 1, 1, 60, 60, 16), torch.float32, device, start=0.0)
+
+    def after(start):
+        def attention(q, k, v, decay):
+            return biased_attention(q, k, v, decay + start, deterministic=deterministic)
+
+        return outputs_and_gradients(attention, inputs, do)
+
+    for near, far in zip(after(0.0), after(-1e7), strict=True):
+        torch.testing.assert_close(far, near, rtol=1e-6, atol=1e-6, check_dtype=False)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_what_does_not_fall_is_no_bias(device):
+    (q, k, v, decay), do = random_inputs((1, 2, 1, 40, 50, 16), torch.float32, device)
+    flat = torch.full_like(decay, -3.0)
+    biased = outputs_and_gradients(lambda *x: biased_attention(*x, flat), [q, k, v], do)
+    plain = outputs_and_gradients(flash_attention, [q, k, v], do)
+    for a, b in zip(biased, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_common_shift_has_no_gradient(device):
+    inputs, do = random_inputs((1, 2, 1, 50, 50, 16), torch.float32, device)
+    d_decay = outputs_and_gradients(biased_attention, inputs, do)[4]
+    assert d_decay.abs().max() > 0.1
+    assert d_decay.sum(-1).abs().max() < 1e-5
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_decays_keep_their_own_dtype_and_strides(device):
+    (q, k, v, decay), do = random_inputs((2, 2, 1, 20, 20, 16), torch.float16, device, start=0.0)
+    dense = outputs_and_gradients(biased_attention, [q, k, v, decay.float()], do)
+    assert dense[4].dtype == torch.float32
+    by_token = decay.float().mT.contiguous().mT  # (B, S, H) in memory
+    for a, b in zip(outputs_and_gradients(biased_attention, [q, k, v, by_token], do), dense,
+                    strict=True):  # fmt: skip
+        assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_later_tokens_change_nothing(device):
+    inputs, _ = random_inputs((1, 1, 1, 40, 40, 16), torch.float32, device)
+    o = biased_attention(*inputs)
+    for x in inputs[:3]:
+        x[:, :, 23:] = torch.randn_like(x[:, :, 23:])
+    inputs[3][..., 23:] -= 1.0
+    assert torch.equal(biased_attention(*inputs)[:, :, :23], o[:, :, :23])
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 1, 3, 3, 16), (1, 2, 1, 0, 3, 16)])
+def test_empty(shape, device):
+    inputs, do = random_inputs(shape, torch.float32, device)
+    o, *grads = outputs_and_gradients(biased_attention, inputs, do)
+    assert o.shape == do.shape
+    assert not any(x.any() for x in grads)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_opcheck(device):
+    inputs, do = random_inputs((1, 2, 1, 5, 18, 16), torch.float32, device)
+    leaves = [x.requires_grad_() for x in inputs]
+    torch.library.opcheck(kernels._forward_op, (*leaves, 0.25, True))
+    o, lse = kernels._forward_op(*inputs, 0.25, None)
+    saved = [x.detach() for x in (do, *inputs, o, lse)]
+    torch.library.opcheck(kernels._backward_op, (*saved, 0.25, None))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_compiles_without_breaks(device):
+    torch._dynamo.reset()
+    inputs, do = random_inputs((1, 2, 1, 20, 20, 16), torch.float32, device)
+    attention = torch.compile(biased_attention, fullgraph=True, backend="aot_eager")
+    compiled = outputs_and_gradients(attention, inputs, do)
+    for a, b in zip(compiled, outputs_and_gradients(biased_attention, inputs, do), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_arguments_that_cannot_be(device):
+    (q, k, v, decay), _ = random_inputs((1, 2, 1, 3, 4, 16), torch.float32, device)
+    for wrong in (decay[..., :3], decay[:, :1], decay.long()):
+        with pytest.raises(ValueError, match=r"decay must be floating point \(1, 2, 4\)"):
+            biased_attention(q, k, v, wrong)
+    with pytest.raises(ValueError, match="scale must be positive"):
+        biased_attention(q, k, v, decay, scale=0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 12, 12, 1024, 1024, 64), (1, 12, 3, 1024, 1024, 128), (1, 2, 2, 100, 4097, 80), *SHAPES],
+)
+def test_on_the_gpu(shape, dtype, deterministic, device):
+    inputs, do = random_inputs(shape, dtype, device)
+    check(lambda *x: biased_attention(*x, deterministic=deterministic), inputs, do)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_heads", [4, 12])
+def test_deterministic_runs_are_bit_equal(kv_heads, device):
+    inputs, do = random_inputs((4, 12, kv_heads, 1000, 1000, 64), torch.bfloat16, device)
+
+    def attention(*x):
+        return biased_attention(*x, deterministic=True)
+
+    first = outputs_and_gradients(attention, inputs, do)
+    second = outputs_and_gradients(attention, inputs, do)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_no_host_sync_and_cuda_graph(device):
+    inputs, do = random_inputs((1, 2, 2, 256, 256, 64), torch.bfloat16, device)
+    leaves = [x.requires_grad_() for x in inputs]
+
+    def step():
+        o = biased_attention(*leaves, deterministic=True)
+        return o, *torch.autograd.grad(o, leaves, do)
+
+    captured, wanted = replayed(step)
+    for a, b in zip(captured, wanted, strict=True):
+        assert torch.equal(a, b)
