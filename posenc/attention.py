@@ -22,7 +22,7 @@ from posenc.backends.case import Case
 from posenc.backends.mask import Mask
 from posenc.backends.projections import from_heads, kept_rows, to_heads
 from posenc.cache import Cache, Stream, cache_dtype, check_cache, check_no_segments, place_after
-from posenc.checks import check_heads, check_kv_heads, check_window
+from posenc.checks import check_causal, check_heads, check_kv_heads, check_window
 from posenc.convolution import DepthwiseConv
 from posenc.encodings.base import Encoding
 from posenc.errors import UnexpectedArgument
@@ -88,11 +88,9 @@ class Attention(nn.Module):
             raise ValueError(f"dropout must lie in [0, 1); got {dropout}.")
         if qk_norm not in (None, "rms"):
             raise ValueError(unknown_name("qk_norm", qk_norm, ("rms",)))
-        if not isinstance(causal, bool):
-            raise ValueError(f"causal must be True or False; got {causal!r}.")
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, head_dim
         self.num_kv_heads = check_kv_heads(num_heads, num_kv_heads)
-        self.causal, self.window = causal, check_window(window)
+        self.causal, self.window = check_causal(causal), check_window(window)
         self.dropout, self.impl = dropout, choice.check_impl(impl, dropout, conv)
         inner = num_heads * head_dim
         self.c_attn = nn.Linear(embed_dim, inner + 2 * self.num_kv_heads * head_dim, bias=bias)
@@ -121,7 +119,7 @@ class Attention(nn.Module):
                 if got is not None and got != expected:
                     raise ValueError(
                         f"{seam} {type(part).__name__} was built for {size}={got}; "
-                        f"the attention has {expected}. Build both for the same sizes."
+                        f"the attention has {expected}. Build both alike, if it can be built so."
                     )
         if self.encoding.at_input:
             raise ValueError(
@@ -259,10 +257,7 @@ class Attention(nn.Module):
         """
         if unknown or not isinstance(x, Tensor):
             refuse(unknown, x)
-        if x.ndim != 3 or x.shape[-1] != self.embed_dim or x.shape[1] == 0:
-            raise ValueError(
-                f"x must have shape (B, T, {self.embed_dim}), T at least 1; got {tuple(x.shape)}."
-            )
+        self._check_input(x)
         if cache is not None:
             self._check_cache(cache, x, segments)
         if shared is None:
@@ -289,9 +284,7 @@ class Attention(nn.Module):
         hidden. Arguments and errors as those of `forward`; for looking at, as no back end but
         "reference" forms it.
         """
-        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != self.embed_dim:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x must have shape (B, T, {self.embed_dim}); got {got}.")
+        self._check_input(x)
         shared = Shared(self._place(x, positions, mask, segments, None))
         case, _, _ = self._case(x, shared, None, "reference")
         return reference.logits(case.turned().repeated())
@@ -336,6 +329,15 @@ class Attention(nn.Module):
             self.dropout if self.training else 0.0,
         )
         return case, aux, kept
+
+    def _check_input(self, x: Tensor) -> None:
+        """Raise ValueError for another shape."""
+        fits = isinstance(x, Tensor) and x.ndim == 3 and x.shape[-1] == self.embed_dim
+        if not fits or x.shape[1] == 0:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"x must have shape (B, T, {self.embed_dim}), T at least 1; got {got}."
+            )
 
     def _place(
         self,

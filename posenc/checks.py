@@ -19,6 +19,13 @@ def check_head_dim(head_dim: int, who: str) -> None:
     check_even(head_dim, f"{who} needs an even head dim", remedy)
 
 
+def check_causal(causal: bool) -> bool:
+    """`causal` itself, or ValueError where it is no bool."""
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal must be True or False; got {causal!r}.")
+    return causal
+
+
 def check_heads(embed_dim: int, num_heads: int, head_dim: int | None = None) -> int:
     """The head dim, embed_dim / num_heads where it is None. Or ValueError."""
     if head_dim is not None:

@@ -53,8 +53,10 @@ def powers(fading: Fading, place: Placement, dtype: torch.dtype) -> tuple[Tensor
     def make() -> tuple[Tensor, Tensor]:
         rates, most = fading.make(place.positions.device), _most(dtype)
         queries, keys = _from_middle(place)
+        if place.here is not None:  # what padding sees counts nowhere, but has to stay finite
+            queries = queries.where(place.here, 0.0)
         on_q, on_k = ((x.unsqueeze(-1) * rates).clamp(max=most) for x in (-queries, keys))
-        on_q = on_q.clamp(min=-most)  # queries further away are padding
+        on_q = on_q.clamp(min=-most)
         factors = (x.to(torch.promote_types(dtype, torch.float32)).exp() for x in (on_q, on_k))
         on_q, on_k = (x if x.ndim == 2 else x.unsqueeze(1) for x in factors)
         return on_q, on_k
@@ -93,21 +95,19 @@ def fade(q: Tensor, k: Tensor, fading: Fading, place: Placement) -> tuple[Tensor
 def blocks(fading: Fading, place: Placement, dtype: torch.dtype) -> list[slice]:
     """The queries in blocks that one x serves each.
 
-    Given positions are looked at on CPU alone; elsewhere, and under a compiler, they are one block:
-    right while they span no more than `Fading.reach`.
+    Positions that count tokens rise by at most one a row. Given ones are looked at on CPU alone;
+    elsewhere, and under a compiler, they are taken for such, which is right while no block of
+    `Fading.reach` rows spans more.
     """
     length, reach = place.length, fading.reach(dtype)
-    if length == 1:
-        return [slice(0, 1)]
-    if place.keys is None:
-        rows = reach + 1
-        if length <= rows:
-            return [slice(0, length)]
-        starts = [i * rows for i in range(-(-length // rows))]
+    rows = reach + 1
+    looks = place.positions.device.type == "cpu" and concrete(place.positions)
+    if length > 1 and place.keys is not None and looks:
+        starts = place.once(("apart", reach), lambda: _starts(place, reach))
+    elif length <= rows:
+        return [slice(0, length)]
     else:
-        starts = [0]
-        if place.positions.device.type == "cpu" and concrete(place.positions):
-            starts = place.once(("apart", reach), lambda: _starts(place, reach))
+        starts = [i * rows for i in range(-(-length // rows))]
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], length], strict=True)]
 
 

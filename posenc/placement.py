@@ -144,6 +144,25 @@ def place(
     return Placement(positions, length=length, keys=keys, real=real, segments=segments)
 
 
+def given(
+    positions: Tensor, keys: Tensor, axes: int | None = None, continuous: bool = False
+) -> Placement:
+    """Placement at positions of queries and keys; negative entries of integers (B, S) are padding.
+
+    Args:
+        positions: (T,) or (B, T), with axes (.., A). keys: (S,) or (B, S), with axes (.., A).
+    """
+    time = -1 if axes is None else -2
+    counts = axes is None and not continuous and keys.ndim == 2
+    return Placement(
+        positions,
+        length=positions.shape[time],
+        key_length=keys.shape[time],
+        keys=keys,
+        real=keys >= 0 if counts else None,
+    )
+
+
 def count(
     batch: int, length: int, device: torch.device, mask: Tensor | None, segments: Tensor | None
 ) -> Tensor:

@@ -108,13 +108,17 @@ class Decay(NamedTuple):
         lost = self.queries[..., rows].unsqueeze(-1) - self.keys[..., keys].unsqueeze(-2)
         return (-lost.abs() if self.two_sided else lost).to(self.dtype)
 
-    def of_keys(self, row: int, keys: slice) -> Tensor:
-        """The same but for what is equal for all keys of a query, which a softmax does not see:
-        (B, H, 1, keys). Good for queries near `row`, from which it is rounded.
+    def of_rows(self, batch: slice) -> "Decay":
+        """Of these sequences alone."""
+        return self._replace(queries=self.queries[batch], keys=self.keys[batch])
+
+    def in_two(self, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        """The same as what is lost from the first of the rows on, (B, H, rows, 1), and from keys
+        before it up to it, (B, H, 1, keys): of one sign, so that rounding them apart loses nothing.
         """
-        assert not self.two_sided
-        lost = self.queries[..., row].detach().unsqueeze(-1) - self.keys[..., keys]
-        return lost.to(self.dtype).unsqueeze(-2)
+        first = self.queries[..., rows][..., :1].detach()  # of their sum it is no part
+        since, before = self.queries[..., rows] - first, first - self.keys[..., keys]
+        return since.to(self.dtype).unsqueeze(-1), before.to(self.dtype).unsqueeze(-2)
 
 
 class RelativeTerm(NamedTuple):

@@ -21,7 +21,7 @@ Needs matplotlib, which the extra `train` has.
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from torch import Tensor
 import posenc
 from posenc.attention import Attention
 from posenc.placement import Placement
-from posenc.zoo import parse_value
+from posenc.zoo import ZOO, parse_value
 
 #: Okabe and Ito's colours, which the colour-blind tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999", "#000000")
@@ -74,20 +74,20 @@ class Image(NamedTuple):
 @torch.no_grad()
 def look(
     name: str,
+    options: Mapping[str, Any] | None = None,
     *,
     embed_dim: int = 256,
     heads: int = 4,
     length: int = 128,
     texts: int = 16,
     seed: int = 0,
-    **options: Any,
 ) -> Seen | Image:
     """Measure a new layer of a name of the zoo.
 
     Args:
+        options: of `posenc.attention`.
         length: T, tokens of a text; of two axes a square of at most as many. texts: how many of
             random tokens.
-        options: of `posenc.attention`.
 
     Raises:
         ValueError: for what cannot be built, more axes than two, or sizes below 1 (2 for the
@@ -96,6 +96,7 @@ def look(
     for what, value, least in (("length", length, 2), ("texts", texts, 1)):
         if value < least:
             raise ValueError(f"{what} must be at least {least}; got {value}.")
+    options = dict(options or {})
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         layer = posenc.attention(name, embed_dim, heads, **options).double()
@@ -132,10 +133,13 @@ def image_of(title: str, layer: Attention, x: Tensor) -> Image:
     return Image(title, logits[0, :, middle].unflatten(-1, (side, side)))
 
 
-def title_of(name: str, options: dict[str, Any]) -> str:
+def title_of(name: str, options: Mapping[str, Any]) -> str:
     """NAME:KEY=VALUE,.. as patterns of layers write it."""
     given = ",".join(f"{key}={value}" for key, value in options.items())
-    return f"{name}:{given}" if given else name
+    title = f"{name}:{given}" if given else name
+    if ZOO[name].embedding is not None and "encoding" not in options:
+        title += ", whose table is at the model's input: plain attention"
+    return title
 
 
 def match_keys(layer: Attention) -> None:
@@ -287,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if out.suffix not in FORMATS:
             raise ValueError(f"--out must end with {', '.join(FORMATS)}; got {out}.")
         sizes = {"embed_dim": args.embed_dim, "heads": args.heads, "length": args.length}
-        seen = look(args.name, **sizes, texts=args.texts, seed=args.seed, **dict(args.options))
+        seen = look(args.name, dict(args.options), **sizes, texts=args.texts, seed=args.seed)
         figure(seen).savefig(out)
     except ImportError as error:
         sys.exit(f"posenc.show draws with matplotlib: {error}. pip install 'posenc[train]'")

@@ -255,8 +255,9 @@ ALIASES = {"cmha": "polar", "rmha": "relative", "mha": "learned"}
 
 def options_of(part: Callable[..., Any]) -> list[str]:
     """The options of a part, without the sizes that it is told."""
-    parameters = inspect.signature(part).parameters
-    return [name for name in parameters if name not in SIZES]
+    parameters = inspect.signature(part).parameters.values()
+    named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [name for name in named if name not in SIZES]
 
 
 def sort_options(name: str, options: Mapping[str, Any]) -> Parts:
@@ -295,7 +296,7 @@ def sort_options(name: str, options: Mapping[str, Any]) -> Parts:
         for option in accepted:
             table.setdefault(option, (part, option))
             table[f"{part}_{option}"] = (part, option)
-    if "kind" in table:
+    if encoding is Relative:
         table["relative"] = table["kind"]
     sorted_options: dict[str, dict[str, Any]] = {
         part: {} for part in (*parts, "embedding", "conv", "router")
@@ -481,6 +482,7 @@ def model_attention(
     for parts in sorts:
         if parts.encoding.context_option is not None:
             parts.options["encoding"].setdefault(parts.encoding.context_option, context)
+    check_positions_agree(sorts)
     first = sorts[0]
     embedding: Encoding | None = None
     if first.embedding is not None:
@@ -510,6 +512,20 @@ def model_attention(
             "options. Give all of them the same."
         )
     return ModelAttention(embedding, shared, made)
+
+
+def check_positions_agree(sorts: Sequence[Parts]) -> None:
+    """Raise ValueError where layers that read positions read different ones."""
+    kinds = {
+        (len(options["axes"]) if options.get("axes") else None, options.get("continuous", False))
+        for options in (p.options["encoding"] for p in sorts if p.encoding.reads_positions)
+    }
+    if len(kinds) > 1:
+        asked = [f"of {axes or 1} axes, continuous={real}" for axes, real in kinds]
+        raise ValueError(
+            "the layers of a model share their positions; the pattern asks for positions "
+            f"{' and '.join(sorted(asked))}. Give all layers the same axes and continuous."
+        )
 
 
 def _reads_tokens(parts: Parts) -> bool:

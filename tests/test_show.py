@@ -39,7 +39,7 @@ def test_without_position_equal_tokens_are_equal() -> None:
 
 @pytest.mark.parametrize("pairing", ["half", "interleaved"])
 def test_pairs_turn_at_their_frequencies(pairing: str) -> None:
-    seen = show.look("rope", **{**SMALL, "embed_dim": 32}, pairing=pairing)
+    seen = show.look("rope", {"pairing": pairing}, **{**SMALL, "embed_dim": 32})
     assert seen.title == f"rope:pairing={pairing}"
     assert seen.turns is not None
     close(seen.turns, inverse_frequencies(8, 10000.0).expand(4, 4))
@@ -48,7 +48,7 @@ def test_pairs_turn_at_their_frequencies(pairing: str) -> None:
 
 
 def test_grouped_keys_match_the_first_query_head_that_reads_them() -> None:
-    seen = show.look("nope", **SMALL, num_kv_heads=2, bias=True)
+    seen = show.look("nope", {"num_kv_heads": 2, "bias": True}, **SMALL)
     assert (seen.equal[::2] > 0).all()
 
 
@@ -59,7 +59,8 @@ def test_the_bias_is_shown_alone() -> None:
 
 
 def test_two_axes_are_an_image() -> None:
-    seen = show.look("rope", **{**SMALL, "embed_dim": 32, "length": 30}, axes=[4, 4], base=100.0)
+    sizes = {**SMALL, "embed_dim": 32, "length": 30}
+    seen = show.look("rope", {"axes": [4, 4], "base": 100.0}, **sizes)
     assert seen.title == "rope:axes=[4, 4],base=100.0"
     assert isinstance(seen, show.Image)
     assert seen.logits.shape == (4, 5, 5)
@@ -67,7 +68,7 @@ def test_two_axes_are_an_image() -> None:
     close(seen.logits, seen.logits.flip(1, 2))  # as far to either side
     assert len(show.figure(seen).axes) == 8  # with their scales
     with pytest.raises(ValueError, match=r"two axes can be drawn, or none; got 3"):
-        show.look("rope", **{**SMALL, "embed_dim": 32}, axes=[4, 2, 2])
+        show.look("rope", {"axes": [4, 2, 2]}, **sizes)
 
 
 def test_nothing_else_is_drawn_anew() -> None:
@@ -84,7 +85,8 @@ def test_command_writes_where_it_is_told(
     small = ["--embed-dim", "24", "--length", "5", "--texts", "1"]
     show.main(["kerple", "kind=power", *small])
     assert capsys.readouterr().out == "kerple.png\n"
-    show.main(["rope", *small, "--out", "a.pdf"])
+    show.main(["fire", "length=64", *small, "--out", "a.pdf"])  # FIRE's own, not that of a text
+    assert show.look("mha", **SMALL).title.endswith("at the model's input: plain attention")
     assert {path.name for path in tmp_path.iterdir()} == {"kerple.png", "a.pdf"}
 
 
@@ -117,5 +119,6 @@ def test_logits_are_those_of_the_softmax() -> None:
     close(y, layer(x, mask=mask))
     assert logits[0, 0, 8, 3] == -math.inf
     assert logits[1, 0, 3, 1] == -math.inf
-    with pytest.raises(ValueError, match=r"shape \(B, T, 24\); got \(9, 24\)"):
-        layer.logits(x[0])
+    for wrong in (x[0], x[:, :0]):
+        with pytest.raises(ValueError, match=r"shape \(B, T, 24\), T at least 1; got \("):
+            layer.logits(wrong)

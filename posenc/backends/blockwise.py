@@ -167,10 +167,7 @@ def _by_logits(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
             else:
                 logits = torch.baddbmm(relative(piece), query, key, beta=scale, alpha=scale)
             split = logits.unflatten(0, (heads, rows_in_batch))
-            bias = _bias(scores.bias, piece)
-            if bias is not None:
-                bias = bias[batch] if bias.ndim == 4 and len(bias) > 1 else bias
-                split.add_(bias.transpose(0, 1) if bias.ndim == 4 else bias.unsqueeze(-3))
+            _add(scores.bias, split, batch, piece, mask.key_length - mask.length)
             if mask.only_order and mask.causal:
                 logits[..., width - rows :].masked_fill_(above[:rows, :rows], -math.inf)
             elif not mask.only_order:
@@ -209,8 +206,20 @@ def in_blocks(
     return torch.cat(outputs[::-1], dim=-2)
 
 
-def _bias(bias: Bias | None, piece: Piece) -> Tensor | None:
-    """What is added to the logits of a piece, broadcastable to (B, H, rows, keys)."""
+def _add(bias: Bias | None, logits: Tensor, batch: slice, piece: Piece, past: int) -> None:
+    """Add what belongs to the logits (H, B, rows, keys) of a piece."""
+    if isinstance(bias, Decay):
+        bias, batch = bias.of_rows(batch), slice(None)
     if isinstance(bias, Decay) and not bias.two_sided:
-        return bias.of_keys(piece.rows.start, piece.keys)
-    return Scores(bias=bias).added(piece.rows, piece.keys)
+        # Pair by pair on the diagonal alone, where both terms of `in_two` may be larger than both.
+        own = past + piece.rows.start
+        before, square = slice(piece.keys.start, own), slice(own, piece.keys.stop)
+        since, until = bias.in_two(piece.rows, before)
+        count = own - piece.keys.start
+        logits[..., :count].add_(until.transpose(0, 1)).add_(since.transpose(0, 1))
+        logits[..., count:].add_(bias(piece.rows, square).transpose(0, 1))
+        return
+    added = Scores(bias=bias).added(piece.rows, piece.keys)
+    if added is not None:
+        added = added[batch] if added.ndim == 4 and len(added) > 1 else added
+        logits.add_(added.transpose(0, 1) if added.ndim == 4 else added.unsqueeze(-3))

@@ -76,11 +76,13 @@ def reason(case: Case) -> str | None:
         return "has no kernel for products of reflections"
     term = case.scores.relative
     given = term is not None and term.distances is not None and not _joins(case, term)
-    if given or _is_dense(case.scores):
+    if given:
         return (
-            "has no kernel for a dense bias, nor for a relative term at given positions or over "
-            "padding between tokens; leave positions out where they are consecutive"
+            "has no kernel for a relative term at given positions or over padding between tokens; "
+            "leave positions out where they are consecutive"
         )
+    if _is_dense(case.scores):
+        return "has no kernel for this bias of the logits"
     return None
 
 

@@ -18,7 +18,7 @@ from posenc.cache import Cache, Stream
 from posenc.checks import check_pair, check_positions
 from posenc.fading import faded_logits
 from posenc.phase import repeat_heads
-from posenc.placement import Placement, place
+from posenc.placement import Placement, given, place
 from posenc.reflections import correction
 from posenc.rotations import ByFunction, Rotation
 from posenc.scores import Scores, add_per_head, contextual_logits, relative_logits
@@ -47,6 +47,8 @@ class Encoding(nn.Module):
     reads_phase: ClassVar[bool] = False
     #: How many times as wide as v turned q and k are; kernels then take a padded copy of v.
     widening: ClassVar[int] = 1
+    #: Whether it depends on positions, and not on the order of tokens alone.
+    reads_positions: ClassVar[bool] = True
     #: Its option that a model's context sets where nobody gives it.
     context_option: ClassVar[str | None] = None
     #: Coordinates of a position, without a dimension of their own where None.
@@ -176,7 +178,7 @@ class Encoding(nn.Module):
         window and no documents.
         """
         keys = positions if key_positions is None else key_positions
-        where = Placement(positions, length=q.shape[-2], key_length=k.shape[-2], keys=keys)
+        where = given(positions, keys, self.axes_count, self.continuous)
         scores = self.scores(where, x)
         scale = scores.factor(q.shape[-1])
         if scores.fading is not None:  # no function of the score: it takes its place

@@ -84,6 +84,7 @@ class CARoPE(Float32Parameters, Encoding):
         ValueError: for an odd head dim, heads that do not divide, or an unknown option.
     """
 
+    reads_positions = False
     no_weight_decay = frozenset({"weight", "bias"})
 
     def __init__(
@@ -182,6 +183,7 @@ class SharedPhase(Encoding):
     """
 
     reads_phase = True
+    reads_positions = False
 
     def rotation(
         self, place: Placement, x: Tensor | None = None, state: Cache | None = None

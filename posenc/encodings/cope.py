@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from posenc.accounting import Part, Sizes, product, weights
 from posenc.cache import Cache
-from posenc.checks import check_sizes
+from posenc.checks import check_causal, check_sizes
 from posenc.encodings.base import Encoding
 from posenc.phase import Float32Parameters
 from posenc.placement import Placement
@@ -42,13 +42,14 @@ class CoPE(Float32Parameters, Encoding):
         ValueError: for sizes below 1, or causal=False.
     """
 
+    reads_positions = False
     no_weight_decay = frozenset({"table"})
     in_logits = True
 
     def __init__(self, head_dim: int, *, max_positions: int = 64, causal: bool = True) -> None:
         super().__init__()
         check_sizes("CoPE", head_dim=head_dim, max_positions=max_positions)
-        if not causal:
+        if not check_causal(causal):
             raise ValueError(
                 "CoPE counts keys from the query back, which causal=False does not order; got "
                 "causal=False. Use another encoding, for example 't5' or 'alibi'."

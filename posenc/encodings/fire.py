@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from posenc.accounting import Part, Sizes, product, weights
 from posenc.autocast import no_autocast
-from posenc.checks import check_sizes
+from posenc.checks import check_causal, check_sizes
 from posenc.encodings.base import Encoding
 from posenc.phase import Float32Parameters
 
@@ -51,7 +51,7 @@ class FIRE(Float32Parameters, Encoding):
         super().__init__()
         check_sizes("FIRE", num_heads=num_heads, length=length, hidden=hidden)
         self.num_heads, self.length, self.hidden = num_heads, length, hidden
-        self.causal = causal
+        self.causal = check_causal(causal)
         self.c = self.float32_parameter()
         self.a = self.float32_parameter()
         self.W1 = self.float32_parameter(hidden, 1)

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from posenc.accounting import Part, Sizes, product, state, weights
 from posenc.autocast import no_autocast
 from posenc.cache import Cache, Stream
-from posenc.checks import check_sizes
+from posenc.checks import check_causal, check_sizes
 from posenc.encodings.base import Encoding
 from posenc.phase import Float32Parameters
-from posenc.placement import Placement
+from posenc.placement import Placement, given
 from posenc.scores import Decay, Scores
 
 
@@ -48,12 +48,14 @@ class FoX(Float32Parameters, Encoding):
     """
 
     in_logits = True
+    reads_positions = False
     no_weight_decay = frozenset({"weight", "bias"})
 
     def __init__(self, embed_dim: int, num_heads: int, *, causal: bool = True) -> None:
         super().__init__()
         check_sizes("FoX", embed_dim=embed_dim, num_heads=num_heads)
-        self.embed_dim, self.num_heads, self.causal = embed_dim, num_heads, causal
+        self.embed_dim, self.num_heads = embed_dim, num_heads
+        self.causal = check_causal(causal)
         self.weight = self.float32_parameter(embed_dim, num_heads)
         self.bias = self.float32_parameter(num_heads)
         self.reset_parameters()
@@ -65,17 +67,19 @@ class FoX(Float32Parameters, Encoding):
     def scores(
         self, place: Placement, x: Tensor | None = None, state: Cache | None = None
     ) -> Scores:
-        if x is None or x.ndim != 3 or x.shape[1:] != (place.length, self.embed_dim):
+        tokens = place.key_length if state is None else place.length  # a cache has those before
+        if x is None or x.ndim != 3 or x.shape[1:] != (tokens, self.embed_dim):
             got = None if x is None else tuple(x.shape)
             raise ValueError(
-                f"FoX forgets by the tokens and needs x of shape (B, {place.length}, "
-                f"{self.embed_dim}); got {got}. Pass the attention's input."
+                f"FoX forgets by the tokens and needs x of shape (B, {tokens}, {self.embed_dim}), "
+                f"of all keys; got {got}. Pass the attention's input."
             )
         gates = log_gates(x, self.weight, self.bias)
-        if place.here is not None:
-            gates = gates * place.here.unsqueeze(1)
-        sums = gates.cumsum(-1)
-        keys = sums
+        real = place.real if state is None else place.here
+        if real is not None:
+            gates = gates * real.unsqueeze(1)
+        keys = gates.cumsum(-1)
+        sums = keys[..., tokens - place.length :]
         if state is not None:
             sums = sums + state.recent("decay").squeeze(-1)
             keys = state.append("decay", sums.unsqueeze(-1)).squeeze(-1)
@@ -86,17 +90,9 @@ class FoX(Float32Parameters, Encoding):
         self, positions: Tensor, key_positions: Tensor, x: Tensor | None = None
     ) -> Tensor:
         """c[m] - c[n] of the tokens x (B, S, C), the last T of which are the queries."""
-        length, key_length = positions.shape[-1], key_positions.shape[-1]
-        if x is None or x.ndim != 3 or x.shape[1:] != (key_length, self.embed_dim):
-            got = None if x is None else tuple(x.shape)
-            raise ValueError(
-                f"FoX forgets by the tokens: score_bias needs x of shape (B, {key_length}, "
-                f"{self.embed_dim}), of all keys; got {got}. Pass the attention's input."
-            )
-        sums = log_gates(x, self.weight, self.bias).cumsum(-1)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        decay = Decay(sums[..., key_length - length :], sums, dtype, two_sided=not self.causal)
-        return decay(slice(None), slice(None))
+        added = self.scores(given(positions, key_positions), x).added()
+        assert added is not None
+        return added
 
     def streams(self) -> dict[str, Stream]:
         return {"decay": Stream((self.num_heads, 1), torch.float64, history=1)}

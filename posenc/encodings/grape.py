@@ -66,6 +66,7 @@ class GRAPE(Float32Parameters, Encoding):
         ValueError: for an odd head dim, heads that do not divide, or an unknown option.
     """
 
+    reads_positions = False
     no_weight_decay = frozenset({"weight", "bias", "log_frequencies"})
 
     def __init__(

@@ -26,7 +26,7 @@ LEAST = 0.01
 
 def clamped(x: Tensor, low: float, high: float) -> Tensor:
     """x within the bounds; the gradient is that of x."""
-    return x + (x.clamp(low, high) - x).detach()
+    return x.clamp(low, high).detach() + (x - x.detach())
 
 
 class Kerple(DistanceBias):

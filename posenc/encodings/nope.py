@@ -11,3 +11,5 @@ from posenc.encodings.base import Encoding
 
 class NoPE(Encoding):
     """No positional encoding: the causal mask is the only clue to order."""
+
+    reads_positions = False

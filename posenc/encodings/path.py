@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from posenc.accounting import Part, Sizes, product, state, weights
 from posenc.autocast import no_autocast
 from posenc.cache import Cache, Stream
-from posenc.checks import check_heads, check_kv_heads, check_sizes
+from posenc.checks import check_causal, check_heads, check_kv_heads, check_sizes
 from posenc.convolution import gather_taps
 from posenc.encodings.base import Encoding
 from posenc.phase import Float32Parameters
@@ -93,6 +93,7 @@ class PaTH(Float32Parameters, Encoding):
     """
 
     in_logits = True
+    reads_positions = False
     no_weight_decay = frozenset({"W1", "W2", "kernel", "weight", "bias"})
 
     def __init__(
@@ -105,7 +106,7 @@ class PaTH(Float32Parameters, Encoding):
         causal: bool = True,
     ) -> None:
         super().__init__()
-        if causal is not True:
+        if not check_causal(causal):
             raise ValueError(
                 f"PaTH reflects by the tokens between a key and a later query; got causal={causal}."
                 " Leave it True, or choose another encoding."
@@ -131,16 +132,17 @@ class PaTH(Float32Parameters, Encoding):
         x = x.to(torch.promote_types(x.dtype, self.W1.dtype))
         with no_autocast(x.device):
             narrow = x @ self.W1
-        here, past = place.here, None
-        if here is not None:
-            narrow = narrow * here.unsqueeze(-1)
+        # Without a state x holds all keys.
+        real, past = place.real if state is None else place.here, None
+        if real is not None:
+            narrow = narrow * real.unsqueeze(-1)
         if state is not None:
             past = state.recent("taps")
             state.append("taps", narrow)
         w = directions(narrow, self.W2, self.kernel, past, place.segments)
         root = root_beta(x, self.weight, self.bias)
-        if here is not None:
-            root = root * here.unsqueeze(1)
+        if real is not None:
+            root = root * real.unsqueeze(1)
         r = root.unsqueeze(-1) * w
         return r if state is None else state.append("reflections", r)
 

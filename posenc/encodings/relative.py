@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from posenc.accounting import Part, Sizes, product, weights
 from posenc.cache import Cache
-from posenc.checks import check_even, check_sizes
+from posenc.checks import check_causal, check_even, check_sizes
 from posenc.encodings.base import Encoding
 from posenc.errors import unknown
 from posenc.linear import effective_weight, floating_dtype
@@ -108,7 +108,7 @@ class Relative(Encoding):
                 f"Relative(kind='learned') needs max_distance of at least 1; got {max_distance}."
             )
         self.num_heads, self.head_dim, self.kind = num_heads, head_dim, kind
-        self.max_distance, self.causal = max_distance, causal
+        self.max_distance, self.causal = max_distance, check_causal(causal)
         self.sinusoid_dim = num_heads * head_dim if embed_dim is None else embed_dim
         self.u = nn.Parameter(torch.empty(num_heads, head_dim))
         if kind == "learned":

@@ -112,6 +112,7 @@ class SelectiveRoPE(Float32Parameters, Encoding):
             an unknown option.
     """
 
+    reads_positions = False
     no_weight_decay = frozenset({"W1", "W2", "kernel", "beta"})
 
     def __init__(

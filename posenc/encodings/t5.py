@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from posenc.accounting import Part, Sizes, weights
-from posenc.checks import check_sizes
+from posenc.checks import check_causal, check_sizes
 from posenc.encodings.distance import DistanceBias
 
 
@@ -70,7 +70,7 @@ class T5(DistanceBias):
                 "Enlarge it, or take fewer buckets."
             )
         self.num_heads, self.buckets, self.max_distance = num_heads, buckets, max_distance
-        self.causal = causal
+        self.causal = check_causal(causal)
         self.table = self.float32_parameter(buckets, num_heads)
         self.reset_parameters()
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from posenc.accounting import Part, Sizes, rotation
 from posenc.cache import Cache
-from posenc.checks import check_base, check_head_dim
+from posenc.checks import check_base, check_causal, check_head_dim
 from posenc.encodings.base import Encoding
 from posenc.fading import Fading
 from posenc.placement import Placement
@@ -32,6 +32,7 @@ class XPos(Encoding):
 
     Positions may be anything; those given to one call with gaps of more than 18,000 (fp16: 2,200;
     in proportion to scale_base) between its queries need to be looked at: on CPU, not compiled.
+    Elsewhere such a call is wrong; padding and long texts are not concerned.
 
     Args:
         head_dim: D, even.
@@ -59,7 +60,7 @@ class XPos(Encoding):
             raise ValueError(
                 f"scale_base must be a finite number above 0, tokens; got {scale_base}."
             )
-        if not causal:
+        if not check_causal(causal):
             raise ValueError(
                 "XPos has no meaning with causal=False: later keys would grow with their distance; "
                 "got causal=False. Use RoPE."

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posenc.encodings.base import Encoding
 from posenc.encodings.rope import RoPE, half_to_interleaved, interleaved_to_half
 from posenc.models.config import GPTConfig
 from posenc.models.gpt import GPT, Block
-from posenc.zoo import Parts, encoding_name, options_of, sort_layers
+from posenc.zoo import Parts, encoding_name, options_of, parse_layer, sort_layers
 
 _log = logging.getLogger(__name__)
 
@@ -45,27 +46,39 @@ def convert(model: GPT, to: str | Sequence[str], **options: Any) -> GPT:
     Raises:
         ValueError: for an unknown name or option, or one that changes the projections' shape.
     """
+    if not isinstance(model, GPT):
+        raise ValueError(f"convert takes a posenc.GPT; got {type(model).__name__}.")
     config = model.config
     before = sort_layers(config.attention, config.layers, config.attention_options)
     after = sort_layers(to, config.layers, options)
-    names = [to] if isinstance(to, str) else [entry.partition(":")[0] for entry in to]
-    kept = [
-        carried(block, old, new)
-        for block, old, new in zip(model.blocks, before, after, strict=True)
-    ]
+    names = [parse_layer(entry)[0] for entry in ([to] if isinstance(to, str) else to)]
+    layers = zip(model.blocks, before, after, strict=True)
+    kept = [carried(encoding_of(block, model), old, new) for block, old, new in layers]
     made = GPT(with_attention(config, names, kept))
     weight = model.wte.weight
     made.to(device=weight.device, dtype=weight.dtype)
-    fill(made, model)
+    anew = fill(made, model)
     made.train(model.training)
     made.checkpoint_activations = model.checkpoint_activations
-    report(model, made, json.dumps(config.attention), json.dumps(made.config.attention))
+    _log.info(
+        "converted %s to %s, %+d parameters%s; %s",
+        json.dumps(config.attention),
+        json.dumps(made.config.attention),
+        made.num_parameters() - model.num_parameters(),
+        f", anew: {', '.join(sorted(anew))}" if anew else "",
+        verdict(model, made),
+    )
     return made
 
 
-def carried(block: Block, old: Parts, new: Parts) -> dict[str, Any]:
-    """Options of one layer: those of its new parts, and what it keeps of the old ones."""
+def encoding_of(block: Block, model: GPT) -> Encoding:
+    """That of a layer, or the one that its model computes for all layers."""
     encoding = block.attn.encoding
+    return model.phase if encoding.reads_phase and model.phase is not None else encoding
+
+
+def carried(encoding: Encoding, old: Parts, new: Parts) -> dict[str, Any]:
+    """Options of one layer: those of its new parts, and what it keeps of the old ones."""
     kept: dict[str, dict[str, Any]] = {"attention": dict(old.options["attention"])}
     if old.encoding is new.encoding:
         kept["encoding"] = dict(old.options["encoding"])
@@ -80,7 +93,8 @@ def carried(block: Block, old: Parts, new: Parts) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for part, given in new.options.items():
         for option, value in {**kept.get(part, {}), **given}.items():
-            flat[f"{part}_{option}"] = value
+            # Those of the module bare, as a model gives its own.
+            flat[option if part == "attention" else f"{part}_{option}"] = value
     if (new.encoding, new.embedding) != (new.recipe.encoding, new.recipe.embedding):
         flat["encoding"] = encoding_name(new)
     if new.conv != (new.recipe.conv is not None):
@@ -102,45 +116,54 @@ def with_attention(config: GPTConfig, names: list[str], layers: list[dict[str, A
 
 
 @torch.no_grad()
-def fill(made: GPT, model: GPT) -> None:
-    """Copy what both have.
+def fill(made: GPT, model: GPT) -> set[str]:
+    """Copy what both have; give the names of parts that start anew.
 
     Raises:
         ValueError: a projection has another shape.
     """
-    copy_module(made.wte, model.wte)
-    copy_module(made.ln_f, model.ln_f)
-    for new, old in ((made.wpe, model.wpe), (made.phase, model.phase)):
-        if new is not None and old is not None and type(new) is type(old):
-            copy_module(new, old)
+    anew: set[str] = set()
+    pairs: list[tuple[str, nn.Module | None, nn.Module | None]] = [
+        ("wte", made.wte, model.wte),
+        ("ln_f", made.ln_f, model.ln_f),
+        ("wpe", made.wpe, model.wpe),
+        ("phase", made.phase, model.phase),
+    ]
     for new_block, old_block in zip(made.blocks, model.blocks, strict=True):
-        ours, theirs = new_block.attn, old_block.attn
         for name in ("ln_1", "ln_2", "mlp"):
-            copy_module(getattr(new_block, name), getattr(old_block, name))
-        for name in ("c_attn", "c_proj"):
-            copy_module(getattr(ours, name), getattr(theirs, name))
-        for name in ("q_norm", "k_norm", "encoding", "router", "conv"):
-            new_part, old_part = getattr(ours, name), getattr(theirs, name)
-            if new_part is not None and type(new_part) is type(old_part):
-                copy_module(new_part, old_part)
+            pairs.append((name, getattr(new_block, name), getattr(old_block, name)))
+        for name in ("c_attn", "c_proj", "q_norm", "k_norm", "encoding", "router", "conv"):
+            pairs.append((name, getattr(new_block.attn, name), getattr(old_block.attn, name)))
+    for name, new, old in pairs:
+        if new is None or not shapes(new):
+            continue
+        if type(new) is type(old) and shapes(new) == shapes(old):
+            assert old is not None
+            copy_parameters(new, old)
+        elif name in ("c_attn", "c_proj"):
+            raise ValueError(
+                f"convert keeps the projections; the options change {name} from {shapes(old)} to "
+                f"{shapes(new)}. Leave num_kv_heads, head_dim and bias as they are."
+            )
+        else:
+            anew.add(name)
+    for new_block, old_block in zip(made.blocks, model.blocks, strict=True):
         pair_alike(new_block, old_block)
+    return anew
 
 
-def copy_module(target: nn.Module, source: nn.Module) -> None:
-    """Every parameter of the source.
+def shapes(module: nn.Module | None) -> dict[str, tuple[int, ...]]:
+    """Of its parameters, by name."""
+    named = () if module is None else module.named_parameters()
+    return {name: tuple(value.shape) for name, value in named}
 
-    Raises:
-        ValueError: they have other shapes.
-    """
-    state, wanted = source.state_dict(), target.state_dict()
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
-    expected = {name: tuple(value.shape) for name, value in wanted.items()}
-    if shapes != expected:
-        raise ValueError(
-            f"convert copies the weights of {type(source).__name__}, which the options change: "
-            f"from {shapes} to {expected}. Leave them as they are."
-        )
-    target.load_state_dict(state)
+
+def copy_parameters(target: nn.Module, source: nn.Module) -> None:
+    """Values, dtypes, and whether they are trained."""
+    values = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        parameter.data = values[name].detach().clone()
+        parameter.requires_grad_(values[name].requires_grad)
 
 
 def pair_alike(new_block: Block, old_block: Block) -> None:
@@ -167,19 +190,18 @@ def pair_alike(new_block: Block, old_block: Block) -> None:
 
 
 @torch.no_grad()
-def report(model: GPT, made: GPT, before: str, after: str) -> None:
-    """One line: whether the logits are the old ones."""
-    new = made.num_parameters() - model.num_parameters()
-    start = f"converted {before} to {after}, {new:+,} parameters"
+def verdict(model: GPT, made: GPT) -> str:
+    """Whether the logits are the old ones."""
     if model.wte.weight.is_meta:
-        _log.info("%s; on meta nothing can be compared", start)
-        return
+        return "logits are not compared: there are none on meta"
+    if any(block.attn.encoding.axes_count for part in (model, made) for block in part.blocks):
+        return "logits are not compared: positions of several axes are the caller's"
     length = min(model.config.context, TRIED)
     ids = torch.arange(length, device=model.wte.weight.device) * 7919 % model.config.vocab_size
     old, now = (logits_of(each, ids.unsqueeze(0)) for each in (model, made))
     apart = ((now - old).abs().max() / old.abs().max()).item()
     said = "equal to rounding" if apart <= ROUNDING else "not those of before: train on"
-    _log.info("%s; logits are %s (off by %.1e of the largest)", start, said, apart)
+    return f"logits are {said} (off by {apart:.1e} of the largest)"
 
 
 def logits_of(model: GPT, ids: Tensor) -> Tensor:

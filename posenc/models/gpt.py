@@ -272,14 +272,17 @@ class GPT(nn.Module):
                 f"the learned table has {self.max_length} positions; got {past + length} tokens. "
                 "Shorten it, or train with a larger context."
             )
+        encodings = (block.attn.encoding for block in self.blocks)
+        one = next((part for part in encodings if part.reads_positions), None)
+        axes, continuous = (None, False) if one is None else (one.axes_count, one.continuous)
+        sizes = (batch, length, ids.device)
         if cache is None:
-            encoding = self.blocks[0].attn.encoding
-            axes, continuous = encoding.axes_count, encoding.continuous
             given = (positions, mask, segments)
-            where = place(batch, length, ids.device, *given, axes=axes, continuous=continuous)
+            where = place(*sizes, *given, axes=axes, continuous=continuous)
         else:
             self._check_cache(cache, batch, length, segments)
-            where = place_after(cache.own, batch, length, ids.device, positions, mask)
+            both = (positions, mask)
+            where = place_after(cache.own, *sizes, *both, axes=axes, continuous=continuous)
         return self._run(ids, where, cache)
 
     def _run(

@@ -1,5 +1,6 @@
 """Biases of the distance alone (ALiBi, T5, KERPLE), FIRE's of position too, FoX's decays."""
 
+import copy
 import math
 
 import pytest
@@ -231,17 +232,47 @@ def test_fox_is_precise_after_a_million_tokens(dtype: torch.dtype) -> None:
     expected = lost.unsqueeze(-1) - lost.unsqueeze(-2)
     assert actual.dtype == torch.float32
     close(actual[0].double(), expected, 2e-6)
-    # relative to a row, what a softmax sees of the keys
-    of_keys = bias.of_keys(length - 40, last).double()[0]
-    close(of_keys, lost[:, :1, None] - lost.unsqueeze(-2), 2e-6)
+    since, until = bias.in_two(slice(length - 20, length), slice(length - 40, length - 20))
+    close((since + until)[0].double(), expected[:, 20:, :20], 2e-6)
 
 
 def test_fox_needs_the_tokens() -> None:
     fox = posenc.FoX(WIDTH, HEADS)
     with pytest.raises(ValueError, match=r"x of shape \(B, 5, 24\), of all keys; got None"):
         fox.score_bias(torch.arange(3), torch.arange(5))
-    with pytest.raises(ValueError, match=r"x of shape \(B, 3, 24\); got None"):
+    with pytest.raises(ValueError, match=r"x of shape \(B, 3, 24\), of all keys; got None"):
         fox.score_mod(randn(1, HEADS, 3, 6), randn(1, HEADS, 3, 6), torch.arange(3))
+
+
+def test_fox_in_blocks_is_as_exact_as_dense() -> None:
+    """Gates that forget much in a block of rows: each difference is rounded by itself."""
+    fox = posenc.attention("fox", 64, 4)
+    with torch.no_grad():
+        fox.encoding.weight.normal_(std=0.5)
+    x = torch.randn(1, 300, 64) * 3
+    exact = copy.deepcopy(fox).double()
+    exact.impl = "reference"
+    close(fox(x).double(), exact(x.double()), 2e-6)
+
+
+@pytest.mark.parametrize("name", ["fox", "path"])
+def test_closures_know_padding_and_keys_of_their_own(name: str) -> None:
+    encoding = layer(name).encoding
+    positions = torch.tensor([[0, 1, 2, -1, -1, 3, 4, 5, 6]])
+    q, k, x = randn(1, HEADS, 9, 6), randn(1, HEADS, 9, 6), randn(1, 9, WIDTH)
+    whole = encoding.score_mod(q, k, positions, x=x)
+    real = [0, 1, 2, 5, 6, 7, 8]
+    alone = encoding.score_mod(q[:, :, real], k[:, :, real], torch.arange(7), x=x[:, real])
+    last = encoding.score_mod(q[:, :, 6:], k, positions[:, 6:], positions, x=x)
+    zero = torch.tensor(0)
+    for i, j in ((6, 2), (5, 3), (4, 4)):
+        score = q[0, 1, real[i]] @ k[0, 1, real[j]] / 6**0.5
+        at = (score, zero, torch.tensor(1))
+        expected = whole(*at, torch.tensor(real[i]), torch.tensor(real[j]))
+        if name == "fox":  # PaTH's taps read zeros at padding
+            close(expected, alone(*at, torch.tensor(i), torch.tensor(j)))
+        if real[i] >= 6:
+            close(last(*at, torch.tensor(real[i] - 6), torch.tensor(real[j])), expected)
 
 
 # What they are made of

@@ -224,3 +224,25 @@ def test_bad_options_are_refused(options: dict[str, object], message: str) -> No
     with pytest.raises(ValueError, match=message) as refusal:
         XPos(**{"head_dim": D, **options})
     assert "\n" not in str(refusal.value)
+
+
+def test_padding_far_into_a_long_text_has_finite_gradients() -> None:
+    layer = posenc.attention("xpos", 8, 2, encoding_scale_base=64)
+    x = torch.randn(1, 3000, 8, requires_grad=True)
+    mask = torch.ones(1, 3000, dtype=torch.bool)
+    mask[:, -100:-90] = False
+    y = layer(x, mask=mask)
+    (gradient,) = torch.autograd.grad(y[mask].sum(), x)
+    assert y.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+def test_long_padded_texts_are_right_where_nobody_looks() -> None:
+    """Under a compiler blocks are cut by rows, as padded tokens do not count."""
+    torch.manual_seed(0)
+    layer = posenc.attention("xpos", 8, 2, encoding_scale_base=8)
+    x, mask = torch.randn(1, 600, 8), (torch.arange(600) < 590)[None]
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        close(compiled(x, mask=mask)[mask], layer(x, mask=mask)[mask], 1e-5)

@@ -126,6 +126,58 @@ def test_tables_at_the_input_come_and_go(caplog: pytest.LogCaptureFixture) -> No
     close(same(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize(
+    ("source", "to"),
+    [("rmha", "rcmha"), ("rcmha", "rmha"), ("mdha", "rcmha"), ("rcmha", "mdha"),
+     ("rope:conv=true", "mdha"), ("t5:buckets=16", "t5:buckets=8")],
+)  # fmt: skip
+def test_parts_of_other_shapes_start_anew(
+    source: str, to: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_gpt(source)
+    with caplog.at_level(logging.INFO, logger="posenc"):
+        made = posenc.convert(model, to)
+    assert "parameters, anew: " in caplog.text
+    assert torch.equal(made.h[1].attn.c_attn.weight, model.h[1].attn.c_attn.weight)
+
+
+@pytest.mark.parametrize("options", [{"dropout": 0.3}, {"bias": True}, {}])
+def test_options_of_the_module_stay_or_change(options: dict[str, object]) -> None:
+    model = tiny_gpt("rope", attention_options={"dropout": 0.1}, bias=True)
+    made = posenc.convert(model, "rope:window=4", **options)
+    assert made.h[0].attn.dropout == options.get("dropout", 0.1)
+    assert made.h[0].attn.window == 4
+    assert made.config.attention == "rope"
+
+
+def test_a_phase_of_the_tokens_keeps_its_base() -> None:
+    model = tiny_gpt("carope", attention_options={"source": "token", "base": 500.0})
+    assert posenc.convert(model, "rope").h[0].attn.encoding.base == 500.0
+
+
+def test_images_are_converted_without_being_tried(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_gpt("rope", attention_options={"axes": [4, 2]})
+    with caplog.at_level(logging.INFO, logger="posenc"):
+        made = posenc.convert(model, "rope", base=50.0)
+    assert "not compared" in caplog.text
+    assert made.h[0].attn.encoding.axes == (4, 2)
+
+
+def test_frozen_weights_and_wider_norms_stay() -> None:
+    model = tiny_gpt("rope", torch.bfloat16)
+    model.wte.requires_grad_(False)
+    model.ln_f.float()
+    made = posenc.convert(model, "nope")
+    assert not made.wte.weight.requires_grad
+    assert made.ln_f.weight.dtype == torch.float32
+    assert made.h[0].mlp.c_fc.weight.requires_grad
+
+
+def test_other_models_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"takes a posenc.GPT; got Linear"):
+        posenc.convert(torch.nn.Linear(2, 2), "rope")
+
+
 def test_dtype_and_mode_stay() -> None:
     model = tiny_gpt("rope", torch.bfloat16).train()
     made = posenc.convert(model, "carope")
@@ -140,7 +192,7 @@ def test_dtype_and_mode_stay() -> None:
     [
         ("ropes", {}, "Did you mean 'rope'"),
         ("rope", {"bases": 3}, "Did you mean 'base'"),
-        ("rope", {"num_kv_heads": 2}, "convert copies the weights of Linear"),
+        ("rope", {"num_kv_heads": 2}, "convert keeps the projections; the options change c_attn"),
         (("rope", "mha"), {}, "one table at its input"),
     ],
 )

@@ -1,5 +1,6 @@
 """Padding, packed documents and patterns of layers in a whole model."""
 
+import json
 import random
 from itertools import accumulate, pairwise, product
 from pathlib import Path
@@ -268,3 +269,32 @@ def test_patterns_come_back_from_a_checkpoint(tmp_path: Path) -> None:
     loaded = GPT.from_pretrained(tmp_path).eval()
     assert loaded.config == gpt.config
     assert torch.equal(loaded(ids).logits, gpt(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [("rope:axes=[4,4]", "rope"), ("rope", "rope:axes=[4,4]"), ("rope:continuous=true", "t5")],
+    ids=str,
+)
+def test_layers_share_their_positions(pattern: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"share their positions.*the same axes and continuous"):
+        GPT(GPTConfig(vocab_size=29, layers=2, heads=4, embed_dim=32, attention=pattern))
+
+
+@pytest.mark.parametrize("options", [{"axes": [4, 2]}, {"continuous": True}], ids=str)
+def test_positions_of_other_kinds_decode(options: dict[str, Any]) -> None:
+    """Beside layers that read none."""
+    model, ids = pattern_of(options), text(1, 7)
+    positions = torch.randint(9, (7, 2)) if "axes" in options else torch.rand(7).cumsum(0)
+    whole = model(ids, positions=positions).logits
+    cache = model.make_cache(1, 7)
+    parts = [
+        model(ids[:, part], positions=positions[part], cache=cache).logits
+        for part in (slice(0, 4), slice(4, 5), slice(5, 7))
+    ]
+    close(torch.cat(parts, 1), whole)
+
+
+def pattern_of(options: dict[str, Any]) -> posenc.GPT:
+    words = ",".join(f"{key}={json.dumps(value)}" for key, value in options.items())
+    return pattern_gpt(("nope", f"rope:{words}"), layers=2)
