@@ -5,7 +5,7 @@ rows that see the keys up to their last row only, so the half of T x S above the
 formed, and the logits of one block at a time where blocks are recomputed in the backward pass.
 Forward + backward on 2 CPU cores, fp32, B=8 H=4 T=512 D=64, with a relative term: 63 ms; as a dense
 bias to torch's attention 170 ms. With a bias: as long as torch's attention without. Keys of 2D: 71
-ms; in torch's attention, which on CPU wants equal widths, 106 ms with values padded, 1.3 s without.
+ms; in torch's attention, which on CPU wants equal widths, 106 ms with values padded.
 Logits and softmax are fp32 whatever the inputs are.
 
 Otherwise packed documents one by one and windows as a band of blocks, each by torch's attention; a
