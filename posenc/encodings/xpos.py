@@ -87,10 +87,11 @@ class XPos(Encoding):
 
     def cost(self, s: Sizes) -> Part:
         """The rotation, a sine and a cosine for each position and pair; an exponential for each
-        query and key and feature, and q and k times these, k from the cache on.
+        query and key and feature, which are kept, and q and k times these, k from the cache on.
         """
         features = (s.T + s.S) * s.D + s.B * (s.T * s.H + s.S * s.G) * s.D
-        return rotation(s, s.D) + Part(elementwise=s.T * s.D + features)
+        kept = (s.T + s.S) * s.D * s.precise
+        return rotation(s, s.D) + Part(elementwise=s.T * s.D + features, saved_bytes=kept)
 
     def replaces(self, s: Sizes) -> bool:
         return True
