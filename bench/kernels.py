@@ -40,7 +40,15 @@ from posenc.kernels.rope import rope
 from posenc.kernels.rope_attention import rope_attention
 from posenc.phase import inverse_frequencies, phase_dtype, position_phases
 from posenc.rotations import running_phase, turn_by_content, turn_by_phase
-from posenc.scores import Decay, RelativeTerm, Scores, add_per_head, relative_logits
+from posenc.scores import (
+    Bias,
+    ByDistance,
+    Decay,
+    RelativeTerm,
+    Scores,
+    add_per_head,
+    relative_logits,
+)
 
 #: Batch, heads, length, head dim. GPT-2's layer at three lengths, 16,384 tokens each.
 SHAPES = {"S1": (16, 12, 1024, 64), "S2": (4, 12, 4096, 64), "S3": (1, 12, 16384, 64)}
@@ -240,49 +248,72 @@ def relative(
     )
 
 
-def decay(
+def biased(
     shape: tuple[int, int, int, int],
     qkv: tuple[Tensor, Tensor, Tensor],
     peers: dict[str, Callable[[], Function]],
-) -> Case:
-    """FoX's attention: c falls by gates near 1/2."""
+) -> Iterator[Case]:
+    """FoX's attention, c falling by gates near 1/2; that of a trained number for each distance."""
     batch, heads, length, _ = shape
-    device = qkv[0].device
+    device, precise = qkv[0].device, torch.promote_types(qkv[0].dtype, torch.float32)
     gates = F.logsigmoid(torch.randn(batch, heads, length, device=device, dtype=torch.float64))
     c = gates.cumsum(-1).requires_grad_()
+    table = torch.randn(heads, length, device=device).requires_grad_()
 
-    def by(impl: str) -> Function:
-        def run(q: Tensor, k: Tensor, v: Tensor, c: Tensor) -> Tensor:
-            bias = Decay(c, c, torch.promote_types(q.dtype, torch.float32))
-            return attend(consecutive(q, k, v, Scores(bias=bias)), impl)
+    def decay(c: Tensor) -> Bias:
+        return Decay(c, c, precise)
+
+    def by_distance(table: Tensor) -> Bias:
+        def of(distances: Tensor) -> Tensor:
+            return table[:, distances.clamp(min=0)]
+
+        return ByDistance(of, length, length, precise, device)
+
+    def lost(c: Tensor) -> Function:
+        c = c.float()  # near enough to 0 at these lengths
+        return lambda b, h, m, n: c[b, h, m] - c[b, h, n]
+
+    def between(table: Tensor) -> Function:
+        return lambda b, h, m, n: table[h, (m - n).abs()]
+
+    def by(impl: str, bias: Callable[[Tensor], Bias]) -> Function:
+        def run(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+            return attend(consecutive(q, k, v, Scores(bias=bias(x))), impl)
 
         return run
 
-    def by_flex() -> Function:
+    def by_flex(added: Callable[[Tensor], Function]) -> Function:
         core = peers["flex"]()
 
-        def run(q: Tensor, k: Tensor, v: Tensor, c: Tensor) -> Tensor:
-            c = c.float()  # near enough to 0 at these lengths
+        def run(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+            bias = added(x)
 
-            def add(score: Tensor, b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
-                return score + c[b, h, m] - c[b, h, n]
+            def add(score: Tensor, *place: Tensor) -> Tensor:
+                return score + bias(*place)  # type: ignore[operator]
 
             return core(q, k, v, score_mod=add)  # type: ignore[return-value]
 
         return run
 
-    providers: dict[str, Callable[[], Function]] = {
-        OURS: lambda: by("fused"),
-        f"{OURS} split": lambda: partial(biased_attention, deterministic=True),
-        f"{OURS} one kernel": lambda: partial(biased_attention, deterministic=False),
-        EAGER: lambda: by("reference"),
-        "sdpa + bias": lambda: by("sdpa"),
-    }
-    if device.type == "cuda":
-        providers["torch.compile sdpa + bias"] = lambda: torch.compile(by("sdpa"))
-        providers["flex + bias"] = by_flex
-    name = "decay + attention"
-    return Case("kernel", name, (*qkv, c), by("reference"), providers, one_head)
+    def directly(name: str, deterministic: bool) -> Function:
+        def run(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+            return biased_attention(q, k, v, **{name: x}, deterministic=deterministic)
+
+        return run
+
+    for name, x, bias, added in (("decay", c, decay, lost), ("table", table, by_distance, between)):
+        providers: dict[str, Callable[[], Function]] = {
+            OURS: lambda bias=bias: by("fused", bias),
+            f"{OURS} split": lambda name=name: directly(name, True),
+            f"{OURS} one kernel": lambda name=name: directly(name, False),
+            EAGER: lambda bias=bias: by("reference", bias),
+            "sdpa + bias": lambda bias=bias: by("sdpa", bias),
+        }
+        if device.type == "cuda":
+            providers["torch.compile sdpa + bias"] = lambda b=bias: torch.compile(by("sdpa", b))
+            providers["flex + bias"] = lambda added=added: by_flex(added)
+        definition = by("reference", bias)
+        yield Case("kernel", f"{name} + attention", (*qkv, x), definition, providers, one_head)
 
 
 def cases(
@@ -393,7 +424,7 @@ def cases(
             mixes["fla"] = fla
         yield Case("kernel", name, (q, k, v, weight, *bias), eager_conv, mixes, part)
     yield relative(shape, (q, k, v), peers)
-    yield decay(shape, (q, k, v), peers)
+    yield from biased(shape, (q, k, v), peers)
 
 
 PARTS = {"ops": cases, "layers": layers}

@@ -1,8 +1,9 @@
 """Biases that the flash core adds to its logits, a tile at a time: T x S is never formed.
 
-    logits[m, n] = scale q[m].k[n] + c[m] - c[n]        n <= m, key indices
+    logits[m, n] = scale q[m].k[n] + (c[m] - c[n]) + b[m - n]        n <= m, key indices
 
-decay, c (B, H, S): a sum that runs along the tokens and does not rise, as FoX's (arXiv 2503.02130).
+    decay    c (B, H, S)    a sum along the tokens that does not rise: FoX (arXiv 2503.02130)
+    table    b (H, S)       a number for each distance: ALiBi, T5, KERPLE
 
 c may be at -7e5, where neighbours in fp32 are 0.06 apart: it comes as two fp32 numbers, c = high +
 low, subtracted part by part. That takes four operations a pair of tokens, and a tile on the
@@ -20,6 +21,10 @@ A softmax does not see what all keys share: the first sum is 0, but for delta, w
 rounded output. It has to be added, for gates sum dc over all later tokens: then only pairs count
 that a gate stands between, and roundings of all others cancel. In bf16, of 2048 tokens with gates
 near 1/2, the gradient of the gates' bias is 0.2% off with it, and 760% without.
+
+b is the same along a diagonal: a tile of it is loaded, element by element, from the few hundred
+numbers that it takes, with no index out of the table as that has margins. The gradient is that of
+`posenc.kernels.by_distance`.
 """
 
 import math
@@ -28,36 +33,60 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 LOG2E = math.log2(math.e)
+#: Zeros at either end of a table: tiles reach a row and a column of tiles beyond what is seen.
+MARGIN = tl.constexpr(256)
 
 
 class Arguments(NamedTuple):
-    """A bias as kernels take it."""
+    """A bias as kernels take it; parts that it does not have are None."""
 
-    high: Tensor  # c log2(e) = high + low, contiguous fp32 (B, H, S)
-    low: Tensor
+    high: Tensor | None = None  # c log2(e) = high + low, contiguous fp32 (B, H, S)
+    low: Tensor | None = None
     d_decay: Tensor | None = None  # to which dc is added, contiguous fp32 (B, H, S)
+    table: Tensor | None = None  # b log2(e), contiguous fp32 (H, S + 2 MARGIN)
 
 
-def arguments(decay: Tensor) -> Arguments:
-    """What kernels take of c."""
-    decay = decay.double() * LOG2E
-    high = decay.float()
-    low = (decay - high).float()
-    return Arguments(high.contiguous(), low.contiguous())
+def arguments(decay: Tensor | None, table: Tensor | None) -> Arguments:
+    """What kernels take of c and b."""
+    high = low = None
+    if decay is not None:
+        decay = decay.double() * LOG2E
+        high = decay.float().contiguous()
+        low = (decay - high).float().contiguous()
+    if table is not None:
+        table = pad((table.double() * LOG2E).float(), (MARGIN.value, MARGIN.value))
+    return Arguments(high, low, None, table)
 
 
 @triton.jit
 def bias_of(bias, b, h, H, S):
-    """high, low and d_decay of one head as pointers; None for None."""
+    """high, low, d_decay and table of one head as pointers; None for None."""
     if bias is not None:
+        high, low, d_decay, table = bias.high, bias.low, bias.d_decay, bias.table
         start = (b * H + h) * S
-        d_decay = bias.d_decay
+        if high is not None:
+            high, low = high + start, low + start
         if d_decay is not None:
             d_decay += start
-        bias = bias.high + start, bias.low + start, d_decay
+        if table is not None:
+            table += h * (S + 2 * MARGIN) + MARGIN
+        bias = high, low, d_decay, table
     return bias
+
+
+@triton.jit
+def has_decay(here):
+    """Whether a `bias_of` has c, at compile time."""
+    return False if here is None else here[0] is not None
+
+
+@triton.jit
+def has_table(here):
+    """Whether a `bias_of` has b, at compile time."""
+    return False if here is None else here[3] is not None
 
 
 @triton.jit
@@ -75,10 +104,10 @@ def apart(a, b):
 @triton.jit
 def decay_of_rows(here, m, lowest, T, shift):
     """Of rows m of the queries, the first of them `lowest`: c at `lowest` and at all as columns,
-    and what is lost from there to each. None for None.
+    and what is lost from there to each. None where there is no c.
     """
     base, rows, lost = None, None, None
-    if here is not None:
+    if has_decay(here):
         base = decay_at(here, lowest + shift)
         row = decay_at(here, tl.minimum(m, T - 1) + shift)
         lost = apart(row, base)
@@ -87,16 +116,30 @@ def decay_of_rows(here, m, lowest, T, shift):
 
 
 @triton.jit
-def add_bias(s, c, here, own, n, S, WHOLE: tl.constexpr):
-    """(s c + c[own] - c[n], 1) for keys n along the columns of s; (s, c) where there is no bias.
+def diagonals(here, distance, m, n):
+    """b of distance + m - n."""
+    return tl.load((here[3] + distance) + (m - n))
 
-    own: `decay_at` of one token, or of the rows, as columns. WHOLE promises that all n are tokens.
+
+@triton.jit
+def add_bias(
+    s, c, here, own, lowest, first, S, ROWS: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr
+):
+    """(s c + bias, 1) of KEYS keys from `first` on; (s, c) where there is no bias.
+
+    own: `decay_at` of one token, or of the rows as columns. lowest: key index of the first of the
+    rows, which are consecutive. WHOLE promises that all keys exist.
     """
     if here is not None:
-        if not WHOLE:
-            n = tl.minimum(n, S - 1)
-        keys = decay_at(here, n)
-        s = s * c + apart(own, (keys[0][None, :], keys[1][None, :]))
+        s, within = s * c, tl.arange(0, KEYS)
+        if has_decay(here):
+            n = first + within
+            if not WHOLE:
+                n = tl.minimum(n, S - 1)
+            keys = decay_at(here, n)
+            s += apart(own, (keys[0][None, :], keys[1][None, :]))
+        if has_table(here):
+            s += diagonals(here, lowest - first, tl.arange(0, ROWS)[:, None], within[None, :])
         c = 1.0
     return s, c
 

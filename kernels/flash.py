@@ -14,6 +14,7 @@ copies nothing. Sums are fp32; the weights are rounded to the input's dtype for 
 v. fp32 inputs go through the tensor cores as three TF32 products: 22 bits of every factor count.
 
 Rotations enter through `posenc.kernels.hooks`: where q is loaded, and where dq and dk are stored.
+Biases of the logits enter where a tile of products is (`posenc.kernels.bias`).
 """
 
 import functools
@@ -120,6 +121,11 @@ CONFIGS = {
     ("masked forward", 2, 64): Config(128, 32, 8, 3, 128),
     ("masked dq", 2, 32): Config(128, 32, 8, 2, 128),
     ("masked dq", 2, 64): Config(128, 32, 8, 2, 128),
+    # With a bias too; with a mask as well, one needs more registers.
+    ("biased forward", 2, 32): Config(128, 32, 8, 3, 128),
+    ("biased forward", 2, 64): Config(128, 32, 8, 3, 128),
+    ("biased dq", 2, 32): Config(128, 32, 8, 2),
+    ("biased dq", 2, 64): Config(128, 32, 8, 2),
 }
 
 
@@ -150,6 +156,7 @@ def attend_keys(
     real,
     bias,
     own,
+    lowest,
     start,
     stop,
     S,
@@ -157,19 +164,20 @@ def attend_keys(
     MASK: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Take keys start .. stop - 1 into the softmax of queries m under way.
 
     m, lo: columns, key indices. real: what is real among all keys, a pointer. Both may be None.
-    bias, own: see `posenc.kernels.bias.add_bias`.
+    bias, own, lowest: see `posenc.kernels.bias.add_bias`.
     """
     for first in range(start, stop, BLOCK_N):
         k_tile = load_tile(k, first, S, BLOCK_N, D, BLOCK_D, not MASK)
         s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
         n = first + tl.arange(0, BLOCK_N)
-        s, unit = add_bias(s, c, bias, own, n, S, not MASK)
+        s, unit = add_bias(s, c, bias, own, lowest, first, S, BLOCK_M, BLOCK_N, not MASK)
         s = hide(s, m, n[None, :], lo, None, along(real_tile(real, first, BLOCK_N), 1), MASK)
         v_tile = load_tile(v, first, S, BLOCK_N, D, BLOCK_D, not MASK)
         sums, total, peak = add_keys(sums, total, peak, s, v_tile, unit, PRECISION)
@@ -198,7 +206,7 @@ def attend(
 ):
     """The softmax of a tile q of rows m, between `lowest` and `highest`, over all that they see.
 
-    bias: `posenc.kernels.bias.bias_of`.
+    bias: `posenc.kernels.bias.bias_of`; with a table, rows are consecutive from `lowest` on.
     """
     shift = S - T
     begin, inner, until, whole, stop = key_bounds(mask, b, lowest, highest, T, shift, BLOCK_N)
@@ -213,18 +221,18 @@ def attend(
     peak = start_of_peak(mask, BLOCK_M)
     if lo is not None:
         sums, total, peak = attend_keys(
-            sums, total, peak, q, k, v, at, lo, real, bias, base,
-            begin, inner, S, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
+            sums, total, peak, q, k, v, at, lo, real, bias, base, lowest + shift,
+            begin, inner, S, c, True, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     sums, total, peak = attend_keys(
-        sums, total, peak, q, k, v, at, lo, real, bias, base,
-        inner, until, S, c, False, D, BLOCK_D, BLOCK_N, PRECISION,
+        sums, total, peak, q, k, v, at, lo, real, bias, base, lowest + shift,
+        inner, until, S, c, False, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     if lost is not None:
         peak += lost  # no key so far comes after the first row
     sums, total, peak = attend_keys(
-        sums, total, peak, q, k, v, at, lo, real, bias, rows,
-        whole, stop, S, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
+        sums, total, peak, q, k, v, at, lo, real, bias, rows, lowest + shift,
+        whole, stop, S, c, True, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     return sums, total, peak
 
@@ -275,9 +283,10 @@ def launch(
 ) -> tuple[Config, dict]:
     """The configuration of a kernel for tensors like x, and the launch's keyword arguments."""
     sizes = x.element_size(), max(32, block_of(x))
-    more = bias is not None or any(part is not None for part in mask)
-    if more and (f"masked {kernel}", *sizes) in CONFIGS:
-        kernel = f"masked {kernel}"
+    masked = any(part is not None for part in mask)
+    kind = "biased " if bias is not None else "masked " if masked else ""
+    if (kind + kernel, *sizes) in CONFIGS:
+        kernel = kind + kernel
     config = CONFIGS[kernel, *sizes]
     return config, {**tile_options(x, config), "maxnreg": config.registers}
 

@@ -17,7 +17,17 @@ Q and K are what met in the forward pass; HOOK stores dQ, or dK (see `posenc.ker
 import triton
 import triton.language as tl
 
-from posenc.kernels.bias import add_bias, add_to_decay, apart, bias_of, decay_at, decay_of_rows
+from posenc.kernels.bias import (
+    add_bias,
+    add_to_decay,
+    apart,
+    bias_of,
+    decay_at,
+    decay_of_rows,
+    diagonals,
+    has_decay,
+    has_table,
+)
 from posenc.kernels.common import head_of, load_rows, load_tile, store_tile
 from posenc.kernels.mask import (
     along,
@@ -46,6 +56,7 @@ def dq_over_keys(
     real,
     bias,
     own,
+    lowest,
     start,
     stop,
     S,
@@ -53,6 +64,7 @@ def dq_over_keys(
     MASK: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -62,13 +74,13 @@ def dq_over_keys(
         v_tile = load_tile(v, first, S, BLOCK_N, D, BLOCK_D, not MASK)
         s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
         n = first + tl.arange(0, BLOCK_N)
-        s, unit = add_bias(s, c, bias, own, n, S, not MASK)
+        s, unit = add_bias(s, c, bias, own, lowest, first, S, BLOCK_M, BLOCK_N, not MASK)
         s = s * unit
         s = hide(s, m, n[None, :], lo, None, along(real_tile(real, first, BLOCK_N), 1), MASK)
         p = tl.exp2(s - lse[:, None])
         dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
-        if bias is not None:
+        if has_decay(bias):
             add_to_decay(bias, m, tl.sum(ds, 1, keep_dims=True), S)
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     return dq
@@ -108,16 +120,16 @@ def dq_of_rows(
     grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if lo is not None:
         grad = dq_over_keys(
-            grad, q, do, from_base, delta, k, v, at, lo, real, bias, base,
-            begin, inner, S, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
+            grad, q, do, from_base, delta, k, v, at, lo, real, bias, base, lowest + shift,
+            begin, inner, S, c, True, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     grad = dq_over_keys(
-        grad, q, do, from_base, delta, k, v, at, lo, real, bias, base,
-        inner, until, S, c, False, D, BLOCK_D, BLOCK_N, PRECISION,
+        grad, q, do, from_base, delta, k, v, at, lo, real, bias, base, lowest + shift,
+        inner, until, S, c, False, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     return dq_over_keys(
-        grad, q, do, lse, delta, k, v, at, lo, real, bias, rows,
-        whole, stop, S, c, True, D, BLOCK_D, BLOCK_N, PRECISION,
+        grad, q, do, lse, delta, k, v, at, lo, real, bias, rows, lowest + shift,
+        whole, stop, S, c, True, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
 
 
@@ -193,7 +205,7 @@ def dkv_over_queries(
     hi,
     real,
     bias,
-    last,
+    first_key,
     start,
     stop,
     T,
@@ -206,6 +218,7 @@ def dkv_over_queries(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Take queries start .. stop - 1 of GROUP heads into the sums of one tile of keys.
@@ -213,7 +226,7 @@ def dkv_over_queries(
     n, hi, real: columns, the last two may be None (`posenc.kernels.mask`).
     `order`, int32 (B, H, T) or None: which row of q comes when.
     bias: `posenc.kernels.bias.Arguments` or None. MASK False promises that no query comes before
-    `last`, the last of the keys.
+    the last of the keys, which are consecutive from `first_key` on.
     """
     # One loop over the tiles of all GROUP heads: a loop in a loop takes up to 60 registers more,
     # which grouped heads do not have.
@@ -239,15 +252,19 @@ def dkv_over_queries(
         # registers.
         s = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION) * c
         here = bias_of(bias, b, head, H, S)
-        if here is not None:
+        if has_decay(here):
             rows = decay_at(here, tl.minimum(m, T - 1) + shift)
             keys = decay_at(here, tl.minimum(n, S - 1))
             if MASK:
                 s += apart((rows[0][None, :], rows[1][None, :]), keys)
             else:
-                base = decay_at(here, last)
+                base = decay_at(here, min(first_key + BLOCK_N, S) - 1)
                 s += apart(base, keys)
                 row_lse -= apart(rows, base)
+        if has_table(here):
+            keys, queries = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[None, :]
+            s += diagonals(here, first + shift - first_key, queries, keys)
+        if here is not None:
             # Rows past the last have no weight: 2^s may overflow, and meets a gradient of 0.
             row_lse = tl.where(inside, row_lse, float("inf"))
         s = hide(s, (m + shift)[None, :], n, None, hi, real, MASK)
@@ -255,7 +272,7 @@ def dkv_over_queries(
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do_tile), input_precision=PRECISION)
         ds = p * (dp - row_delta[None, :])
-        if here is not None:
+        if has_decay(here):
             add_to_decay(here, n, -tl.sum(ds, 1, keep_dims=True), S)
             if ADD_DQ:
                 add_to_decay(here, m + shift, tl.sum(ds, 0), S)
@@ -305,7 +322,6 @@ def dkv_of_keys(
     """
     shift = S - T
     n = first + tl.arange(0, BLOCK_N)
-    last = min(first + BLOCK_N, S) - 1
     real = real_keys(real_of(mask, b, S), n, S)
     start, whole, until, stop = query_bounds(mask, b, first, real, T, S, BLOCK_N)
     hi, real, n = along(highest_seeing(mask, b, n, S), 0), along(real, 0), n[:, None]
@@ -321,19 +337,19 @@ def dkv_of_keys(
     until = stop if hi is None else whole + max(until - whole, 0) // BLOCK_M * BLOCK_M
     dk, dv = dkv_over_queries(
         dk, dv, k, v, q, do, lse, delta, dq_sum, order, b, h, H, n, hi, real,
-        bias, last, start, min(whole, stop), T, S, shift, c,
-        True, ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, PRECISION,
+        bias, first, start, min(whole, stop), T, S, shift, c,
+        True, ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     dk, dv = dkv_over_queries(
         dk, dv, k, v, q, do, lse, delta, dq_sum, order, b, h, H, n, hi, real,
-        bias, last, whole, until, T, S, shift, c,
-        False, ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, PRECISION,
+        bias, first, whole, until, T, S, shift, c,
+        False, ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     if hi is not None:
         dk, dv = dkv_over_queries(
             dk, dv, k, v, q, do, lse, delta, dq_sum, order, b, h, H, n, hi, real,
-            bias, last, until, stop, T, S, shift, c,
-            True, ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, PRECISION,
+            bias, first, until, stop, T, S, shift, c,
+            True, ADD_DQ, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     return dk, dv
 

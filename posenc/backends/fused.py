@@ -18,7 +18,7 @@ from posenc.convolution import DepthwiseConv
 from posenc.placement import segment_bounds
 from posenc.rotations import ByContent, ByPosition, ByRates, Rotation
 from posenc.routing.gates import Gates, weighed
-from posenc.scores import Decay, RelativeTerm, Scores, add_per_head
+from posenc.scores import Bias, ByDistance, Decay, RelativeTerm, Scores, add_per_head
 
 REMEDY = "Use impl='sdpa' (torch's fused attention), 'reference' or 'auto'."
 
@@ -76,10 +76,11 @@ def reason(case: Case) -> str | None:
         return "has no kernel for products of reflections"
     term = case.scores.relative
     given = term is not None and term.distances is not None and not _joins(case, term)
-    if given:
+    bias = case.scores.bias
+    if given or (isinstance(bias, ByDistance) and bias.positions is not None):
         return (
-            "has no kernel for a relative term at given positions or over padding between tokens; "
-            "leave positions out where they are consecutive"
+            "has no kernel for a relative term or a bias of distance at given positions or over "
+            "padding between tokens; leave positions out where they are consecutive"
         )
     if _is_dense(case.scores):
         return "has no kernel for this bias of the logits"
@@ -88,14 +89,14 @@ def reason(case: Case) -> str | None:
 
 def _is_dense(scores: Scores) -> bool:
     """Whether the logits have a bias that no kernel makes."""
-    if scores.bias is None:
-        return False
-    decays = isinstance(scores.bias, Decay) and not scores.bias.two_sided
-    return not decays or scores.relative is not None
+    bias = scores.bias
+    decays = isinstance(bias, Decay) and not bias.two_sided
+    made = decays or isinstance(bias, ByDistance)
+    return bias is not None and not (made and scores.relative is None)
 
 
 def attend(case: Case) -> Tensor:
-    """(B, H, T, D) in q's dtype. What gates drop is skipped unless there is a relative term."""
+    """(B, H, T, D) in q's dtype. What gates drop is skipped, but with a bias or relative term."""
     from posenc.kernels.biased_attention import biased_attention
     from posenc.kernels.relative import relative_attention
 
@@ -113,8 +114,9 @@ def attend(case: Case) -> Tensor:
         q, k = turn(rotation, q, k)
     term = scores.relative
     query = add_per_head(q, scores.content)
-    if isinstance(scores.bias, Decay):
-        y = biased_attention(query, k, v, scores.bias.keys, scale=scale, mask=mask)
+    if scores.bias is not None:
+        decay, table = _parts(scores.bias)
+        y = biased_attention(query, k, v, decay, table, scale=scale, mask=mask)
         return weighed(y, case.gates)
     if term is None:
         return _plain(query, k, v, case.gates, scale, mask)
@@ -128,6 +130,14 @@ def attend(case: Case) -> Tensor:
     biases = (term.offset, scores.content, term.query)
     y = relative_attention(q, k, v, table, *biases, scale=scale, mask=mask)
     return weighed(y, case.gates)
+
+
+def _parts(bias: Bias) -> tuple[Tensor | None, Tensor | None]:
+    """What kernels take of a bias that is not dense: a decay, or a table of distances."""
+    if isinstance(bias, Decay):
+        return bias.keys, None
+    assert isinstance(bias, ByDistance)
+    return None, bias.of(torch.arange(bias.key_length, device=bias.device))
 
 
 def _kernel_mask(case: Case) -> Any:

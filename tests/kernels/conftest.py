@@ -21,7 +21,7 @@ import torch
 import posenc
 
 #: Names that impl="fused" refuses.
-WITHOUT_KERNEL = frozenset({"alibi", "t5", "kerple", "fire", "cope", "path"})
+WITHOUT_KERNEL = frozenset({"cope", "fire", "path"})
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILED_ONLY = ["test_compile_sm90.py", "test_interpreter.py"]
 

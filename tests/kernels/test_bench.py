@@ -26,6 +26,7 @@ def test_every_provider_has_a_row(tmp_path, monkeypatch, capsys):
         "conv per head",
         "relative + attention",
         "decay + attention",
+        "table + attention",
         *(f"{name} layer" for name in LAYERS),
     }
     for row in timed:

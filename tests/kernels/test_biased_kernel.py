@@ -13,15 +13,15 @@ from torch.nn.functional import logsigmoid
 
 from helpers import outputs_and_gradients, replayed
 from posenc.kernels import biased_attention as kernels
-from posenc.kernels import flash
+from posenc.kernels import by_distance, flash
 from posenc.kernels.biased_attention import biased_attention
 from posenc.kernels.flash import flash_attention
+from posenc.kernels.mask import Mask
 
-DTYPES = (torch.float32, torch.float16)
 #: batch, heads, key heads, queries, keys, head dim
 SHAPES = [
     (1, 1, 1, 1, 1, 16),
-    (2, 4, 2, 37, 37, 24),
+    (1, 4, 2, 37, 37, 24),
     (1, 2, 1, 50, 93, 16),  # fewer queries than keys, not by whole tiles
     (2, 1, 1, 2, 34, 40),
 ]
@@ -29,13 +29,18 @@ SHAPES = [
 
 @pytest.fixture
 def small_tiles(monkeypatch, request):
-    """Tiles so small that short sequences take many of them, of (queries, keys)."""
-    m, n = getattr(request, "param", (16, 32))
+    """Tiles so small that short sequences take many of them, of (queries, keys), and so many
+    programs at least for sums by distance.
+    """
+    m, n, programs = getattr(request, "param", (16, 32, 5))
     monkeypatch.setattr(flash, "CONFIGS", dict.fromkeys(flash.CONFIGS, flash.Config(m, n, 4, 1)))
+    config = by_distance.Config(16, 16, 4, 1)
+    monkeypatch.setattr(by_distance, "CONFIGS", dict.fromkeys(by_distance.CONFIGS, config))
+    monkeypatch.setattr(by_distance, "PROGRAMS", programs)
 
 
 def random_inputs(shape, dtype, device, start=-7e5, size=1.0):
-    """q, k, v, c, do: gates near 1/2 after `start`; `size` steepens them."""
+    """q, k, v, c, b and do: gates near 1/2 after `start`; `size` steepens them."""
     batch, heads, kv_heads, length, key_length, dim = shape
     torch.manual_seed(0)
 
@@ -45,26 +50,40 @@ def random_inputs(shape, dtype, device, start=-7e5, size=1.0):
     q, do = draw(2, batch, heads, length, dim).to(dtype).unbind(0)
     k, v = draw(2, batch, kv_heads, key_length, dim).to(dtype).unbind(0)
     gates = logsigmoid(size * draw(batch, heads, key_length).double())
-    return [q, k, v, start + gates.cumsum(-1)], do
+    return [q, k, v, start + gates.cumsum(-1), draw(heads, key_length)], do
 
 
-def definition(q, k, v, decay):
-    """As written: fp32 logits at least, biases rounded after the subtraction."""
+def definition(q, k, v, decay=None, table=None):
+    """As written: fp32 logits at least, decays rounded after the subtraction."""
     length, key_length = q.shape[2], k.shape[2]
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     precise = torch.promote_types(q.dtype, torch.float32)
-    lost = decay[..., key_length - length :, None] - decay[..., None, :]
-    logits = q.to(precise) @ k.to(precise).mT / math.sqrt(q.shape[-1]) + lost.to(precise)
-    hidden = torch.ones(length, key_length, dtype=torch.bool, device=q.device)
-    hidden = hidden.triu(key_length - length + 1)
-    return logits.masked_fill(hidden, -math.inf).softmax(-1).to(v.dtype) @ v
+    logits = q.to(precise) @ k.to(precise).mT / math.sqrt(q.shape[-1])
+    n = torch.arange(key_length, device=q.device)
+    distance = n[key_length - length :, None] - n
+    if decay is not None:
+        lost = decay[..., key_length - length :, None] - decay[..., None, :]
+        logits = logits + lost.to(precise)
+    if table is not None:
+        logits = logits + table[:, distance.clamp(min=0)].to(precise)
+    return logits.masked_fill(distance < 0, -math.inf).softmax(-1).to(v.dtype) @ v
 
 
-def check(function, inputs, do):
-    actual = outputs_and_gradients(function, inputs, do)
-    plain = outputs_and_gradients(definition, inputs, do)
-    exact = outputs_and_gradients(definition, [x.double() for x in inputs], do.double())
-    for name, a, p, e in zip(("o", "dq", "dk", "dv", "dc"), actual, plain, exact, strict=True):
+def check(inputs, do, deterministic=True, parts=("decay", "table")):
+    """The kernels against the definition, with the parts of a bias that `inputs` ends with."""
+
+    def by(function, **options):
+        def run(q, k, v, *biases):
+            return function(q, k, v, **dict(zip(parts, biases, strict=True)), **options)
+
+        return run
+
+    kernel, written = by(biased_attention, deterministic=deterministic), by(definition)
+    actual = outputs_and_gradients(kernel, inputs, do)
+    plain = outputs_and_gradients(written, inputs, do)
+    exact = outputs_and_gradients(written, [x.double() for x in inputs], do.double())
+    names = ("o", "dq", "dk", "dv", *parts)
+    for name, a, p, e in zip(names, actual, plain, exact, strict=True):
         assert (a.shape, a.dtype) == (p.shape, p.dtype)
         size = e.abs().max().clamp(min=1.0)
         allowed = 2 * (p.double() - e).abs().max() + 4 * torch.finfo(do.dtype).eps * size
@@ -73,23 +92,67 @@ def check(function, inputs, do):
 
 
 @pytest.mark.parametrize(
-    ("small_tiles", "deterministic"),
-    [((16, 32), True), ((32, 16), False)],
+    ("small_tiles", "dtype", "deterministic"),
+    [((16, 32, 5), torch.float32, True), ((32, 16, 512), torch.float16, False)],
     indirect=["small_tiles"],
 )
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("small_tiles")
 def test_outputs_and_gradients(shape, dtype, deterministic, device):
     inputs, do = random_inputs(shape, dtype, device)
-    check(lambda *x: biased_attention(*x, deterministic=deterministic), inputs, do)
+    check(inputs, do, deterministic)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.usefixtures("small_tiles")
+def test_each_part_alone(part, deterministic, device):
+    (*qkv, decay, table), do = random_inputs((2, 2, 1, 30, 41, 16), torch.float32, device)
+    check([*qkv, (decay, table)[part]], do, deterministic, [("decay", "table")[part]])
+
+
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 64), (torch.float16, 128)])
-def test_tiles_of_the_table(dtype, dim, deterministic, device):
+def test_tiles_of_the_table(dtype, dim, device):
     inputs, do = random_inputs((1, 2, 1, 140, 140, dim), dtype, device)
-    check(lambda *x: biased_attention(*x, deterministic=deterministic), inputs, do)
+    check(inputs, do, dtype == torch.float32)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_table_without_gradient_costs_no_sums(device, monkeypatch):
+    (q, k, v, _, table), do = random_inputs((1, 2, 1, 20, 20, 16), torch.float32, device)
+    trained = outputs_and_gradients(lambda *x: biased_attention(*x[:3], None, x[3]),
+                                    [q, k, v, table], do)  # fmt: skip
+    monkeypatch.setattr(by_distance, "gradient", None)
+    fixed = outputs_and_gradients(lambda *x: biased_attention(*x, table=table), [q, k, v], do)
+    for a, b in zip(fixed, trained[:4], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("window", "diagonals"), [(16, 2), (17, 3), (None, 5)])
+@pytest.mark.usefixtures("small_tiles")
+def test_sums_end_where_the_window_does(window, diagonals, device, monkeypatch):
+    """Corners of tiles lie at distance -1, 15, 31, .., as the first query is key 15; the tile of 31
+    begins at 16, in its upper right.
+    """
+    (q, k, v, _, table), do = random_inputs((1, 1, 1, 60, 75, 16), torch.float32, device)
+    launched, kernel = [], by_distance.by_distance_kernel
+
+    class Recorder:
+        def __getitem__(self, grid):
+            launched.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(by_distance, "by_distance_kernel", Recorder())
+    monkeypatch.setattr(by_distance, "PROGRAMS", 1)
+
+    def attention(x):
+        return biased_attention(q, k, v, table=x, mask=Mask(window))
+
+    _, found = outputs_and_gradients(attention, [table], do)
+    reach = 75 if window is None else window
+    assert found[:, :reach].all()
+    assert not found[:, reach:].any()
+    assert launched == [(diagonals,)]
 
 
 @pytest.mark.parametrize("size", [1e3, 1e-4])
@@ -97,7 +160,7 @@ def test_tiles_of_the_table(dtype, dim, deterministic, device):
 def test_steep_and_flat_decays(size, device):
     """Within a tile c falls by thousands, and near tokens still differ by what they do."""
     inputs, do = random_inputs((1, 2, 2, 50, 50, 16), torch.float32, device, size=size)
-    check(biased_attention, inputs, do)
+    check(inputs[:4], do, parts=["decay"])
     assert inputs[3][0, 0, 0] - inputs[3][0, 0, 15] > 1e3 * (size > 1)
 
 
@@ -105,6 +168,7 @@ def test_steep_and_flat_decays(size, device):
 @pytest.mark.usefixtures("small_tiles")
 def test_far_along_is_as_near_the_start(deterministic, device):
     inputs, do = random_inputs((1, 1, 1, 60, 60, 16), torch.float32, device, start=0.0)
+    inputs = inputs[:4]
 
     def after(start):
         def attention(q, k, v, decay):
@@ -118,9 +182,9 @@ def test_far_along_is_as_near_the_start(deterministic, device):
 
 @pytest.mark.usefixtures("small_tiles")
 def test_what_does_not_fall_is_no_bias(device):
-    (q, k, v, decay), do = random_inputs((1, 2, 1, 40, 50, 16), torch.float32, device)
-    flat = torch.full_like(decay, -3.0)
-    biased = outputs_and_gradients(lambda *x: biased_attention(*x, flat), [q, k, v], do)
+    (q, k, v, *biases), do = random_inputs((1, 2, 1, 40, 50, 16), torch.float32, device)
+    flat = [torch.full_like(x, -3.0) for x in biases]
+    biased = outputs_and_gradients(lambda *x: biased_attention(*x, *flat), [q, k, v], do)
     plain = outputs_and_gradients(flash_attention, [q, k, v], do)
     for a, b in zip(biased, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -129,18 +193,36 @@ def test_what_does_not_fall_is_no_bias(device):
 @pytest.mark.usefixtures("small_tiles")
 def test_a_common_shift_has_no_gradient(device):
     inputs, do = random_inputs((1, 2, 1, 50, 50, 16), torch.float32, device)
-    d_decay = outputs_and_gradients(biased_attention, inputs, do)[4]
-    assert d_decay.abs().max() > 0.1
-    assert d_decay.sum(-1).abs().max() < 1e-5
+    for gradient in outputs_and_gradients(biased_attention, inputs, do)[4:]:
+        assert gradient.abs().max() > 0.1
+        assert gradient.sum(-1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("small_tiles", [(32, 64, 5)], indirect=True)
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.usefixtures("small_tiles")
+def test_rounded_outputs_do_not_add_up_in_gates(deterministic, device):
+    """A gate's gradient sums dc over all later tokens, and is about as exact as one of them."""
+    inputs, do = random_inputs((1, 1, 1, 300, 300, 16), torch.float16, device, start=0.0)
+    inputs = inputs[:4]
+    inputs[2] += 8  # changes nothing but the outputs, and what they are rounded by
+    exact = outputs_and_gradients(definition, [x.double() for x in inputs], do.double())[4]
+
+    def attention(*x):
+        return biased_attention(*x, deterministic=deterministic)
+
+    wrong = outputs_and_gradients(attention, inputs, do)[4].double() - exact
+    assert wrong.flip(-1).cumsum(-1).abs().max() < 2 * wrong.abs().max()
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_decays_keep_their_own_dtype_and_strides(device):
-    (q, k, v, decay), do = random_inputs((2, 2, 1, 20, 20, 16), torch.float16, device, start=0.0)
-    dense = outputs_and_gradients(biased_attention, [q, k, v, decay.float()], do)
-    assert dense[4].dtype == torch.float32
-    by_token = decay.float().mT.contiguous().mT  # (B, S, H) in memory
-    for a, b in zip(outputs_and_gradients(biased_attention, [q, k, v, by_token], do), dense,
+def test_biases_keep_their_own_dtype_and_strides(device):
+    (q, k, v, *biases), do = random_inputs((2, 2, 1, 20, 20, 16), torch.float16, device, start=0.0)
+    biases = [x.float() for x in biases]
+    dense = outputs_and_gradients(biased_attention, [q, k, v, *biases], do)
+    assert dense[4].dtype == dense[5].dtype == torch.float32
+    by_token = [x.mT.contiguous().mT for x in biases]
+    for a, b in zip(outputs_and_gradients(biased_attention, [q, k, v, *by_token], do), dense,
                     strict=True):  # fmt: skip
         assert torch.equal(a, b)
 
@@ -152,6 +234,7 @@ def test_later_tokens_change_nothing(device):
     for x in inputs[:3]:
         x[:, :, 23:] = torch.randn_like(x[:, :, 23:])
     inputs[3][..., 23:] -= 1.0
+    inputs[4][..., 23:] += 1.0
     assert torch.equal(biased_attention(*inputs)[:, :, :23], o[:, :, :23])
 
 
@@ -170,7 +253,7 @@ def test_opcheck(device):
     torch.library.opcheck(kernels._forward_op, (*leaves, 0.25, True))
     o, lse = kernels._forward_op(*inputs, 0.25, None)
     saved = [x.detach() for x in (do, *inputs, o, lse)]
-    torch.library.opcheck(kernels._backward_op, (*saved, 0.25, None))
+    torch.library.opcheck(kernels._backward_op, (*saved, True, 0.25, None))
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -184,10 +267,16 @@ def test_compiles_without_breaks(device):
 
 
 def test_arguments_that_cannot_be(device):
-    (q, k, v, decay), _ = random_inputs((1, 2, 1, 3, 4, 16), torch.float32, device)
+    (q, k, v, decay, table), _ = random_inputs((1, 2, 1, 3, 4, 16), torch.float32, device)
     for wrong in (decay[..., :3], decay[:, :1], decay.long()):
         with pytest.raises(ValueError, match=r"decay must be floating point \(1, 2, 4\)"):
             biased_attention(q, k, v, wrong)
+    for wrong in (table[:, :3], table[:1], table.long()):
+        with pytest.raises(ValueError, match=r"table must be floating point \(2, 4\)"):
+            biased_attention(q, k, v, table=wrong)
+    wide = torch.zeros(1, 1, 3, 129, device=device)
+    with pytest.raises(ValueError, match=r"at most 128 in float32; got 129.*impl='sdpa'"):
+        biased_attention(wide, wide, wide, table=torch.zeros(1, 3, device=device))
     with pytest.raises(ValueError, match="scale must be positive"):
         biased_attention(q, k, v, decay, scale=0.0)
 
@@ -201,7 +290,7 @@ def test_arguments_that_cannot_be(device):
 )
 def test_on_the_gpu(shape, dtype, deterministic, device):
     inputs, do = random_inputs(shape, dtype, device)
-    check(lambda *x: biased_attention(*x, deterministic=deterministic), inputs, do)
+    check(inputs, do, deterministic)
 
 
 @pytest.mark.gpu

@@ -15,7 +15,9 @@ MAY_SPILL = {
 #: move with the compiler, so this holds for the versions it was tuned on.
 TWO_PROGRAMS = {"forward_kernel", "dq_kernel"}
 ONE_CORE = ("flash bfloat16", "rope_attention bfloat16", "carope_attention bfloat16")
-HALF = (*ONE_CORE, "relative bfloat16", "routed bfloat16")
+HALF = (*ONE_CORE, "relative bfloat16", "routed bfloat16", "biased_attention bfloat16")
+#: A branch over the tiles that segments empty keeps loads from being started early.
+IN_ORDER = {("biased_attention bfloat16 D=64 table masked", "by_distance_kernel")}
 TUNED_ON = ("3.6.", "3.7.")
 LAUNCHES = [
     pytest.param(f"{family} {name}", launch, id=f"{family} {name} {launch.kernel.__name__}")
@@ -36,13 +38,20 @@ def test_compiled(example, launch):
     assert report.products == (report.tensor_cores != "-")
     if half and ("D=64" in example or "D=128" in example) and report.products:
         assert report.tensor_cores == "wgmma"
-        assert "cp.async" in report.ptx
+        assert "cp.async" in report.ptx or (example, report.kernel) in IN_ORDER
 
 
 @pytest.mark.parametrize(
-    "family", [flash, projection, relative, routed], ids=lambda module: module.__name__
+    ("family", "users"),
+    [
+        (flash, ["flash", "biased_attention"]),
+        (projection, ["projection"]),
+        (relative, ["relative"]),
+        (routed, ["routed"]),
+    ],
+    ids=lambda x: x.__name__ if hasattr(x, "__name__") else "",
 )
-def test_examples_cover_the_table(family, monkeypatch):
+def test_examples_cover_the_table(family, users, monkeypatch):
     used = set()
 
     class Recorder(dict):
@@ -51,7 +60,8 @@ def test_examples_cover_the_table(family, monkeypatch):
             return super().__getitem__(key)
 
     monkeypatch.setattr(family, "CONFIGS", Recorder(family.CONFIGS))
-    inspect_sm90.launches(family.__name__.rpartition(".")[2])
+    for user in users:
+        inspect_sm90.launches(user)
     assert used == set(family.CONFIGS)
 
 

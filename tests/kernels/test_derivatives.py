@@ -46,7 +46,7 @@ def frequencies():
 
 #: Every op, and tensors that it can be differentiated by.
 OPS = {
-    biased_attention: lambda: (*triple(), heads(B, H, T)),
+    biased_attention: lambda: (*triple(), heads(B, H, T), heads(H, T)),
     carope: lambda: (*pair(), -heads(B, H, T)),
     carope_with_phases: lambda: (*pair(), -heads(B, H, T)),
     carope_attention: lambda: (*triple(), -heads(B, H, T)),

@@ -54,7 +54,7 @@ def outputs(layer: posenc.Attention, x: Tensor, real: Tensor, **call: Tensor) ->
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("name", ["rope", "carope", "cmha", "mdha", "rcmha", "moh", "fox"])
+@pytest.mark.parametrize("name", ["rope", "carope", "cmha", "mdha", "rcmha", "moh", "fox", "t5"])
 def test_fused_layers_are_their_reference(
     name: str, call: str, shape: str, device: torch.device
 ) -> None:
@@ -67,7 +67,7 @@ def test_fused_layers_are_their_reference(
     x = torch.randn(2, LENGTH, WIDTH, device=device)
     given = {key: value.to(device) for key, value in CALLS[call].items()}
     real = given.get("mask", torch.ones(2, LENGTH, dtype=torch.bool, device=device))
-    if name == "rcmha" and call == "holes":
+    if name in ("rcmha", "t5") and call == "holes":
         with pytest.raises(ValueError, match=r"padding between tokens.*impl='sdpa'"):
             fused(x, **given)
         return
@@ -77,7 +77,7 @@ def test_fused_layers_are_their_reference(
         assert (actual - expected).abs().max() < 2e-5 * scale
 
 
-@pytest.mark.parametrize("name", ["rope", "carope", "mdha", "fox"])
+@pytest.mark.parametrize("name", ["rope", "carope", "mdha", "fox", "t5"])
 def test_windows_decode_by_the_kernels(name: str, device: torch.device) -> None:
     fused, reference = pair(name, device, window=4)
     x = torch.randn(2, LENGTH, WIDTH, device=device)

@@ -18,6 +18,7 @@ from helpers import (
     trained,
 )
 from posenc.backends import fused
+from posenc.encodings.distance import DistanceBias
 from posenc.kernels.common import INTERPRETED
 from posenc.placement import place
 
@@ -101,7 +102,7 @@ def test_positions_with_gaps_follow_the_oracle_or_are_refused(name, device):
     module = layer(name, device)
     positions = torch.tensor([3, 4, 5, 9, 10, 20, 21], dtype=torch.int32, device=device)
     x = tokens(module, 2, 7)
-    if isinstance(module.encoding, posenc.Relative):
+    if isinstance(module.encoding, (posenc.Relative, DistanceBias)):
         with pytest.raises(ValueError, match=r"at given positions.*impl='sdpa'"):
             module(x, positions=positions)
     else:
@@ -216,7 +217,7 @@ def test_decoding_is_the_full_forward(name, chunk, device):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", ["rope", "carope", "cmha", "rmha", "rcmha"])
+@pytest.mark.parametrize("name", ["rope", "carope", "cmha", "rmha", "rcmha", "t5", "fox"])
 def test_compiles_whole_with_two_graphs_over_lengths(name, device):
     module = layer(name, device)
     with counted("aot_eager") as (compiled, counter):
