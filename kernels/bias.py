@@ -40,7 +40,7 @@ LOG2E = math.log2(math.e)
 MARGIN = tl.constexpr(256)
 
 
-class Arguments(NamedTuple):
+class Bias(NamedTuple):
     """A bias as kernels take it; parts that it does not have are None."""
 
     high: Tensor | None = None  # c log2(e) = high + low, contiguous fp32 (B, H, S)
@@ -49,7 +49,10 @@ class Arguments(NamedTuple):
     table: Tensor | None = None  # b log2(e), contiguous fp32 (H, S + 2 MARGIN)
 
 
-def arguments(decay: Tensor | None, table: Tensor | None) -> Arguments:
+NO_BIAS = Bias()
+
+
+def bias_arguments(decay: Tensor | None, table: Tensor | None) -> Bias:
     """What kernels take of c and b."""
     high = low = None
     if decay is not None:
@@ -58,41 +61,36 @@ def arguments(decay: Tensor | None, table: Tensor | None) -> Arguments:
         low = (decay - high).float().contiguous()
     if table is not None:
         table = pad((table.double() * LOG2E).float(), (MARGIN.value, MARGIN.value))
-    return Arguments(high, low, None, table)
+    return Bias(high, low, None, table)
 
 
 @triton.jit
-def bias_of(bias, b, h, H, S):
-    """high, low, d_decay and table of one head as pointers; None for None."""
-    if bias is not None:
-        high, low, d_decay, table = bias.high, bias.low, bias.d_decay, bias.table
-        start = (b * H + h) * S
-        if high is not None:
-            high, low = high + start, low + start
-        if d_decay is not None:
-            d_decay += start
-        if table is not None:
-            table += h * (S + 2 * MARGIN) + MARGIN
-        bias = high, low, d_decay, table
-    return bias
+def head_at(b, h, H, S):
+    """Where the numbers of a head lie in c and in b, as offsets."""
+    return (b * H + h) * S, h * (S + 2 * MARGIN) + MARGIN
 
 
 @triton.jit
-def has_decay(here):
-    """Whether a `bias_of` has c, at compile time."""
-    return False if here is None else here[0] is not None
+def is_biased(bias):
+    """Whether there is any part, at compile time."""
+    return bias.high is not None or bias.table is not None
 
 
 @triton.jit
-def has_table(here):
-    """Whether a `bias_of` has b, at compile time."""
-    return False if here is None else here[3] is not None
+def decay_at(bias, at, n):
+    """c of tokens n of a head, in its two parts, or None. at: `head_at`."""
+    c = None
+    if bias.high is not None:
+        c = tl.load(bias.high + at[0] + n), tl.load(bias.low + at[0] + n)
+    return c
 
 
 @triton.jit
-def decay_at(here, n):
-    """c of tokens n, in its two parts. `here`: `bias_of`."""
-    return tl.load(here[0] + n), tl.load(here[1] + n)
+def as_columns(c):
+    """Both parts of a `decay_at` as columns, None for None."""
+    if c is not None:
+        c = c[0][:, None], c[1][:, None]
+    return c
 
 
 @triton.jit
@@ -102,49 +100,45 @@ def apart(a, b):
 
 
 @triton.jit
-def decay_of_rows(here, m, lowest, T, shift):
-    """Of rows m of the queries, the first of them `lowest`: c at `lowest` and at all as columns,
-    and what is lost from there to each. None where there is no c.
-    """
-    base, rows, lost = None, None, None
-    if has_decay(here):
-        base = decay_at(here, lowest + shift)
-        row = decay_at(here, tl.minimum(m, T - 1) + shift)
-        lost = apart(row, base)
-        rows = row[0][:, None], row[1][:, None]
-    return base, rows, lost
-
-
-@triton.jit
-def diagonals(here, distance, m, n):
+def diagonals(bias, at, distance, m, n):
     """b of distance + m - n."""
-    return tl.load((here[3] + distance) + (m - n))
+    return tl.load((bias.table + at[1] + distance) + (m - n))
 
 
 @triton.jit
 def add_bias(
-    s, c, here, own, lowest, first, S, ROWS: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr
+    s,
+    c,
+    bias,
+    at,
+    own,
+    lowest,
+    first,
+    S,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """(s c + bias, 1) of KEYS keys from `first` on; (s, c) where there is no bias.
 
     own: `decay_at` of one token, or of the rows as columns. lowest: key index of the first of the
     rows, which are consecutive. WHOLE promises that all keys exist.
     """
-    if here is not None:
+    if is_biased(bias):
         s, within = s * c, tl.arange(0, KEYS)
-        if has_decay(here):
+        if bias.high is not None:
             n = first + within
             if not WHOLE:
                 n = tl.minimum(n, S - 1)
-            keys = decay_at(here, n)
+            keys = decay_at(bias, at, n)
             s += apart(own, (keys[0][None, :], keys[1][None, :]))
-        if has_table(here):
-            s += diagonals(here, lowest - first, tl.arange(0, ROWS)[:, None], within[None, :])
+        if bias.table is not None:
+            s += diagonals(bias, at, lowest - first, tl.arange(0, ROWS)[:, None], within[None, :])
         c = 1.0
     return s, c
 
 
 @triton.jit
-def add_to_decay(here, n, share, S):
+def add_to_decay(bias, at, n, share, S):
     """Add to dc of tokens n: in the same order in every run, where only one program does."""
-    tl.atomic_add(here[2] + n, share, mask=n < S, sem="relaxed")
+    tl.atomic_add(bias.d_decay + at[0] + n, share, mask=n < S, sem="relaxed")

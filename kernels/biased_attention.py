@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from posenc.kernels import by_distance, flash
-from posenc.kernels.bias import MARGIN, Arguments, arguments
+from posenc.kernels.bias import MARGIN, Bias, bias_arguments
 from posenc.kernels.common import backward_only, rows_by_head
-from posenc.kernels.mask import CAUSAL, PLAIN, Mask, every_part
-from posenc.kernels.mask import arguments as mask_arguments
+from posenc.kernels.mask import CAUSAL, PLAIN, Mask, arguments, every_part
 
 #: Of wider heads three TF32 products of two pairs of tiles are more than the registers hold.
 MAX_PRECISE_HEAD_DIM = 128
@@ -40,8 +39,8 @@ def _forward_op(
     real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     # `deterministic` is only passed on to the backward pass.
-    mask = mask_arguments(Mask(window, first, last, real), k.shape[2])
-    return flash.forward(q, k, v, scale, mask=mask, bias=arguments(decay, table))
+    mask = arguments(Mask(window, first, last, real), k.shape[2])
+    return flash.forward(q, k, v, scale, mask=mask, bias=bias_arguments(decay, table))
 
 
 @torch.library.custom_op("posenc::biased_backward", mutates_args=())
@@ -62,8 +61,8 @@ def _backward_op(
     last: Tensor | None = None,
     real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    mask = mask_arguments(Mask(window, first, last, real), k.shape[2])
-    bias = arguments(decay, table)
+    mask = arguments(Mask(window, first, last, real), k.shape[2])
+    bias = bias_arguments(decay, table)
     d_decay, d_table = _gradients_of_bias(q, k, decay, table_gradient)
     if decay is not None:
         bias = bias._replace(d_decay=d_decay.zero_())
@@ -195,8 +194,8 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
         saved = flash.Saved(q, k, v, o, lse)
         margins = torch.empty(12, 1024 + 2 * MARGIN.value, device="meta")
         for kind, bias in (
-            ("decay", Arguments(lse, lse, lse)),
-            ("table", Arguments(table=margins)),
+            ("decay", Bias(lse, lse, lse)),
+            ("table", Bias(table=margins)),
         ):
             name = f"{str(dtype).removeprefix('torch.')} D={dim} {kind}{masked}"
             options = {"mask": mask, "bias": bias}

@@ -20,8 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from posenc.kernels import bias as biases
-from posenc.kernels.bias import add_bias, bias_of, decay_of_rows
+from posenc.kernels.bias import NO_BIAS, Bias, add_bias, as_columns, decay_at, head_at
 from posenc.kernels.common import block_of, device_of, head_of, load_tile, strided, tile_options
 from posenc.kernels.mask import PLAIN, Arguments, along, hide, lowest_seen, real_keys, real_of
 
@@ -81,9 +80,9 @@ def add_tile(
     q_tile = load_tile(head_of(q, b, h), first, T, BLOCK, D, BLOCK_D)
     k_tile = load_tile(head_of(k, b, h // GROUP), first_key, S, BLOCK, D, BLOCK_D)
     s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-    here = bias_of(bias, b, h, H, S)
-    _, rows, _ = decay_of_rows(here, m, first, T, shift)
-    s, unit = add_bias(s, c, here, rows, first + shift, first_key, S, BLOCK, BLOCK, False)
+    head = head_at(b, h, H, S)
+    rows = as_columns(decay_at(bias, head, tl.minimum(m, T - 1) + shift))
+    s, unit = add_bias(s, c, bias, head, rows, first + shift, first_key, S, BLOCK, BLOCK, False)
     lo = along(lowest_seen(mask, b, m, T, shift), 0)
     real = along(real_keys(real_of(mask, b, S), n, S), 1)
     s = hide(s * unit, (m + shift)[:, None], n[None, :], lo, None, real, True)
@@ -171,7 +170,7 @@ def gradient(
     delta: Tensor,
     scale: float,
     mask: Arguments = PLAIN,
-    bias: biases.Arguments | None = None,
+    bias: Bias = NO_BIAS,
 ) -> Tensor:
     """db, fp32 (H, S), of checked arguments; `delta` as by `flash.delta_of`."""
     batch, heads, length, _ = q.shape

@@ -27,8 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posenc.kernels import bias as biases
-from posenc.kernels.bias import add_bias, bias_of, decay_of_rows
+from posenc.kernels.bias import NO_BIAS, Bias, add_bias, apart, as_columns, decay_at, head_at
 from posenc.kernels.common import (
     OPTIONS,
     backward_only,
@@ -155,6 +154,7 @@ def attend_keys(
     lo,
     real,
     bias,
+    head,
     own,
     lowest,
     start,
@@ -170,14 +170,14 @@ def attend_keys(
 ):
     """Take keys start .. stop - 1 into the softmax of queries m under way.
 
-    m, lo: columns, key indices. real: what is real among all keys, a pointer. Both may be None.
-    bias, own, lowest: see `posenc.kernels.bias.add_bias`.
+    m, lo: as_columns, key indices. real: what is real among all keys, a pointer. Both may be None.
+    bias, head, own, lowest: see `posenc.kernels.bias.add_bias`.
     """
     for first in range(start, stop, BLOCK_N):
         k_tile = load_tile(k, first, S, BLOCK_N, D, BLOCK_D, not MASK)
         s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
         n = first + tl.arange(0, BLOCK_N)
-        s, unit = add_bias(s, c, bias, own, lowest, first, S, BLOCK_M, BLOCK_N, not MASK)
+        s, unit = add_bias(s, c, bias, head, own, lowest, first, S, BLOCK_M, BLOCK_N, not MASK)
         s = hide(s, m, n[None, :], lo, None, along(real_tile(real, first, BLOCK_N), 1), MASK)
         v_tile = load_tile(v, first, S, BLOCK_N, D, BLOCK_D, not MASK)
         sums, total, peak = add_keys(sums, total, peak, s, v_tile, unit, PRECISION)
@@ -195,6 +195,7 @@ def attend(
     highest,
     mask,
     bias,
+    head,
     T,
     S,
     c,
@@ -206,7 +207,7 @@ def attend(
 ):
     """The softmax of a tile q of rows m, between `lowest` and `highest`, over all that they see.
 
-    bias: `posenc.kernels.bias.bias_of`; with a table, rows are consecutive from `lowest` on.
+    head: `posenc.kernels.bias.head_at`. With a table, rows are consecutive from `lowest` on.
     """
     shift = S - T
     begin, inner, until, whole, stop = key_bounds(mask, b, lowest, highest, T, shift, BLOCK_N)
@@ -215,23 +216,24 @@ def attend(
         m = tl.minimum(m, T - 1)  # rows past the last repeat it: they too see a key
     lo = along(lowest_seen(mask, b, m, T, shift), 0)
     at = (m + shift)[:, None]
-    base, rows, lost = decay_of_rows(bias, m, lowest, T, shift)
+    base = decay_at(bias, head, lowest + shift)
+    row = decay_at(bias, head, tl.minimum(m, T - 1) + shift)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = start_of_peak(mask, BLOCK_M)
     if lo is not None:
         sums, total, peak = attend_keys(
-            sums, total, peak, q, k, v, at, lo, real, bias, base, lowest + shift,
+            sums, total, peak, q, k, v, at, lo, real, bias, head, base, lowest + shift,
             begin, inner, S, c, True, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     sums, total, peak = attend_keys(
-        sums, total, peak, q, k, v, at, lo, real, bias, base, lowest + shift,
+        sums, total, peak, q, k, v, at, lo, real, bias, head, base, lowest + shift,
         inner, until, S, c, False, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
-    if lost is not None:
-        peak += lost  # no key so far comes after the first row
+    if bias.high is not None:
+        peak += apart(row, base)  # no key so far comes after the first row
     sums, total, peak = attend_keys(
-        sums, total, peak, q, k, v, at, lo, real, bias, rows, lowest + shift,
+        sums, total, peak, q, k, v, at, lo, real, bias, head, as_columns(row), lowest + shift,
         whole, stop, S, c, True, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     return sums, total, peak
@@ -272,19 +274,19 @@ def forward_kernel(
     keys, values = head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
     sums, total, peak = attend(
         q_tile, keys, values, b, m, first, min(first + BLOCK_M, T) - 1, mask,
-        bias_of(bias, b, h, H, S), T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+        bias, head_at(b, h, H, S), T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     store_tile(head_of(o, b, h), sums / total[:, None], first, T, BLOCK_M, D, BLOCK_D)
     tl.store(lse + bh * T + m, peak + tl.log2(total), mask=m < T)
 
 
 def launch(
-    kernel: str, x: Tensor, mask: Arguments = PLAIN, bias: biases.Arguments | None = None
+    kernel: str, x: Tensor, mask: Arguments = PLAIN, bias: Bias = NO_BIAS
 ) -> tuple[Config, dict]:
     """The configuration of a kernel for tensors like x, and the launch's keyword arguments."""
     sizes = x.element_size(), max(32, block_of(x))
-    masked = any(part is not None for part in mask)
-    kind = "biased " if bias is not None else "masked " if masked else ""
+    masked, biased = (any(part is not None for part in parts) for parts in (mask, bias))
+    kind = "biased " if biased else "masked " if masked else ""
     if (kind + kernel, *sizes) in CONFIGS:
         kernel = kind + kernel
     config = CONFIGS[kernel, *sizes]
@@ -298,7 +300,7 @@ def forward(
     scale: float,
     load: Hook = LOAD,
     mask: Arguments = PLAIN,
-    bias: biases.Arguments | None = None,
+    bias: Bias = NO_BIAS,
 ) -> tuple[Tensor, Tensor]:
     """o (B, H, T, D) in q's dtype and L, fp32 (B, H, T), of checked arguments."""
     batch, heads, length, _ = q.shape
@@ -337,7 +339,7 @@ def backward_split(
     store_q: Hook = STORE,
     store_k: Hook = STORE,
     mask: Arguments = PLAIN,
-    bias: biases.Arguments | None = None,
+    bias: Bias = NO_BIAS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv by two kernels; `store_q` runs for all rows before `store_k` for any."""
     q, k, v, o, lse = saved
@@ -373,7 +375,7 @@ def backward_atomic(
     scale: float,
     store_k: Hook = STORE,
     mask: Arguments = PLAIN,
-    bias: biases.Arguments | None = None,
+    bias: Bias = NO_BIAS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq / scale in fp32, contiguous; dk, dv: by one kernel with atomics, and one for delta."""
     dq_sum = torch.zeros(saved.q.shape, dtype=torch.float32, device=saved.q.device)
@@ -392,7 +394,7 @@ def launch_dkv(
     mask: Arguments = PLAIN,
     order: Tensor | None = None,
     ranks: Tensor | None = None,
-    bias: biases.Arguments | None = None,
+    bias: Bias = NO_BIAS,
 ) -> tuple[Tensor, Tensor]:
     """dk and dv; "dqkv" adds dq to dq_sum, which "dkv" does not touch."""
     q, k, v, _, lse = saved
@@ -418,7 +420,7 @@ def backward(
     scale: float,
     deterministic: bool | None,
     mask: Arguments = PLAIN,
-    bias: biases.Arguments | None = None,
+    bias: Bias = NO_BIAS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv; deterministic False takes one kernel, True two, None the likely faster way."""
     if is_split(deterministic, saved.q.shape[2]):

@@ -21,12 +21,11 @@ from posenc.kernels.bias import (
     add_bias,
     add_to_decay,
     apart,
-    bias_of,
+    as_columns,
     decay_at,
-    decay_of_rows,
     diagonals,
-    has_decay,
-    has_table,
+    head_at,
+    is_biased,
 )
 from posenc.kernels.common import head_of, load_rows, load_tile, store_tile
 from posenc.kernels.mask import (
@@ -55,6 +54,7 @@ def dq_over_keys(
     lo,
     real,
     bias,
+    head,
     own,
     lowest,
     start,
@@ -74,14 +74,14 @@ def dq_over_keys(
         v_tile = load_tile(v, first, S, BLOCK_N, D, BLOCK_D, not MASK)
         s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
         n = first + tl.arange(0, BLOCK_N)
-        s, unit = add_bias(s, c, bias, own, lowest, first, S, BLOCK_M, BLOCK_N, not MASK)
+        s, unit = add_bias(s, c, bias, head, own, lowest, first, S, BLOCK_M, BLOCK_N, not MASK)
         s = s * unit
         s = hide(s, m, n[None, :], lo, None, along(real_tile(real, first, BLOCK_N), 1), MASK)
         p = tl.exp2(s - lse[:, None])
         dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
-        if has_decay(bias):
-            add_to_decay(bias, m, tl.sum(ds, 1, keep_dims=True), S)
+        if bias.high is not None:
+            add_to_decay(bias, head, m, tl.sum(ds, 1, keep_dims=True), S)
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     return dq
 
@@ -100,6 +100,7 @@ def dq_of_rows(
     highest,
     mask,
     bias,
+    head,
     T,
     S,
     c,
@@ -115,20 +116,23 @@ def dq_of_rows(
     real = real_of(mask, b, S)
     lo = along(lowest_seen(mask, b, m, T, shift), 0)
     at = (m + shift)[:, None]
-    base, rows, lost = decay_of_rows(bias, m, lowest, T, shift)
-    from_base = lse if lost is None else lse - lost
+    base = decay_at(bias, head, lowest + shift)
+    row = decay_at(bias, head, tl.minimum(m, T - 1) + shift)
+    from_base = lse
+    if bias.high is not None:
+        from_base = lse - apart(row, base)
     grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if lo is not None:
         grad = dq_over_keys(
-            grad, q, do, from_base, delta, k, v, at, lo, real, bias, base, lowest + shift,
+            grad, q, do, from_base, delta, k, v, at, lo, real, bias, head, base, lowest + shift,
             begin, inner, S, c, True, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     grad = dq_over_keys(
-        grad, q, do, from_base, delta, k, v, at, lo, real, bias, base, lowest + shift,
+        grad, q, do, from_base, delta, k, v, at, lo, real, bias, head, base, lowest + shift,
         inner, until, S, c, False, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     return dq_over_keys(
-        grad, q, do, lse, delta, k, v, at, lo, real, bias, rows, lowest + shift,
+        grad, q, do, lse, delta, k, v, at, lo, real, bias, head, as_columns(row), lowest + shift,
         whole, stop, S, c, True, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
 
@@ -181,7 +185,7 @@ def dq_kernel(
     keys, values = head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
     grad = dq_of_rows(
         q_tile, do_tile, row_lse, row_delta, keys, values, b, m, first, min(first + BLOCK_M, T) - 1,
-        mask, bias_of(bias, b, h, H, S), T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+        mask, bias, head_at(b, h, H, S), T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     HOOK(grad * scale, dq, b, h, extra, first, T, OPTIONS, BLOCK_M, D, BLOCK_D)
 
@@ -225,8 +229,8 @@ def dkv_over_queries(
 
     n, hi, real: columns, the last two may be None (`posenc.kernels.mask`).
     `order`, int32 (B, H, T) or None: which row of q comes when.
-    bias: `posenc.kernels.bias.Arguments` or None. MASK False promises that no query comes before
-    the last of the keys, which are consecutive from `first_key` on.
+    MASK False promises that no query comes before the last of the keys, which are consecutive from
+    `first_key` on.
     """
     # One loop over the tiles of all GROUP heads: a loop in a loop takes up to 60 registers more,
     # which grouped heads do not have.
@@ -251,20 +255,20 @@ def dkv_over_queries(
         # Keys x queries: P^T and dS^T are then the left operands of dV and dK, and stay in
         # registers.
         s = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION) * c
-        here = bias_of(bias, b, head, H, S)
-        if has_decay(here):
-            rows = decay_at(here, tl.minimum(m, T - 1) + shift)
-            keys = decay_at(here, tl.minimum(n, S - 1))
+        there = head_at(b, head, H, S)
+        if bias.high is not None:
+            rows = decay_at(bias, there, tl.minimum(m, T - 1) + shift)
+            keys = decay_at(bias, there, tl.minimum(n, S - 1))
             if MASK:
                 s += apart((rows[0][None, :], rows[1][None, :]), keys)
             else:
-                base = decay_at(here, min(first_key + BLOCK_N, S) - 1)
+                base = decay_at(bias, there, min(first_key + BLOCK_N, S) - 1)
                 s += apart(base, keys)
                 row_lse -= apart(rows, base)
-        if has_table(here):
+        if bias.table is not None:
             keys, queries = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[None, :]
-            s += diagonals(here, first + shift - first_key, queries, keys)
-        if here is not None:
+            s += diagonals(bias, there, first + shift - first_key, queries, keys)
+        if is_biased(bias):
             # Rows past the last have no weight: 2^s may overflow, and meets a gradient of 0.
             row_lse = tl.where(inside, row_lse, float("inf"))
         s = hide(s, (m + shift)[None, :], n, None, hi, real, MASK)
@@ -272,10 +276,10 @@ def dkv_over_queries(
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do_tile), input_precision=PRECISION)
         ds = p * (dp - row_delta[None, :])
-        if has_decay(here):
-            add_to_decay(here, n, -tl.sum(ds, 1, keep_dims=True), S)
+        if bias.high is not None:
+            add_to_decay(bias, there, n, -tl.sum(ds, 1, keep_dims=True), S)
             if ADD_DQ:
-                add_to_decay(here, m + shift, tl.sum(ds, 0), S)
+                add_to_decay(bias, there, m + shift, tl.sum(ds, 0), S)
         ds = ds.to(q_tile.dtype)
         dk = tl.dot(ds, q_tile, dk, input_precision=PRECISION)
         if ADD_DQ:

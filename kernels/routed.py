@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posenc.kernels import flash
+from posenc.kernels.bias import NO_BIAS, head_at
 from posenc.kernels.common import (
     OPTIONS,
     backward_only,
@@ -121,6 +122,7 @@ def forward_kernel(
     y,
     lse,
     mask,
+    bias,
     H,
     T,
     S,
@@ -144,8 +146,8 @@ def forward_kernel(
     q_tile = load_rows(head_of(q, b, h), m, kept, D, BLOCK_D)
     keys, values = head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
     sums, total, peak = attend(
-        q_tile, keys, values, b, m, lowest, highest, mask, None,
-        T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+        q_tile, keys, values, b, m, lowest, highest, mask,
+        bias, head_at(b, h, H, S), T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     gate = tl.load(gates + bh * T + m, mask=kept, other=1.0)
     total = tl.where(kept, total, 1.0)
@@ -187,6 +189,7 @@ def dq_kernel(
     delta,
     dq,
     mask,
+    bias,
     H,
     T,
     S,
@@ -223,7 +226,7 @@ def dq_kernel(
     keys, values = head_of(k, b, h // GROUP), head_of(v, b, h // GROUP)
     grad = dq_of_rows(
         q_tile, dy_tile, row_lse, row_delta, keys, values, b, m, lowest, highest,
-        mask, None, T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+        mask, bias, head_at(b, h, H, S), T, S, c, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     grad = tl.where(kept[:, None], grad * scale, 0.0)
     store_rows(head_of(dq, b, h), grad, m, inside, D, BLOCK_D)
@@ -300,8 +303,8 @@ def forward(
     with device_of(q):
         forward_kernel[grid](
             strided(q), strided(k), strided(v), *routing, strided(y), lse, mask,
-            heads, length, k.shape[2], scale * math.log2(math.e), GROUP=heads // k.shape[1],
-            **options,
+            NO_BIAS, heads, length, k.shape[2], scale * math.log2(math.e),
+            GROUP=heads // k.shape[1], **options,
         )  # fmt: skip
     return y, lse
 
@@ -330,8 +333,8 @@ def backward(
         with device_of(q):
             dq_kernel[grid](
                 strided(q), strided(k), strided(v), strided(y), strided(dy), *routing, lse, delta,
-                strided(dq), mask, *numbers, HAS_DELTA=has_delta, GROUP=heads // k.shape[1],
-                **options,
+                strided(dq), mask, NO_BIAS, *numbers, HAS_DELTA=has_delta,
+                GROUP=heads // k.shape[1], **options,
             )  # fmt: skip
         return dq, *flash.launch_dkv("dkv", dy, saved, delta, delta, *rest), delta
     if not has_delta:
