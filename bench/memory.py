@@ -21,7 +21,6 @@ memory of a fresh process, by Linux' /proc; on CUDA what torch allocates.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import re
@@ -41,6 +40,7 @@ from bench.arguments import check_device, check_least
 from bench.measure import bytes_saved, peak_mib, timing
 from bench.rows import Row, RowFile, written
 from posenc.backends.blockwise import RECOMPUTE_FROM
+from posenc.show import option
 
 QUANTITIES = ("activations", "state", "peak")
 #: A prediction further off is marked.
@@ -315,17 +315,6 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--out", type=Path, help="append the rows to this file")
     return made
-
-
-def option(text: str) -> tuple[str, Any]:
-    """KEY=VALUE, the value read as JSON where it is."""
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE; got {text!r}")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
 
 
 def check(settings: list[Setting]) -> None:

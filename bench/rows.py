@@ -8,7 +8,7 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -129,6 +129,21 @@ class RowFile:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
         return values
+
+
+def collect(measured: Iterable[Row | str], file: RowFile, rows: list[Row]) -> bool:
+    """Write rows as they come, and add them to `rows`; print the lines that say why there is none.
+    Whether there was such a line.
+    """
+    refused = False
+    for row in measured:
+        if isinstance(row, str):
+            print(row, flush=True)
+            refused = True
+        else:
+            file.add(row)
+            rows.append(row)
+    return refused
 
 
 def row_of(values: dict[str, Any]) -> Row:

@@ -26,7 +26,7 @@ import posenc
 from bench.arguments import check_least
 from bench.measure import modes, take_turns, timing
 from bench.peers import grouped_llama
-from bench.rows import Row, RowFile
+from bench.rows import Row, RowFile, collect
 from posenc.checks import check_heads
 from posenc.errors import unknown
 
@@ -192,16 +192,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         file = RowFile(args.out, torch.device("cpu"))
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    rows, refused = [], False
+    rows: list[Row] = []
+    refused = False
     for kind in args.cases:
         for name in args.names:
-            for row in measure(kind, name, args):
-                if isinstance(row, str):
-                    print(row, flush=True)
-                    refused = True
-                    continue
-                file.add(row)
-                rows.append(row)
+            refused |= collect(measure(kind, name, args), file, rows)
         print(f"{kind} measured", flush=True)
     print(f"\n{file.shared['device']}, {file.shared['threads']} threads, float32")
     print(*table(rows), sep="\n")

@@ -26,7 +26,7 @@ from torch import Tensor
 import posenc
 from bench.arguments import check_least
 from bench.measure import reason, take_turns, timing
-from bench.rows import Row, RowFile
+from bench.rows import Row, RowFile, collect
 from posenc.checks import check_heads
 from posenc.errors import unknown
 from posenc.models.gpt import compiled_step
@@ -221,15 +221,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         file = RowFile(args.out, torch.device("cpu"))
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    rows, refused = [], False
+    rows: list[Row] = []
+    refused = False
     for name in args.names:
-        for row in measure(name, args):
-            if isinstance(row, str):
-                print(row, flush=True)
-                refused = True
-                continue
-            file.add(row)
-            rows.append(row)
+        refused |= collect(measure(name, args), file, rows)
     print(f"\n{file.shared['device']}, {file.shared['threads']} threads, float32")
     print("                                     p20      p50      p80")
     print(*table(rows), sep="\n")

@@ -144,12 +144,12 @@ def check_positions(
 
 
 def check_tokens(who: str, x: Tensor | None, length: int, embed_dim: int) -> Tensor:
-    """x, or ValueError unless it is (B, length, embed_dim): what a rotation by the tokens reads."""
+    """x, or ValueError unless it is (B, length, embed_dim): what goes by the tokens reads it."""
     if x is None or x.ndim != 3 or x.shape[1:] != (length, embed_dim):
         got = None if x is None else tuple(x.shape)
         raise ValueError(
-            f"{who} turns by the tokens: rotate(q, k, positions, x) needs x of shape "
-            f"(B, {length}, {embed_dim}); got {got}. Pass the attention's input."
+            f"{who} goes by the tokens and needs x of shape (B, {length}, {embed_dim}), of all "
+            f"keys; got {got}. Pass the attention's input."
         )
     return x
 

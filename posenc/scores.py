@@ -23,7 +23,9 @@ from typing import NamedTuple, Union
 import torch
 from torch import Tensor
 
+from posenc.autocast import no_autocast
 from posenc.fading import Fading
+from posenc.phase import repeat_heads
 
 #: An additive bias broadcastable to (B, H, T, S), or one made of some rows and some keys at a time.
 Bias = Union[Tensor, Callable[[slice, slice], Tensor], "ByDistance", "Decay"]
@@ -73,8 +75,12 @@ class ByDistance(NamedTuple):
             assert self.keys is not None
             m, n = self.positions[..., rows], self.keys[..., keys]
         apart = m.unsqueeze(-1) - n.unsqueeze(-2)
-        bias = self.of(apart).to(self.dtype)
-        return bias.transpose(0, 1) if apart.ndim == 3 else bias.unsqueeze(0)
+        return batch_first(self.of(apart).to(self.dtype))
+
+
+def batch_first(bias: Tensor) -> Tensor:
+    """From heads first, (H, T, S) or (H, B, T, S), to (1 or B, H, T, S)."""
+    return bias.unsqueeze(0) if bias.ndim == 3 else bias.transpose(0, 1)
 
 
 def diagonals(values: Tensor, rows: int, columns: int) -> Tensor:
@@ -243,6 +249,17 @@ def at_places(by_place: Tensor, places: Tensor) -> Tensor:
     index = below.long()
     steps = by_place.diff(dim=-1, append=by_place[..., -1:])
     return by_place.gather(-1, index) + (places - below) * steps.gather(-1, index)
+
+
+def contextual_term(q: Tensor, k: Tensor, scores: "Scores", seen: Tensor) -> Tensor:
+    """`contextual_logits` of q (B, H, T, D) and k (B, G, S, D), in fp32 or better."""
+    assert scores.contextual is not None
+    precise = torch.promote_types(q.dtype, torch.float32)
+    with no_autocast(q.device):
+        query, key = q.to(precise), repeat_heads(k, q.shape[1], dim=1).to(precise)
+        products = add_per_head(query, scores.content) @ key.mT
+        scale = scores.factor(q.shape[-1])
+        return contextual_logits(products, query, scores.contextual, seen, scale)
 
 
 def contextual_logits(

@@ -12,7 +12,7 @@ from posenc.backends.case import Case
 from posenc.phase import repeat_heads
 from posenc.reflections import correction
 from posenc.routing.gates import weighed
-from posenc.scores import add_per_head, contextual_logits, relative_logits
+from posenc.scores import add_per_head, contextual_term, relative_logits
 
 
 def reason(case: Case) -> str | None:
@@ -45,7 +45,7 @@ def attend_dense(case: Case) -> Tensor:
         relative = case.scale * relative_logits(q, scores.relative, key_length)
         bias = relative if bias is None else bias + relative
     if scores.contextual is not None:
-        term = _contextual(case)
+        term = case.scale * contextual_term(q, k, scores, mask.whole())
         bias = term if bias is None else bias + term
     if scores.reflections is not None:
         reflected = _reflected(content, k, scores.reflections, case.scale)
@@ -67,19 +67,6 @@ def attend_dense(case: Case) -> Tensor:
         # graph with and without gradients (ONNX's does) would differ about what is a view of it.
         y = y.clone(memory_format=torch.contiguous_format)
     return y
-
-
-def _contextual(case: Case) -> Tensor:
-    """The contextual term (B, H, T, S), of products that torch's attention then forms again."""
-    case = case.repeated()
-    assert case.scores.contextual is not None
-    precise = torch.promote_types(case.q.dtype, torch.float32)
-    with no_autocast(case.q.device):
-        query, key = case.q.to(precise), case.k.to(precise)
-        products = add_per_head(query, case.scores.content) @ key.mT
-        seen = case.mask.whole()
-        term = contextual_logits(products, query, case.scores.contextual, seen, case.scale)
-        return case.scale * term
 
 
 def _reflected(q: Tensor, k: Tensor, r: Tensor, scale: float) -> Tensor:

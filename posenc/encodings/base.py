@@ -21,7 +21,7 @@ from posenc.phase import repeat_heads
 from posenc.placement import Placement, given, place
 from posenc.reflections import correction
 from posenc.rotations import ByFunction, Rotation
-from posenc.scores import Scores, add_per_head, contextual_logits, relative_logits
+from posenc.scores import Scores, add_per_head, contextual_term, relative_logits
 
 #: What FlexAttention takes: (score, b, h, q_idx, kv_idx) -> score.
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -191,7 +191,7 @@ class Encoding(nn.Module):
             term = scale * relative_logits(q, scores.relative, k.shape[-2])
             added = term if added is None else added + term
         if scores.contextual is not None:
-            term = scale * _contextual_logits(q, k, scores, positions, keys)
+            term = scale * contextual_term(q, k, scores, _up_to(positions, keys))
             added = term if added is None else added + term
         if scores.reflections is not None:
             repeated, r = (repeat_heads(z, q.shape[1], dim=1) for z in (k, scores.reflections))
@@ -235,19 +235,11 @@ def _modify(
     return score if added is None else score + added[b, h, m, n]
 
 
-def _contextual_logits(
-    q: Tensor, k: Tensor, scores: Scores, positions: Tensor, keys: Tensor
-) -> Tensor:
-    """The contextual term, unscaled, of keys up to the query: (B, H, T, S)."""
-    assert scores.contextual is not None
+def _up_to(positions: Tensor, keys: Tensor) -> Tensor:
+    """Which keys, padding apart, stand no later than the query: (T, S) or (B, 1, T, S)."""
     at = keys.unsqueeze(-2)
     seen = (at <= positions.unsqueeze(-1)) & (at >= 0)
-    seen = seen if seen.ndim == 2 else seen.unsqueeze(1)
-    precise = torch.promote_types(q.dtype, torch.float32)
-    query, key = q.to(precise), repeat_heads(k, q.shape[1], dim=1).to(precise)
-    products = add_per_head(query, scores.content) @ key.mT
-    factor = scores.factor(q.shape[-1])
-    return contextual_logits(products, query, scores.contextual, seen, factor)
+    return seen if seen.ndim == 2 else seen.unsqueeze(1)
 
 
 def _key_positions(place: Placement) -> Tensor:

@@ -37,9 +37,9 @@ from posenc.checks import (
     check_tokens,
 )
 from posenc.encodings.base import Encoding
+from posenc.encodings.running import RunningRotation
 from posenc.errors import unknown
-from posenc.phase import Float32Parameters
-from posenc.placement import Placement, place
+from posenc.placement import Placement
 from posenc.rotations import ByPhase, ByRates
 
 
@@ -65,7 +65,7 @@ def softplus(z: Tensor) -> Tensor:
     return F.softplus(z, threshold=40)
 
 
-class CARoPE(Float32Parameters, Encoding):
+class CARoPE(RunningRotation):
     """Context-aware rotary position embedding: every head turns at a rate that the token sets.
 
     Args:
@@ -84,7 +84,6 @@ class CARoPE(Float32Parameters, Encoding):
         ValueError: for an odd head dim, heads that do not divide, or an unknown option.
     """
 
-    reads_positions = False
     no_weight_decay = frozenset({"weight", "bias"})
 
     def __init__(
@@ -134,13 +133,6 @@ class CARoPE(Float32Parameters, Encoding):
         x = check_tokens("CARoPE", x, place.length, self.embed_dim)
         log_f = log_rates(x, self.weight, self.bias)
         return ByRates(log_f, self.head_dim // 2, self.first_power, place.here, state)
-
-    def phases(
-        self, x: Tensor, positions: Tensor | None = None, state: Cache | None = None
-    ) -> Tensor:
-        """The running phase (B, G, T, D/2), fp64 modulo 2 pi, of the tokens x (B, T, C)."""
-        where = place(len(x), x.shape[1], x.device, positions=positions, ordered=False)
-        return self.rotation(where, x, state).phases()
 
     def streams(self) -> dict[str, Stream]:
         return {"phase": Stream((self.num_kv_heads, self.head_dim // 2), torch.float64, history=1)}

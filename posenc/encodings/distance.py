@@ -6,6 +6,8 @@ A scheme says b as a function of integer distances, `of_distance`; everything el
 are cached, and there is no further state.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -13,17 +15,17 @@ from posenc.cache import Cache
 from posenc.encodings.base import Encoding
 from posenc.phase import Float32Parameters
 from posenc.placement import Placement
-from posenc.scores import ByDistance, Scores
+from posenc.scores import ByDistance, Scores, batch_first
 
 
-class DistanceBias(Float32Parameters, Encoding):
+class DistanceBias(Float32Parameters, Encoding, ABC):
     """A bias of each head that depends on the distance m - n alone."""
 
     in_logits = True
 
+    @abstractmethod
     def of_distance(self, distances: Tensor) -> Tensor:
         """b_h of integer distances (..): (H, ..). Keys after the query have negative ones."""
-        raise NotImplementedError
 
     def scores(
         self, place: Placement, x: Tensor | None = None, state: Cache | None = None
@@ -40,5 +42,4 @@ class DistanceBias(Float32Parameters, Encoding):
         self, positions: Tensor, key_positions: Tensor, x: Tensor | None = None
     ) -> Tensor:
         apart = positions.unsqueeze(-1) - key_positions.unsqueeze(-2)
-        bias = self.of_distance(apart)
-        return bias.transpose(0, 1) if apart.ndim == 3 else bias.unsqueeze(0)
+        return batch_first(self.of_distance(apart))

@@ -22,6 +22,7 @@ from posenc.autocast import no_autocast
 from posenc.checks import check_causal, check_sizes
 from posenc.encodings.base import Encoding
 from posenc.phase import Float32Parameters
+from posenc.scores import batch_first
 
 EPSILON = 1e-6
 
@@ -80,7 +81,7 @@ class FIRE(Float32Parameters, Encoding):
             inner = torch.addmm(self.b1.unsqueeze(1), self.W1, z.reshape(1, -1)).relu()
             bias = torch.addmm(self.b2.unsqueeze(1), self.W2, inner)
         bias = bias.view(self.num_heads, *z.shape)
-        return bias.transpose(0, 1) if z.ndim == 3 else bias.unsqueeze(0)
+        return batch_first(bias)
 
     def cost(self, s: Sizes) -> Part:
         """2 + 2 w + w H + H parameters, never below fp32; for every pair of a query and a key, seen

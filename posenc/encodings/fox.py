@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from posenc.accounting import Part, Sizes, product, state, weights
 from posenc.autocast import no_autocast
 from posenc.cache import Cache, Stream
-from posenc.checks import check_causal, check_sizes
+from posenc.checks import check_causal, check_sizes, check_tokens
 from posenc.encodings.base import Encoding
 from posenc.phase import Float32Parameters
 from posenc.placement import Placement, given
@@ -68,12 +68,7 @@ class FoX(Float32Parameters, Encoding):
         self, place: Placement, x: Tensor | None = None, state: Cache | None = None
     ) -> Scores:
         tokens = place.key_length if state is None else place.length  # a cache has those before
-        if x is None or x.ndim != 3 or x.shape[1:] != (tokens, self.embed_dim):
-            got = None if x is None else tuple(x.shape)
-            raise ValueError(
-                f"FoX forgets by the tokens and needs x of shape (B, {tokens}, {self.embed_dim}), "
-                f"of all keys; got {got}. Pass the attention's input."
-            )
+        x = check_tokens("FoX", x, tokens, self.embed_dim)
         gates = log_gates(x, self.weight, self.bias)
         real = place.real if state is None else place.here
         if real is not None:

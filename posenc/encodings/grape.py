@@ -30,10 +30,10 @@ from posenc.accounting import Part, Sizes, product, rotation_by_angles, state, w
 from posenc.autocast import no_autocast
 from posenc.cache import Cache, Stream
 from posenc.checks import check_base, check_head_dim, check_heads, check_sizes, check_tokens
-from posenc.encodings.base import Encoding
+from posenc.encodings.running import RunningRotation
 from posenc.errors import unknown
-from posenc.phase import Float32Parameters, inverse_frequencies
-from posenc.placement import Placement, place
+from posenc.phase import inverse_frequencies
+from posenc.placement import Placement
 from posenc.rotations import BySteps
 
 #: What the logit of a rate is divided by.
@@ -50,7 +50,7 @@ def token_rates(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.sigmoid((z + bias.double()) / TEMPERATURE)
 
 
-class GRAPE(Float32Parameters, Encoding):
+class GRAPE(RunningRotation):
     """GRAPE-M, contextual: all heads turn at one rate, which the token sets.
 
     Args:
@@ -66,7 +66,6 @@ class GRAPE(Float32Parameters, Encoding):
         ValueError: for an odd head dim, heads that do not divide, or an unknown option.
     """
 
-    reads_positions = False
     no_weight_decay = frozenset({"weight", "bias", "log_frequencies"})
 
     def __init__(
@@ -108,13 +107,6 @@ class GRAPE(Float32Parameters, Encoding):
         steps = token_rates(x, self.weight, self.bias).unsqueeze(-1)  # (B, 1, T, 1)
         frequencies = self.log_frequencies.double().exp()
         return BySteps(steps, frequencies, inclusive=False, real=place.here, state=state)
-
-    def phases(
-        self, x: Tensor, positions: Tensor | None = None, state: Cache | None = None
-    ) -> Tensor:
-        """The running phase (B, 1, T, D/2), fp64 modulo 2 pi, of the tokens x (B, T, C)."""
-        where = place(len(x), x.shape[1], x.device, positions=positions, ordered=False)
-        return self.rotation(where, x, state).phases()
 
     def streams(self) -> dict[str, Stream]:
         return {"sums": Stream((1, 1), torch.float64, history=1)}

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from posenc.accounting import Part, Sizes, product, state, weights
 from posenc.autocast import no_autocast
 from posenc.cache import Cache, Stream
-from posenc.checks import check_causal, check_heads, check_kv_heads, check_sizes
+from posenc.checks import check_causal, check_heads, check_kv_heads, check_sizes, check_tokens
 from posenc.convolution import gather_taps
 from posenc.encodings.base import Encoding
 from posenc.phase import Float32Parameters
@@ -150,12 +150,7 @@ class PaTH(Float32Parameters, Encoding):
         self, place: Placement, x: Tensor | None = None, state: Cache | None = None
     ) -> Scores:
         length = place.length if state is not None else place.key_length
-        if x is None or x.ndim != 3 or x.shape[1:] != (length, self.embed_dim):
-            got = None if x is None else tuple(x.shape)
-            raise ValueError(
-                f"PaTH reflects by the tokens and needs x of shape (B, {length}, "
-                f"{self.embed_dim}), of all keys; got {got}. Pass the attention's input."
-            )
+        x = check_tokens("PaTH", x, length, self.embed_dim)
         return Scores(reflections=self.reflections(place, x, state))
 
     def streams(self) -> dict[str, Stream]:

@@ -42,10 +42,10 @@ from posenc.checks import (
     check_tokens,
 )
 from posenc.convolution import gather_taps
-from posenc.encodings.base import Encoding
+from posenc.encodings.running import RunningRotation
 from posenc.errors import unknown
-from posenc.phase import Float32Parameters, inverse_frequencies
-from posenc.placement import Placement, place
+from posenc.phase import inverse_frequencies
+from posenc.placement import Placement
 from posenc.rotations import BySteps
 
 #: r, the width between W1 and W2.
@@ -93,7 +93,7 @@ def pair_steps(
     return steps.unflatten(-1, (groups, pairs)).transpose(1, 2)
 
 
-class SelectiveRoPE(Float32Parameters, Encoding):
+class SelectiveRoPE(RunningRotation):
     """Selective RoPE: a rate for every token, key head and pair.
 
     Args:
@@ -112,7 +112,6 @@ class SelectiveRoPE(Float32Parameters, Encoding):
             an unknown option.
     """
 
-    reads_positions = False
     no_weight_decay = frozenset({"W1", "W2", "kernel", "beta"})
 
     def __init__(
@@ -168,16 +167,6 @@ class SelectiveRoPE(Float32Parameters, Encoding):
         own = (self.W2, self.kernel, self.beta)
         steps = pair_steps(narrow, *own, frequencies, past, place.segments)
         return BySteps(steps, real=place.here, state=state)
-
-    def phases(
-        self,
-        x: Tensor,
-        positions: Tensor | None = None,
-        state: Cache | None = None,
-    ) -> Tensor:
-        """The running phase (B, G, T, D/2), fp64 modulo 2 pi, of the tokens x (B, T, C)."""
-        where = place(len(x), x.shape[1], x.device, positions=positions, ordered=False)
-        return self.rotation(where, x, state).phases()
 
     def streams(self) -> dict[str, Stream]:
         return {
