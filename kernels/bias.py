@@ -35,6 +35,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
+from posenc.kernels.common import any_given
+
 LOG2E = math.log2(math.e)
 #: Zeros at either end of a table: tiles reach a row and a column of tiles beyond what is seen.
 MARGIN = tl.constexpr(256)
@@ -71,26 +73,17 @@ def head_at(b, h, H, S):
 
 
 @triton.jit
-def is_biased(bias):
-    """Whether there is any part, at compile time."""
-    return bias.high is not None or bias.table is not None
-
-
-@triton.jit
 def decay_at(bias, at, n):
     """c of tokens n of a head, in its two parts, or None. at: `head_at`."""
-    c = None
     if bias.high is not None:
-        c = tl.load(bias.high + at[0] + n), tl.load(bias.low + at[0] + n)
-    return c
+        return tl.load(bias.high + at[0] + n), tl.load(bias.low + at[0] + n)
 
 
 @triton.jit
 def as_columns(c):
     """Both parts of a `decay_at` as columns, None for None."""
     if c is not None:
-        c = c[0][:, None], c[1][:, None]
-    return c
+        return c[0][:, None], c[1][:, None]
 
 
 @triton.jit
@@ -124,7 +117,7 @@ def add_bias(
     own: `decay_at` of one token, or of the rows as columns. lowest: key index of the first of the
     rows, which are consecutive. WHOLE promises that all keys exist.
     """
-    if is_biased(bias):
+    if any_given(bias.high, bias.table):
         s, within = s * c, tl.arange(0, KEYS)
         if bias.high is not None:
             n = first + within

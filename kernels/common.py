@@ -129,6 +129,14 @@ def block_of(x: Tensor) -> int:
     return max(16, triton.next_power_of_2(x.shape[-1]))
 
 
+@triton.constexpr_function
+def any_given(*parts):
+    """Whether any is more than None, in kernels at compile time. One by one: triton 3.6 hands over
+    no tuple that holds None.
+    """
+    return any(part is not None for part in parts)
+
+
 @triton.jit
 def head_of(x, b, h):
     """One head's matrix (pointer, stride of rows, stride of columns); b and h are 64-bit."""

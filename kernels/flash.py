@@ -30,6 +30,7 @@ from torch import Tensor
 from posenc.kernels.bias import NO_BIAS, Bias, add_bias, apart, as_columns, decay_at, head_at
 from posenc.kernels.common import (
     OPTIONS,
+    any_given,
     backward_only,
     block_of,
     device_of,
@@ -53,7 +54,6 @@ from posenc.kernels.mask import (
     check_mask,
     every_part,
     hide,
-    is_masked,
     key_bounds,
     lowest_seen,
     real_of,
@@ -212,7 +212,7 @@ def attend(
     shift = S - T
     begin, inner, until, whole, stop = key_bounds(mask, b, lowest, highest, T, shift, BLOCK_N)
     real = real_of(mask, b, S)
-    if is_masked(mask):
+    if any_given(mask.window, mask.first, mask.real):
         m = tl.minimum(m, T - 1)  # rows past the last repeat it: they too see a key
     lo = along(lowest_seen(mask, b, m, T, shift), 0)
     at = (m + shift)[:, None]
@@ -285,8 +285,7 @@ def launch(
 ) -> tuple[Config, dict]:
     """The configuration of a kernel for tensors like x, and the launch's keyword arguments."""
     sizes = x.element_size(), max(32, block_of(x))
-    masked, biased = (any(part is not None for part in parts) for parts in (mask, bias))
-    kind = "biased " if biased else "masked " if masked else ""
+    kind = "biased " if any_given(*bias) else "masked " if any_given(*mask) else ""
     if (kind + kernel, *sizes) in CONFIGS:
         kernel = kind + kernel
     config = CONFIGS[kernel, *sizes]

@@ -25,9 +25,8 @@ from posenc.kernels.bias import (
     decay_at,
     diagonals,
     head_at,
-    is_biased,
 )
-from posenc.kernels.common import head_of, load_rows, load_tile, store_tile
+from posenc.kernels.common import any_given, head_of, load_rows, load_tile, store_tile
 from posenc.kernels.mask import (
     along,
     hide,
@@ -268,7 +267,7 @@ def dkv_over_queries(
         if bias.table is not None:
             keys, queries = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[None, :]
             s += diagonals(bias, there, first + shift - first_key, queries, keys)
-        if is_biased(bias):
+        if any_given(bias.high, bias.table):
             # Rows past the last have no weight: 2^s may overflow, and meets a gradient of 0.
             row_lse = tl.where(inside, row_lse, float("inf"))
         s = hide(s, (m + shift)[None, :], n, None, hi, real, MASK)
@@ -328,7 +327,9 @@ def dkv_of_keys(
     n = first + tl.arange(0, BLOCK_N)
     real = real_keys(real_of(mask, b, S), n, S)
     start, whole, until, stop = query_bounds(mask, b, first, real, T, S, BLOCK_N)
-    hi, real, n = along(highest_seeing(mask, b, n, S), 0), along(real, 0), n[:, None]
+    hi = along(highest_seeing(mask, b, n, S), 0)
+    real = along(real, 0)
+    n = n[:, None]
     if ranks is not None:
         ranks_of_head = ranks + (b * H + h) * (T + 1)
         start = tl.load(ranks_of_head + start)

@@ -9,7 +9,8 @@ one stretch, and what lies outside is not read. Padding before the first and aft
 key shortens it further; padding between real keys is masked.
 
 What a mask leaves out is None, a constant of the compiled kernel: causal attention alone pays for
-none of this.
+none of this. Functions that have nothing to say of it end without `return`: that is None too, and
+triton 3.6 compiles no `return None`.
 """
 
 from typing import NamedTuple
@@ -19,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
+
+from posenc.kernels.common import any_given
 
 #: Where the running maximum of a row starts that may see none of its first keys: with -inf their
 #: weights, exp2(-inf - -inf), would be NaN.
@@ -125,12 +128,6 @@ def check_real(real: Tensor | None, batch: int, length: int, device: torch.devic
 
 
 @triton.jit
-def is_masked(mask):
-    """Whether anything but the future is left out, at compile time."""
-    return mask.window is not None or mask.first is not None or mask.real is not None
-
-
-@triton.jit
 def lowest_seen(mask, b, m, T, shift):
     """lo of rows m of the queries (row 0 is key `shift`), or None where nothing bounds them."""
     lo = None
@@ -139,7 +136,8 @@ def lowest_seen(mask, b, m, T, shift):
     if mask.first is not None:
         own = tl.load(mask.first + b * T + tl.maximum(tl.minimum(m, T - 1), 0))
         lo = own if lo is None else tl.maximum(lo, own)
-    return lo
+    if lo is not None:
+        return lo
 
 
 @triton.jit
@@ -151,16 +149,15 @@ def highest_seeing(mask, b, n, S):
     if mask.last is not None:
         own = tl.load(mask.last + b * S + tl.minimum(n, S - 1))
         hi = own if hi is None else tl.minimum(hi, own)
-    return hi
+    if hi is not None:
+        return hi
 
 
 @triton.jit
 def real_of(mask, b, S):
     """Where it stands which keys of a sequence are real; None where there is no padding."""
-    real = None
     if mask.real is not None:
-        real = mask.real + b * tl.cdiv(S, 64)
-    return real
+        return mask.real + b * tl.cdiv(S, 64)
 
 
 @triton.jit
@@ -168,8 +165,7 @@ def real_keys(real, n, S):
     """Which keys n are real, by `real_of`; None for None."""
     if real is not None:
         word = tl.load(real + n // 64, mask=n < S, other=0)
-        real = ((word >> (n % 64)) & 1) != 0
-    return real
+        return ((word >> (n % 64)) & 1) != 0
 
 
 @triton.jit
@@ -186,15 +182,14 @@ def real_tile(real, first, BLOCK_N: tl.constexpr):
         half = word.to(tl.int32)
         if BLOCK_N == 64:
             half = tl.where(n < 32, half, (word >> 32).to(tl.int32))
-        real = ((half >> (n % 32)) & 1) != 0
-    return real
+        return ((half >> (n % 32)) & 1) != 0
 
 
 @triton.jit
 def start_of_peak(mask, ROWS: tl.constexpr):
     """The running maxima of a softmax before its first key."""
     peak = tl.full([ROWS], -float("inf"), tl.float32)
-    if is_masked(mask):
+    if any_given(mask.window, mask.first, mask.real):
         peak = tl.full([ROWS], FLOOR, tl.float32)
     return peak
 
@@ -223,8 +218,7 @@ def hide(s, m, n, lo, hi, real, MASK: tl.constexpr):
 def along(x, AXIS: tl.constexpr):
     """A vector as a column (AXIS 0) or row (1) of a matrix, None as None."""
     if x is not None:
-        x = tl.expand_dims(x, 1 - AXIS)
-    return x
+        return tl.expand_dims(x, 1 - AXIS)
 
 
 @triton.jit

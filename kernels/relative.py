@@ -26,6 +26,7 @@ from torch import Tensor
 
 from posenc.kernels import flash
 from posenc.kernels.common import (
+    any_given,
     backward_only,
     block_of,
     device_of,
@@ -45,7 +46,6 @@ from posenc.kernels.mask import (
     along,
     arguments,
     hide,
-    is_masked,
     key_bounds,
     lowest_seen,
     real_of,
@@ -105,7 +105,7 @@ def forward_kernel(
     tiles = tl.cdiv(T, BLOCK_M)
     shift = S - T
     WIDTH: tl.constexpr = SEGMENT + 2 * BLOCK_M
-    MASK: tl.constexpr = is_masked(mask)
+    MASK: tl.constexpr = any_given(mask.window, mask.first, mask.real)
     scratch += tl.program_id(0).to(tl.int64) * (BLOCK_M * WIDTH)
     turn = tl.atomic_add(counter, 1)
     while turn < work:
@@ -128,7 +128,8 @@ def forward_kernel(
             mask, b, first, min(first + BLOCK_M, T) - 1, T, shift, BLOCK_N
         )
         row = tl.minimum(m, T - 1)  # rows past the last repeat it: they too see a key
-        lo, real = along(lowest_seen(mask, b, row, T, shift), 0), real_of(mask, b, S)
+        lo = along(lowest_seen(mask, b, row, T, shift), 0)
+        real = real_of(mask, b, S)
         for begin in tl.range(start, stop, SEGMENT, disable_licm=True):
             count = tl.cdiv(min(stop - begin, SEGMENT), BLOCK_N) * BLOCK_N
             store_bias(

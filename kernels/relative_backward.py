@@ -13,12 +13,11 @@ and dS_d; the other owns rows of dk and dv and forms the bias anew.
 import triton
 import triton.language as tl
 
-from posenc.kernels.common import head_of, load_tile, store_tile
+from posenc.kernels.common import any_given, head_of, load_tile, store_tile
 from posenc.kernels.mask import (
     along,
     hide,
     highest_seeing,
-    is_masked,
     key_bounds,
     lowest_seen,
     query_bounds,
@@ -84,7 +83,7 @@ def dq_kernel(
     shares = tl.num_programs(0)
     # One width for biases and gradients: the addresses of their stores are then the same.
     WIDTH: tl.constexpr = SEGMENT + 2 * BLOCK_M
-    MASK: tl.constexpr = is_masked(mask)
+    MASK: tl.constexpr = any_given(mask.window, mask.first, mask.real)
     slot = (tl.program_id(0).to(tl.int64) * H + h) * (BLOCK_M * WIDTH)
     scratch += slot
     by_distance += slot
@@ -117,7 +116,8 @@ def dq_kernel(
         start, _, _, _, stop = key_bounds(
             mask, b, first, min(first + BLOCK_M, T) - 1, T, shift, BLOCK_N
         )
-        lo, real = along(lowest_seen(mask, b, m, T, shift), 0), real_of(mask, b, S)
+        lo = along(lowest_seen(mask, b, m, T, shift), 0)
+        real = real_of(mask, b, S)
         for begin in tl.range(start, stop, SEGMENT, disable_licm=True):
             count = tl.cdiv(min(stop - begin, SEGMENT), BLOCK_N) * BLOCK_N
             store_bias(
@@ -198,7 +198,7 @@ def dkv_kernel(
     tiles = tl.cdiv(S, BLOCK_N)
     shift = S - T
     WIDTH: tl.constexpr = BLOCK_N + 2 * BLOCK_M
-    MASK: tl.constexpr = is_masked(mask)
+    MASK: tl.constexpr = any_given(mask.window, mask.first, mask.real)
     kv_heads = H // GROUP
     scratch += tl.program_id(0).to(tl.int64) * (SEGMENT * WIDTH)
     turn = tl.atomic_add(counter, 1)
@@ -215,7 +215,9 @@ def dkv_kernel(
         real = real_keys(real_of(mask, b, S), n, S)
         start, _, _, stop = query_bounds(mask, b, first, real, T, S, BLOCK_N)
         start = start // BLOCK_M * BLOCK_M
-        hi, real, n = along(highest_seeing(mask, b, n, S), 0), along(real, 0), n[:, None]
+        hi = along(highest_seeing(mask, b, n, S), 0)
+        real = along(real, 0)
+        n = n[:, None]
         for member in range(GROUP):
             h = kv_head * GROUP + member
             on_keys, on_table = head_of(content, b, h), head_of(relative, b, h)

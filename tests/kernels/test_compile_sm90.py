@@ -79,7 +79,7 @@ def test_command_names_the_families_that_there_are(monkeypatch, capsys):
         inspect_sm90.main()
     assert stopped.value.code == 2
     told = capsys.readouterr().err.splitlines()
-    assert "unknown family: 'flahs'. Did you mean 'flash'? Known: carope," in told[-1]
+    assert "unknown family: 'flahs'. Did you mean 'flash'? Known: " in told[-1]
 
 
 def test_command_prints_a_row_a_kernel(monkeypatch, capsys):

@@ -1,7 +1,7 @@
 """`posenc.cost`: what the kernels keep for the backward pass, of every name and their crosses.
 
 Tensors of more than H numbers a token are compared; of the others it counts the log-sum-exp, which
-is H of them, and the two numbers of a norm.
+is H of them, the two numbers of a norm, and xPos's powers of every query and key position.
 """
 
 import pytest
@@ -49,8 +49,9 @@ def test_bytes_kept_by_a_layer(variant, dtype, device):
     layer = posenc.attention(name, WIDTH, HEADS, impl="fused", **options).to(device, dtype)
     x = torch.randn(BATCH, LENGTH, WIDTH, device=device, dtype=dtype, requires_grad=True)
     saved = bytes_saved(layer, lambda: layer(x, return_aux=True), large)
-    lse = 4 * TOKENS * HEADS
-    assert saved == posenc.attention_cost(layer, BATCH, LENGTH).total.saved_bytes - lse
+    powers = 2 * 4 * LENGTH * layer.head_dim if name == "xpos" else 0
+    small = 4 * TOKENS * HEADS + powers
+    assert saved == posenc.attention_cost(layer, BATCH, LENGTH).total.saved_bytes - small
 
 
 @HALF

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import posenc
 import training_runs
 from posenc.data import StreamError
 from posenc.models.gpt import GPT
@@ -82,8 +81,8 @@ def test_without_resume_the_third_step_is_another(folder):
         assert losses(folder)[2] != first[2]
 
 
-@pytest.mark.parametrize("attention", posenc.names())
-def test_every_name_trains_and_writes_its_folder(folder, attention, capsys):
+@pytest.mark.parametrize("attention", ["mha", "rcmha", "moh", "fire", "path"])
+def test_a_run_writes_its_folder(folder, attention, capsys):
     run(flags(folder, attention=attention, heads=4, sample_tokens=8))
     path = folder / "run"
     assert {file.name for file in path.iterdir()} == {
