@@ -21,6 +21,8 @@ from bench.rows import Row
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 #: Short calls are repeated up to so many times as often as long ones.
 MORE = 20
+#: Calls timed on CPU where candidates take no turns.
+ROUNDS = 3
 
 
 class Case(NamedTuple):
@@ -106,12 +108,12 @@ def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float, f
         low, middle, high = do_bench(run, warmup=25, rep=150, quantiles=[0.2, 0.5, 0.8])
         return low, middle, high
     taken = []
-    for _ in range(3):
+    for _ in range(ROUNDS):
         start = time.perf_counter()
         run()
         taken.append((time.perf_counter() - start) * 1e3)
-    low, middle, high = sorted(taken)
-    return low, middle, high
+    taken.sort()
+    return taken[0], taken[len(taken) // 2], taken[-1]
 
 
 def take_turns(

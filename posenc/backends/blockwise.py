@@ -67,7 +67,8 @@ def reason(case: Case) -> str | None:
 
 def attend(case: Case) -> Tensor:
     """(B, H, T, D) in q's dtype."""
-    one, rows = (_by_logits, ROWS) if _forms_logits(case) else (_plain, _band_rows(case))
+    by_logits = _forms_logits(case) and not _fixed_bias(case)
+    one, rows = (_by_logits, ROWS) if by_logits else (_plain, _band_rows(case))
     parts = groupby(case.mask.pieces(rows), key=lambda piece: piece.batch)
     outputs = [one(case, batch, list(pieces)) for batch, pieces in parts]
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -79,12 +80,22 @@ def _forms_logits(case: Case) -> bool:
     return case.wide or not case.scores.plain
 
 
+def _fixed_bias(case: Case) -> bool:
+    """Whether a bias without a gradient is all that there is: torch's attention takes it."""
+    scores = case.scores
+    if scores.bias is None or case.wide or not scores._replace(bias=None).plain:
+        return False
+    one = slice(0, 1)
+    added = scores.added(one, one)
+    return added is not None and not added.requires_grad
+
+
 def _band_rows(case: Case) -> int | None:
     """None where documents alone cut the rows."""
     mask = case.mask
     if mask.window is not None:
         return max(BAND_ROWS, mask.window // 2)
-    return None if mask.real is None else BAND_ROWS
+    return None if mask.real is None and case.scores.bias is None else BAND_ROWS
 
 
 def _plain(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
@@ -108,11 +119,15 @@ def _plain(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
         for piece, query, key, value in zip(
             pieces, queries, _spans(k, pieces), _spans(v, pieces), strict=True
         ):
-            if piece.square:
+            added = case.scores.added(piece.rows, piece.keys)
+            if piece.square and added is None:
                 outputs.append(sdpa(query, key, value, is_causal=True))
-            else:
-                allowed = case.mask.dense(batch, piece.rows, piece.keys)
-                outputs.append(sdpa(query, key, value, attn_mask=allowed))
+                continue
+            allowed = case.mask.dense(batch, piece.rows, piece.keys)
+            if added is not None:
+                own = added[batch] if len(added) > 1 else added
+                allowed = own.masked_fill(~allowed, -math.inf)
+            outputs.append(sdpa(query, key, value, attn_mask=allowed))
     return torch.cat(outputs, dim=-2).to(dtype)
 
 

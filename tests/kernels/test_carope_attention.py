@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import oracles
+from combinations import combined
 from helpers import outputs_and_gradients
 from posenc.kernels import carope_attention as module
 from posenc.kernels import flash
@@ -67,9 +68,9 @@ def check(shape, dtype, first_power, deterministic, device):
         assert (a.cpu().double() - e).abs().max() <= allowed
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "deterministic"), combined(SHAPES, DTYPES, [True, False])
+)
 def test_outputs_and_gradients(shape, dtype, deterministic, device):
     check(shape, dtype, shape[1] % 2, deterministic, device)
 

@@ -19,10 +19,12 @@ HALF = (*ONE_CORE, "relative bfloat16", "routed bfloat16", "biased_attention bfl
 #: A branch over the tiles that segments empty keeps loads from being started early.
 IN_ORDER = {("biased_attention bfloat16 D=64 table masked", "by_distance_kernel")}
 TUNED_ON = ("3.6.", "3.7.")
+#: Small heads are the loops of larger ones with fewer registers; the command shows them too.
 LAUNCHES = [
     pytest.param(f"{family} {name}", launch, id=f"{family} {name} {launch.kernel.__name__}")
     for family in inspect_sm90.families()
     for name, launch in inspect_sm90.launches(family)
+    if "D=16" not in name and "D=32" not in name
 ]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import posenc
+from combinations import combined
 
 HEADS, WIDTH, LENGTH = 4, 32, 13
 SEGMENTS = torch.tensor([[0] * 5 + [1] + [2] * 7, [3] * 9 + [4] * 4])
@@ -52,9 +53,10 @@ def outputs(layer: posenc.Attention, x: Tensor, real: Tensor, **call: Tensor) ->
     return [y, *(gradient for gradient in found if gradient is not None)]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("name", ["rope", "carope", "cmha", "mdha", "rcmha", "moh", "fox", "t5"])
+@pytest.mark.parametrize(
+    ("name", "call", "shape"),
+    combined(["rope", "carope", "cmha", "mdha", "rcmha", "moh", "fox", "t5"], [*CALLS], [*SHAPES]),
+)
 def test_fused_layers_are_their_reference(
     name: str, call: str, shape: str, device: torch.device
 ) -> None:

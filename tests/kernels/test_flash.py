@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import oracles
+from combinations import combined
 from helpers import outputs_and_gradients, replayed
 from posenc.kernels import common, flash
 
@@ -93,12 +94,10 @@ def test_definition_is_the_oracle():
 
 
 @pytest.mark.parametrize(
-    ("small_tiles", "deterministic"),
-    [((16, 32), True), ((32, 16), False)],
+    ("shape", "dtype", "small_tiles", "deterministic"),
+    combined(SHAPES, DTYPES, [(16, 32), (32, 16)], [True, False]),
     indirect=["small_tiles"],
 )
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("small_tiles")
 def test_outputs_and_gradients(shape, dtype, deterministic, device):
     *inputs, do = random_inputs(shape, dtype, device)
@@ -109,9 +108,9 @@ def test_outputs_and_gradients(shape, dtype, deterministic, device):
     check(attention, inputs, do)
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "dim", "deterministic"), combined(DTYPES, [64, 128, 256], [True, False])
+)
 def test_tiles_of_the_table(dtype, dim, deterministic, device):
     length = 140 if dim == 64 else 40
     *inputs, do = random_inputs((1, 1, 1, length, length, dim), dtype, device)

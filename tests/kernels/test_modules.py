@@ -22,6 +22,8 @@ from posenc.encodings.distance import DistanceBias
 from posenc.kernels.common import INTERPRETED
 from posenc.placement import place
 
+if INTERPRETED:  # alone they are the module of another name, or its kernels and an eager rotation
+    NAMES = [n for n in NAMES if n not in ("mha", "sinusoidal", "kerple", "fope", "grape")]
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
 #: RoPE turns inside the core where the head dim is a power of two, else in a kernel of its own.
 HEAD_DIMS = (6, 16)
@@ -202,22 +204,21 @@ def test_rows_of_a_batch_do_not_meet(name, device):
     assert torch.equal(y[[0, 2]], other[[0, 2]])
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 12])
 @pytest.mark.parametrize("name", NAMES)
-def test_decoding_is_the_full_forward(name, chunk, device):
+def test_decoding_is_the_full_forward(name, device):
     module = layer(name, device)
     x = tokens(module, 2, 12)
     cache = module.make_cache(2, 12)
     with torch.no_grad():
         expected = module(x)
-        parts = [module(part, cache=cache) for part in x.split(chunk, dim=1)]
+        parts = [module(part, cache=cache) for part in x.split((1, 6, 1, 1, 3), dim=1)]
         close(torch.cat(parts, dim=1), expected, 1e-5)
         cache.truncate(5)
         close(module(x[:, 5:], cache=cache), expected[:, 5:], 1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", ["rope", "carope", "cmha", "rmha", "rcmha", "t5", "fox"])
+@pytest.mark.parametrize("name", ["carope", "rcmha", "fox"])
 def test_compiles_whole_with_two_graphs_over_lengths(name, device):
     module = layer(name, device)
     with counted("aot_eager") as (compiled, counter):

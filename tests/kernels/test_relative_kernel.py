@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
+from combinations import combined
 from helpers import attend, outputs_and_gradients, replayed
 from posenc.kernels import relative
 from posenc.kernels.relative import relative_attention
@@ -102,12 +103,10 @@ def test_definition_is_the_oracle(shape):
 
 
 @pytest.mark.parametrize(
-    ("small_tiles", "deterministic"),
-    [((16, 16, 32), True), ((16, 32, 32), False), ((32, 16, 32), True)],
+    ("shape", "dtype", "small_tiles", "deterministic"),
+    combined(SHAPES, DTYPES, [(16, 16, 32), (16, 32, 32), (32, 16, 32)], [True, False]),
     indirect=["small_tiles"],
 )
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("small_tiles")
 def test_outputs_and_gradients(shape, dtype, deterministic, device):
     check(*random_inputs(shape, dtype, device), deterministic)

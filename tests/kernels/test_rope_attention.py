@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import oracles
+from combinations import combined
 from helpers import outputs_and_gradients
 from posenc.kernels import flash
 from posenc.kernels.rope import rope
@@ -82,10 +83,10 @@ def check(shape, dtype, pairing, deterministic, device):
         assert (a.double() - e).abs().max() <= (c.double() - e).abs().max() + rounding
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("pairing", ["half", "interleaved"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "pairing", "deterministic"),
+    combined(SHAPES, DTYPES, ["half", "interleaved"], [True, False]),
+)
 def test_outputs_and_gradients(shape, dtype, pairing, deterministic, device):
     check(shape, dtype, pairing, deterministic, device)
 

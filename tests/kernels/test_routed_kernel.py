@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
+from combinations import combined
 from helpers import counted, outputs_and_gradients, replayed
 from posenc.kernels import common, flash, routed
 
@@ -106,14 +107,11 @@ def test_definition_is_the_oracle():
     torch.testing.assert_close(definition(q, k, v, gates.double()), wanted)
 
 
-@pytest.mark.parametrize("straight_through", [False, True])
 @pytest.mark.parametrize(
-    ("small_tiles", "deterministic"),
-    [((16, 32), True), ((32, 16), False)],
+    ("shape", "dtype", "small_tiles", "deterministic", "straight_through"),
+    combined(SHAPES, DTYPES, [(16, 32), (32, 16)], [True, False], [False, True]),
     indirect=["small_tiles"],
 )
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("small_tiles")
 def test_outputs_and_gradients(shape, dtype, deterministic, straight_through, device):
     inputs, dy = random_inputs(shape, dtype, device)
@@ -127,9 +125,9 @@ def test_outputs_and_gradients(shape, dtype, deterministic, straight_through, de
     check(attention, inputs, dy, every=straight_through)
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "dim", "deterministic"), combined(DTYPES, [64, 128], [True, False])
+)
 def test_tiles_of_the_table(dtype, dim, deterministic, device):
     length = 140 if dim == 64 else 70
     inputs, dy = random_inputs((1, 3, length, length, dim), dtype, device)
