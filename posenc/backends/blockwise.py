@@ -9,7 +9,7 @@ ms; in torch's attention, which on CPU wants equal widths, 106 ms with values pa
 Logits and softmax are fp32 whatever the inputs are.
 
 Otherwise packed documents one by one and windows as a band of blocks, each by torch's attention; a
-padded text in blocks whose masks are small.
+padded text, and a bias of distances that does not learn (ALiBi), in blocks whose masks are small.
 """
 
 import math
@@ -29,7 +29,7 @@ from posenc.backends.mask import Piece
 from posenc.backends.short import UPCAST_TO
 from posenc.backends.skipping import runs_eagerly
 from posenc.routing.gates import weighed
-from posenc.scores import Bias, Decay, Scores, add_per_head, falling_table, skew
+from posenc.scores import Bias, ByDistance, Decay, Scores, add_per_head, falling_table, skew
 
 #: Rows of a block of logits; of 64, 128, 256 and 512 the fastest on CPU.
 ROWS = 128
@@ -81,13 +81,15 @@ def _forms_logits(case: Case) -> bool:
 
 
 def _fixed_bias(case: Case) -> bool:
-    """Whether a bias without a gradient is all that there is: torch's attention takes it."""
-    scores = case.scores
-    if scores.bias is None or case.wide or not scores._replace(bias=None).plain:
+    """Whether all there is is a bias of distances that has no gradient: torch's attention takes it.
+
+    Training is as fast to 512 tokens, and where `_by_logits` would recompute its blocks, from 1024
+    on, 1.25 to 1.45 times as fast.
+    """
+    bias, one = case.scores.bias, slice(0, 1)
+    if not isinstance(bias, ByDistance) or case.wide or not case.scores._replace(bias=None).plain:
         return False
-    one = slice(0, 1)
-    added = scores.added(one, one)
-    return added is not None and not added.requires_grad
+    return not bias(one, one).requires_grad
 
 
 def _band_rows(case: Case) -> int | None:
