@@ -9,7 +9,8 @@ ms; in torch's attention, which on CPU wants equal widths, 106 ms with values pa
 Logits and softmax are fp32 whatever the inputs are.
 
 Otherwise packed documents one by one and windows as a band of blocks, each by torch's attention; a
-padded text, and a bias of distances that does not learn (ALiBi), in blocks whose masks are small.
+padded text in blocks whose masks are small, and a bias of distances that does not learn (ALiBi) in
+blocks that share a mask.
 """
 
 import math
@@ -81,15 +82,18 @@ def _forms_logits(case: Case) -> bool:
 
 
 def _fixed_bias(case: Case) -> bool:
-    """Whether all there is is a bias of distances that has no gradient: torch's attention takes it.
+    """Whether all there is is a bias of distances that has no gradient, of whole rows: torch's
+    attention takes it, with one mask for all blocks.
 
     Training is as fast to 512 tokens, and where `_by_logits` would recompute its blocks, from 1024
     on, 1.25 to 1.45 times as fast.
     """
-    bias, one = case.scores.bias, slice(0, 1)
-    if not isinstance(bias, ByDistance) or case.wide or not case.scores._replace(bias=None).plain:
+    bias, mask, one = case.scores.bias, case.mask, slice(0, 1)
+    if not isinstance(bias, ByDistance) or bias.positions is not None:
         return False
-    return not bias(one, one).requires_grad
+    if case.wide or not case.scores._replace(bias=None).plain:
+        return False
+    return mask.only_order and mask.causal and not bias(one, one).requires_grad
 
 
 def _band_rows(case: Case) -> int | None:
@@ -116,25 +120,37 @@ def _plain(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
         enable_gqa=q.shape[1] != k.shape[1],
     )
     queries = q.split([piece.rows.stop - piece.rows.start for piece in pieces], dim=-2)
+    # Of the last rows, and as far as distances reach: a mask a block would be T x S.
+    last = slice(max(case.mask.length - BAND_ROWS, 0), case.mask.length)
+    by_distance = case.scores.added(last)
+    if by_distance is not None:
+        by_distance = by_distance.masked_fill(~case.mask.dense(rows=last), -math.inf)
     outputs = []
     with no_autocast(q.device) if wide else nullcontext():
         for piece, query, key, value in zip(
             pieces, queries, _spans(k, pieces), _spans(v, pieces), strict=True
         ):
-            added = case.scores.added(piece.rows, piece.keys)
-            if piece.square and added is None:
+            if by_distance is not None:
+                # Distances from the last key on are those of every block.
+                allowed = by_distance[..., -query.shape[-2] :, -key.shape[-2] :]
+            elif piece.square:
                 outputs.append(sdpa(query, key, value, is_causal=True))
                 continue
-            allowed = case.mask.dense(batch, piece.rows, piece.keys)
-            if added is not None:
-                own = added[batch] if len(added) > 1 else added
-                allowed = own.masked_fill(~allowed, -math.inf)
+            else:
+                allowed = case.mask.dense(batch, piece.rows, piece.keys)
             outputs.append(sdpa(query, key, value, attn_mask=allowed))
     return torch.cat(outputs, dim=-2).to(dtype)
 
 
 def _spans(x: Tensor, pieces: list[Piece]) -> Iterator[Tensor]:
-    """The keys of each piece. Cut once: the gradients of slices would be as large as x each."""
+    """The keys of each piece.
+
+    Cut once, for the gradients of slices would be as large as x each; but not where every piece
+    begins with the first key: kept for the backward pass, copies would be as large as T x S.
+    """
+    if len(pieces) > 1 and all(piece.keys.start == 0 for piece in pieces):
+        yield from (x[..., piece.keys, :] for piece in pieces)
+        return
     cuts = sorted({0, x.shape[-2], *(edge for p in pieces for edge in (p.keys.start, p.keys.stop))})
     parts = x.split([b - a for a, b in pairwise(cuts)], dim=-2)
     index = {cut: i for i, cut in enumerate(cuts)}
