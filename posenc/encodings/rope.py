@@ -18,6 +18,7 @@ from posenc.accounting import Part, Sizes, rotation
 from posenc.cache import Cache
 from posenc.checks import check_base, check_head_dim
 from posenc.encodings.base import Encoding
+from posenc.encodings.configs import rope_arguments
 from posenc.encodings.scaling import read_mapping, scaled_frequencies
 from posenc.errors import unknown
 from posenc.phase import PAIRINGS, Layout, Pairing, inverse_frequencies
@@ -106,6 +107,26 @@ class RoPE(Encoding):
                     "describes; got scaling. Use layout='sections' or 'interleaved', or base."
                 )
         self.frequencies()  # a bad scaling fails here, not in the first forward
+
+    @classmethod
+    def from_config(
+        cls, config: Any, layer_type: str | None = None, *, target_length: int | None = None
+    ) -> "RoPE":
+        """The RoPE that a Hugging Face text config describes, see `posenc.encodings.configs`.
+
+        Args:
+            config: of a model (its text part is taken), or the mapping of a config.json.
+            layer_type: one of the config's layer_types, for models whose types turn differently
+                (Gemma 3: "sliding_attention", "full_attention").
+            target_length: of the texts that "dynamic" and "longrope" are for; None: they fit into
+                the original length.
+
+        Raises:
+            ValueError: for a layer_type that the config does not have, or none where it has
+                several; for values that make no RoPE. Keys that a rope_type does not use, which
+                transformers leaves out as well, are named in a warning.
+        """
+        return cls(**rope_arguments(config, layer_type, target_length))
 
     def frequencies(self, device: torch.device | None = None) -> tuple[Tensor, float]:
         """The frequencies (R/2,) in fp64, and the factor of cosine and sine."""

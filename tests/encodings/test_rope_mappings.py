@@ -78,6 +78,9 @@ def test_mappings_give_the_frequencies_of_transformers(
     assert rope.base == theta
     torch.testing.assert_close(frequencies, expected.double(), rtol=2e-6, atol=0)
     assert attention == pytest.approx(factor)
+    of_config = RoPE.from_config(config, target_length=length)
+    assert torch.equal(of_config.frequencies()[0], frequencies)
+    assert of_config.frequencies()[1] == attention
 
 
 def test_a_config_s_plain_mapping_holds_theta_and_the_rotated_share() -> None:

@@ -1,0 +1,179 @@
+"""RoPE as a Hugging Face text config describes it: `RoPE.from_config`.
+
+Read from the config, an object or the mapping of a config.json, of today (`rope_parameters`, for
+some models one a type of layer) or of before (`rope_theta`, `rope_scaling`, `rotary_pct`, ..):
+
+    head_dim        head_dim, or hidden_size over heads; of latent attention the part that turns,
+                    qk_rope_head_dim; of full layers global_head_dim where there is one
+    base            rope_theta; of sliding layers rope_local_base_freq where there is one
+    rotary_dim      rotary_dim, or a partial factor of head_dim
+    scaling         what its rope_type reads
+    axes, layout    mrope_section, mrope_interleaved
+    pairing         interleaved where the models of this model_type pair (2i, 2i + 1)
+
+Numbers are those of transformers for a text that fits into the original length. There `dynamic` and
+`longrope` change with the running length; here the length is an argument and stays.
+"""
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from posenc.encodings.scaling import GIVEN, SCALINGS, rope_type
+
+#: Values of `model_type` whose released models turn neighbours, (2i, 2i + 1).
+INTERLEAVED = frozenset(
+    {"blt", "codegen", "cohere", "cohere2", "cohere2_moe", "deepseek_v2", "deepseek_v32",
+     "deepseek_v4", "ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe_text", "glm", "glm4", "glm4v_text",
+     "glm_ocr_text", "gptj", "helium", "llama4_text", "longcat_flash", "moonshine", "roformer"}
+)  # fmt: skip
+#: What a mapping may hold that says nothing of frequencies.
+_ELSEWHERE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_SECTIONS = ("mrope_section", "mrope_interleaved")
+#: Kinds whose original length is the config's own where the mapping has none.
+_OF_LENGTH = ("yarn", "longrope", "llama3")
+
+
+def rope_arguments(
+    config: Any, layer_type: str | None = None, target_length: int | None = None
+) -> dict[str, Any]:
+    """Keyword arguments of `RoPE`, see `RoPE.from_config`."""
+    config = _of_text(config)
+    options = _mapping(config, layer_type)
+    head_dim = _head_dim(config, layer_type)
+    kind = rope_type(dict(options))
+    made: dict[str, Any] = {"head_dim": head_dim, "base": float(options.pop("rope_theta"))}
+    share = options.pop("partial_rotary_factor", None)
+    width = None if kind == "proportional" else _get(config, "rotary_dim")
+    if width is not None:
+        made["rotary_dim"] = width
+    elif share is not None and kind != "proportional" and share != 1.0:
+        made["rotary_dim"] = int(head_dim * share)
+    if sections := options.pop("mrope_section", None):
+        made["axes"] = tuple(2 * pairs for pairs in sections)
+        made["layout"] = "interleaved" if options.pop("mrope_interleaved", False) else "sections"
+    options.pop("mrope_interleaved", None)
+    if kind == "proportional":
+        shared = {} if share is None else {"partial_rotary_factor": share}
+        made["scaling"] = {**_used(kind, options, ("factor",)), **shared}
+    elif kind != "default":
+        made["scaling"] = _scaling(kind, options, config, target_length)
+    else:
+        _used(kind, options, ())
+    if _get(config, "rope_interleave", _get(config, "model_type") in INTERLEAVED):
+        made["pairing"] = "interleaved"
+    return made
+
+
+def _scaling(
+    kind: str, options: dict[str, Any], config: Any, target_length: int | None
+) -> dict[str, Any]:
+    """The mapping of a kind with arguments, complete."""
+    if kind not in SCALINGS:
+        return {"rope_type": kind}  # RoPE says which ones there are
+    longest = _get(config, "max_position_embeddings")
+    original = options.get("original_max_position_embeddings")
+    if kind in _OF_LENGTH and original is None:
+        original = _get(config, "original_max_position_embeddings", longest)
+    if kind == "dynamic":
+        original = longest
+    if original is not None:
+        options["original_max_position_embeddings"] = original
+    known = [key for key in inspect.signature(SCALINGS[kind]).parameters if key not in GIVEN]
+    made = _used(kind, options, known)
+    if "target_length" in known:
+        made["target_length"] = original if target_length is None else target_length
+    if kind in ("yarn", "longrope") and "factor" not in made and None not in (longest, original):
+        made["factor"] = max(longest / original, 1.0)
+    both = made.get("mscale") and made.get("mscale_all_dim")
+    if kind == "yarn" and ("attention_factor" in made or not both):
+        # transformers asks for the factor first, and for both scales together.
+        made.pop("mscale", None)
+        made.pop("mscale_all_dim", None)
+    return made
+
+
+def _used(kind: str, options: Mapping[str, Any], known: Any) -> dict[str, Any]:
+    """What a kind reads of a config's mapping; a warning names the rest."""
+    lengths = ("original_max_position_embeddings", "max_position_embeddings")
+    rest = [key for key in options if key not in (*known, *_ELSEWHERE, *_SECTIONS, *lengths)]
+    if rest:
+        warnings.warn(
+            f"the config's rope_type={kind!r} does not use {', '.join(sorted(rest))}: left out, as "
+            "transformers does.",
+            stacklevel=4,
+        )
+    return {"rope_type": kind, **{key: options[key] for key in known if key in options}}
+
+
+def _mapping(config: Any, layer_type: str | None) -> dict[str, Any]:
+    """rope_type, rope_theta and whatever else a config says of layers of this type, without None.
+
+    Raises:
+        ValueError: for a type that the config does not have, or none where it has several.
+    """
+    found = _get(config, "rope_parameters", _get(config, "rope_scaling", {}))
+    if not isinstance(found, Mapping):
+        raise ValueError(f"the config's RoPE parameters must be a mapping; got {found!r}.")
+    nested = any(isinstance(value, Mapping) for value in found.values())
+    known = list(found) if nested else sorted(set(_get(config, "layer_types", ())))
+    if layer_type is not None and layer_type not in known:
+        raise ValueError(
+            f"the config has no layers of type {layer_type!r}; it has {known}. Take one of them, "
+            "or None where all layers turn alike."
+        )
+    local = _get(config, "rope_local_base_freq")
+    if layer_type is None and (nested or local is not None):
+        raise ValueError(
+            f"layers of the config turn differently; got layer_type=None. Take one of {known}."
+        )
+    if nested and found[str(layer_type)] is None:
+        raise ValueError(f"layers of type {layer_type!r} turn nothing: the config has None there.")
+    if nested:
+        found = found[str(layer_type)]
+    options = {key: value for key, value in found.items() if value is not None}
+    if local is not None and layer_type == "sliding_attention" and not nested:
+        options = {"rope_theta": local}  # of before: sliding layers are never scaled
+    if options.get("rope_type", options.get("type")) in (None, "mrope"):
+        options.pop("type", None)
+        options["rope_type"] = "default"
+    theta = _get(config, "rope_theta", _get(config, "rotary_emb_base", 10000.0))
+    options.setdefault("rope_theta", theta)
+    share = _get(config, "partial_rotary_factor", _get(config, "rotary_pct"))
+    if share is not None:
+        options.setdefault("partial_rotary_factor", share)
+    return options
+
+
+def _head_dim(config: Any, layer_type: str | None) -> int:
+    """Features of a head that may turn."""
+    by_layer = _get(config, "per_layer_config")
+    if by_layer is not None and layer_type is not None:
+        config = by_layer[layer_type]
+    wide = _get(config, "global_head_dim") if layer_type == "full_attention" else None
+    found = wide or _get(config, "qk_rope_head_dim", _get(config, "head_dim"))
+    if found is not None:
+        return int(found)
+    width = _get(config, "hidden_size", _get(config, "n_embd"))
+    heads = _get(config, "num_attention_heads", _get(config, "n_head"))
+    if width is None or heads is None:
+        raise ValueError(
+            "the config has neither head_dim nor hidden_size and num_attention_heads; got "
+            f"{type(config).__name__}. Give the config of the text model."
+        )
+    return int(width) // int(heads)
+
+
+def _of_text(config: Any) -> Any:
+    """The part of a config that describes the text model."""
+    if isinstance(config, Mapping):
+        return config.get("text_config", config)
+    decoder = getattr(config, "get_text_config", None)
+    return config if decoder is None else decoder()
+
+
+def _get(config: Any, name: str, default: Any = None) -> Any:
+    """A value of a config; None counts as left out."""
+    value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+    return default if value is None else value
