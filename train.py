@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from posenc.data import Corpus, StreamError
 from posenc.models.gpt import GPT
-from posenc.training import checkpoint
+from posenc.training import checkpoint, initial
 from posenc.training.cli import parse
 from posenc.training.config import TrainConfig
 from posenc.training.console import any_console
@@ -74,7 +74,11 @@ def prepare(config: TrainConfig, parallel: Parallel, folder: RunFolder) -> Job:
     corpus = prepare_corpus(config, parallel)
 
     torch.manual_seed(config.seed)
-    model = GPT(config.model(corpus.vocab_size)).to(parallel.device)
+    if config.init_from is not None and checkpoint.latest(folder.checkpoints) is None:
+        model, config, origin = initial.start(config, corpus.vocab_size)
+    else:
+        model, origin = GPT(config.model(corpus.vocab_size)), None
+    model = model.to(parallel.device)
     model.checkpoint_activations = config.activation_checkpointing
     if config.compile:
         for part in model.h if parallel.mode == "fsdp" else [model]:
@@ -99,6 +103,8 @@ def prepare(config: TrainConfig, parallel: Parallel, folder: RunFolder) -> Job:
     job = Job(config, parallel, folder, corpus, batches, model, module, optimizer, dtype)
     if config.resume is not None:
         job.load()
+    if origin is not None:
+        job.say(origin)
     return job
 
 

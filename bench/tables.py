@@ -197,7 +197,9 @@ def throughput_table(rows: Rows) -> Table:
             "--impls auto."
         )
     at = min({row["S"] for row in rows}, key=lambda length: abs(length - 1024))
+    order = {name: place for place, name in enumerate(posenc.names())}
     shown = where(rows, S=at)
+    shown.sort(key=lambda row: (is_peer(row), order.get(row["name"], len(order))))
     cells = {(row["name"], row["implementation"], row["mode"]): row["p50"] for row in shown}
     lines = []
     for name, by in dict.fromkeys((row["name"], row["implementation"]) for row in shown):

@@ -118,16 +118,40 @@ def load(
         ValueError: the checkpoint is damaged or belongs to another model.
     """
     tensors = training_tensors(model, optimizer, parallel)
-    reader = HuggingFaceStorageReader(str(path))
+    stored = sizes(path)
+    _read_into(path, {k: v for k, v in tensors.items() if k in stored or k[:4] != "rng."}, stored)
+    torch.set_rng_state(tensors[f"rng.cpu.{parallel.rank}"])
+    if parallel.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors[f"rng.cuda.{parallel.rank}"], parallel.device)
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Load the weights of a checkpoint alone.
+
+    Raises:
+        ValueError: the checkpoint is damaged or belongs to another model.
+    """
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    _read_into(path, weights, sizes(path))
+
+
+def sizes(path: Path) -> dict[str, torch.Size]:
+    """The shapes of a checkpoint's tensors.
+
+    Raises:
+        ValueError: a shard is damaged.
+    """
     try:
-        stored = reader.read_metadata().state_dict_metadata
+        stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds a damaged shard: {error}.") from None
-    wanted = {
-        name: tensor for name, tensor in tensors.items() if name in stored or name[:4] != "rng."
-    }
+    return {name: found.size for name, found in stored.items() if hasattr(found, "size")}
+
+
+def _read_into(path: Path, wanted: dict[str, Tensor], stored: Mapping[str, torch.Size]) -> None:
+    """Read tensors in place, once all are found to fit."""
     for name, tensor in wanted.items():
-        size = getattr(stored.get(name), "size", None)
+        size = stored.get(name)
         if size != tensor.shape:
             found = "nothing" if size is None else f"shape {tuple(size)}"
             raise ValueError(
@@ -135,10 +159,7 @@ def load(
                 f"got {found}. Resume with the options that the run was started with."
             )
     with _quiet(), _unwrapped():
-        load_tensors(wanted, storage_reader=reader)
-    torch.set_rng_state(tensors[f"rng.cpu.{parallel.rank}"])
-    if parallel.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors[f"rng.cuda.{parallel.rank}"], parallel.device)
+        load_tensors(wanted, storage_reader=HuggingFaceStorageReader(str(path)))
 
 
 def read_state(path: Path) -> dict[str, Any]:

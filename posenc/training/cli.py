@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import tyro
 
 from posenc.errors import unknown
+from posenc.training import initial
 from posenc.training.config import TrainConfig, flag, from_mapping, preset_values
 from posenc.training.parallel import under_torchrun
 from posenc.training.run_folder import RunFolder
@@ -29,17 +30,19 @@ FIXED = [
     "tokenizer",
     "seed",
     "data_seed",
+    "init_from",
 ]
 
 
 class _Early(argparse.ArgumentParser):
-    """Reads the three flags that decide the defaults of all others."""
+    """Reads the flags that decide the defaults of all others."""
 
     def __init__(self) -> None:
         super().__init__(add_help=False, allow_abbrev=False)
         self.add_argument("--preset")
         self.add_argument("--out")
         self.add_argument("--resume", nargs="?", const="")
+        self.add_argument("--init-from", "--init_from")
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -56,15 +59,20 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     early, rest = _Early().parse_known_args(argv)
     if early.resume is None:
         default = TrainConfig(**preset_values(early.preset or "demo"), **_launch())
+        if early.init_from is not None:
+            default = dataclasses.replace(default, **_initial(early.init_from, rest))
         config = dataclasses.replace(_flags(rest, default), out=early.out)
+        if early.init_from is not None:
+            initial.check(config)
     elif early.resume and early.out and Path(early.resume).resolve() != Path(early.out).resolve():
         raise ValueError(
             f"a resumed run stays in its folder; got --resume {early.resume} and --out {early.out}."
             " Leave --out out, or copy the folder and resume the copy."
         )
     else:
-        if early.preset is not None:
-            raise ValueError("--preset cannot change a run that is resumed. Leave it out.")
+        for name, given in (("--preset", early.preset), ("--init-from", early.init_from)):
+            if given is not None:
+                raise ValueError(f"{name} cannot change a run that is resumed. Leave it out.")
         config = _resumed(early.resume or early.out, rest)
     if config.data is None:
         raise ValueError(
@@ -89,6 +97,14 @@ def _resumed(folder: str | None, rest: Sequence[str]) -> TrainConfig:
                 "Leave it out, or start a new run."
             )
     return config
+
+
+def _initial(source: str, rest: Sequence[str]) -> dict[str, Any]:
+    """The fields that the weights of --init-from decide. Options are those of their attention."""
+    values = {"init_from": source, **initial.read(source).values}
+    if any(word.partition("=")[0] == "--attention" for word in rest):
+        del values["attention_options"]
+    return values
 
 
 def _launch() -> dict[str, Any]:

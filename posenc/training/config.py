@@ -162,6 +162,9 @@ class TrainConfig:
 
     out: str | None = None
     """Run folder; runs/ATTENTION-DATE-TIME if not given."""
+    init_from: str | None = None
+    """Start from the weights of a run folder, checkpoint, saved model or GPT-2 (a Hub name), whose
+    sizes and tokenizer the run takes; with another attention they are converted to it."""
     resume: str | None = None
     """Continue the run in this folder (without a value: in out); its configuration is the default
     then, but for parallel, device and tracker."""
