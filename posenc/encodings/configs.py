@@ -5,11 +5,16 @@ some models one a type of layer) or of before (`rope_theta`, `rope_scaling`, `ro
 
     head_dim        head_dim, or hidden_size over heads; of latent attention the part that turns,
                     qk_rope_head_dim; of full layers global_head_dim where there is one
-    base            rope_theta; of sliding layers rope_local_base_freq where there is one
+    base            rope_theta, global_rope_theta; of sliding layers rope_local_base_freq or
+                    local_rope_theta where there is one
     rotary_dim      rotary_dim, or a partial factor of head_dim
     scaling         what its rope_type reads
     axes, layout    mrope_section, mrope_interleaved
     pairing         interleaved where the models of this model_type pair (2i, 2i + 1)
+
+A config.json must hold these values: what it leaves to the class of its model is known to
+transformers alone, so give the object then. Layers without positions are known where layer_types
+tell them apart, not where a list of layers does (no_rope_layers).
 
 Numbers are those of transformers for a text that fits into the original length. There `dynamic` and
 `longrope` change with the running length; here the length is an argument and stays.
@@ -24,10 +29,17 @@ from posenc.encodings.scaling import GIVEN, SCALINGS, rope_type
 
 #: Values of `model_type` whose released models turn neighbours, (2i, 2i + 1).
 INTERLEAVED = frozenset(
-    {"blt", "codegen", "cohere", "cohere2", "cohere2_moe", "deepseek_v2", "deepseek_v32",
-     "deepseek_v4", "ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe_text", "glm", "glm4", "glm4v_text",
-     "glm_ocr_text", "gptj", "helium", "llama4_text", "longcat_flash", "moonshine", "roformer"}
+    {"axk1", "axk2", "bailing_hybrid", "blt", "codegen", "cohere", "cohere2", "cohere2_moe",
+     "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "dots3_note_text", "ernie4_5",
+     "ernie4_5_moe", "ernie4_5_vl_moe_text", "glm", "glm4", "glm4_moe_lite", "glm4v_text",
+     "glm_moe_dsa", "glm_ocr_text", "gptj", "helium", "llama4_text", "longcat_flash", "mistral4",
+     "mistral_large4_text", "moonshine", "moonshine_streaming", "openai_privacy_filter", "roformer",
+     "youtu"}
 )  # fmt: skip
+#: Those whose config.json of before may leave theta to its class, whose 10000 is the one here too.
+DEFAULT_THETA = frozenset({None, "codegen", "gptj", "llama"})
+#: Keys of models that change frequencies, or their factor, by formulas of their own.
+FOREIGN = ("alpha", "short_mscale", "long_mscale")
 #: What a mapping may hold that says nothing of frequencies.
 _ELSEWHERE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _SECTIONS = ("mrope_section", "mrope_interleaved")
@@ -70,8 +82,6 @@ def _scaling(
     kind: str, options: dict[str, Any], config: Any, target_length: int | None
 ) -> dict[str, Any]:
     """The mapping of a kind with arguments, complete."""
-    if kind not in SCALINGS:
-        return {"rope_type": kind}  # RoPE says which ones there are
     longest = _get(config, "max_position_embeddings")
     original = options.get("original_max_position_embeddings")
     if kind in _OF_LENGTH and original is None:
@@ -89,8 +99,7 @@ def _scaling(
     both = made.get("mscale") and made.get("mscale_all_dim")
     if kind == "yarn" and ("attention_factor" in made or not both):
         # transformers asks for the factor first, and for both scales together.
-        made.pop("mscale", None)
-        made.pop("mscale_all_dim", None)
+        _leave_out(kind, [key for key in ("mscale", "mscale_all_dim") if made.pop(key, None)])
     return made
 
 
@@ -98,13 +107,20 @@ def _used(kind: str, options: Mapping[str, Any], known: Any) -> dict[str, Any]:
     """What a kind reads of a config's mapping; a warning names the rest."""
     lengths = ("original_max_position_embeddings", "max_position_embeddings")
     rest = [key for key in options if key not in (*known, *_ELSEWHERE, *_SECTIONS, *lengths)]
-    if rest:
-        warnings.warn(
-            f"the config's rope_type={kind!r} does not use {', '.join(sorted(rest))}: left out, as "
-            "transformers does.",
-            stacklevel=4,
+    if strange := sorted(set(rest).intersection(FOREIGN)):
+        raise ValueError(
+            f"RoPE does not know what {', '.join(strange)} make of the frequencies; got "
+            f"rope_type={kind!r} with them. Write an Encoding of your own for this model."
         )
+    _leave_out(kind, rest)
     return {"rope_type": kind, **{key: options[key] for key in known if key in options}}
+
+
+def _leave_out(kind: str, keys: list[str]) -> None:
+    """Say which keys are not used."""
+    if keys:
+        said = f"the config's rope_type={kind!r} does not use {', '.join(sorted(keys))}: left out."
+        warnings.warn(said, stacklevel=5)
 
 
 def _mapping(config: Any, layer_type: str | None) -> dict[str, Any]:
@@ -123,7 +139,9 @@ def _mapping(config: Any, layer_type: str | None) -> dict[str, Any]:
             f"the config has no layers of type {layer_type!r}; it has {known}. Take one of them, "
             "or None where all layers turn alike."
         )
-    local = _get(config, "rope_local_base_freq")
+    if layer_type == "full_attention" and _get(config, "model_type") in ("cohere2", "cohere2_moe"):
+        raise ValueError("layers of type 'full_attention' turn nothing in this model: it is NoPE.")
+    local = _get(config, "rope_local_base_freq", _get(config, "local_rope_theta"))
     if layer_type is None and (nested or local is not None):
         raise ValueError(
             f"layers of the config turn differently; got layer_type=None. Take one of {known}."
@@ -135,11 +153,20 @@ def _mapping(config: Any, layer_type: str | None) -> dict[str, Any]:
     options = {key: value for key, value in found.items() if value is not None}
     if local is not None and layer_type == "sliding_attention" and not nested:
         options = {"rope_theta": local}  # of before: sliding layers are never scaled
-    if options.get("rope_type", options.get("type")) in (None, "mrope"):
-        options.pop("type", None)
-        options["rope_type"] = "default"
-    theta = _get(config, "rope_theta", _get(config, "rotary_emb_base", 10000.0))
-    options.setdefault("rope_theta", theta)
+    kinds = {options.pop(key) for key in ("rope_type", "type") if key in options} - {"mrope"}
+    if len(kinds) > 1:
+        raise ValueError(f"the config's rope_type and type contradict each other: {sorted(kinds)}.")
+    options["rope_type"] = kinds.pop() if kinds else "default"
+    names = ("rope_theta", "global_rope_theta", "rotary_emb_base")
+    theta = next((found for name in names if (found := _get(config, name)) is not None), None)
+    if theta is None and "rope_theta" not in options and isinstance(config, Mapping):
+        model_type = config.get("model_type")
+        if model_type not in DEFAULT_THETA:
+            raise ValueError(
+                f"this config.json of a {model_type} leaves rope_theta to its class; got none. "
+                "Give the object: transformers.AutoConfig.from_pretrained(..)."
+            )
+    options.setdefault("rope_theta", 10000.0 if theta is None else theta)
     share = _get(config, "partial_rotary_factor", _get(config, "rotary_pct"))
     if share is not None:
         options.setdefault("partial_rotary_factor", share)

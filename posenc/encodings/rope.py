@@ -122,9 +122,9 @@ class RoPE(Encoding):
                 the original length.
 
         Raises:
-            ValueError: for a layer_type that the config does not have, or none where it has
-                several; for values that make no RoPE. Keys that a rope_type does not use, which
-                transformers leaves out as well, are named in a warning.
+            ValueError: for a layer_type that the config does not have or that turns nothing, none
+                where types differ; for values that make no RoPE, or one of another formula. Keys
+                that a rope_type does not use are named in a warning.
         """
         return cls(**rope_arguments(config, layer_type, target_length))
 

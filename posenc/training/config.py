@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
@@ -19,6 +19,7 @@ from posenc.training.schedule import learning_rate
 from posenc.zoo import names, parse_value
 
 PARALLEL = ("none", "ddp", "fsdp")
+GELUS = ("none", "tanh")
 DTYPES = ("auto", "float32", "bfloat16")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 BPE_SYMBOLS = 2048
@@ -89,6 +90,8 @@ class TrainConfig:
     """Biases in linear layers and LayerNorms."""
     mlp_dim: int = 0
     """Hidden width of the MLP; 0 is four times embed-dim."""
+    gelu: Annotated[Literal["none", "tanh"], one_of(GELUS)] = "none"
+    """Of the MLP: none is exact, tanh GPT-2's approximation."""
     impl: Annotated[str, one_of(IMPLS)] = "auto"
     """Back end of attention."""
 
@@ -176,6 +179,7 @@ class TrainConfig:
             ("preset", PRESETS),
             ("attention", names()),
             ("impl", IMPLS),
+            ("gelu", GELUS),
             ("dtype", DTYPES),
             ("parallel", PARALLEL),
             ("tracker", TRACKERS),
@@ -246,6 +250,7 @@ class TrainConfig:
             dropout=self.dropout,
             bias=self.bias,
             mlp_dim=self.mlp_dim or None,
+            gelu=self.gelu,
         )
 
 

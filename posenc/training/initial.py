@@ -23,7 +23,7 @@ from posenc.training.config import TrainConfig, flag, from_mapping
 from posenc.training.run_folder import CONFIG, RunFolder
 
 #: What the weights decide: the source's, and nothing else.
-SIZES = ("layers", "heads", "embed_dim", "mlp_dim", "bias", "vocab_size")
+SIZES = ("layers", "heads", "embed_dim", "mlp_dim", "bias", "gelu", "vocab_size")
 
 
 class Source(NamedTuple):
@@ -67,12 +67,13 @@ def read(path: str) -> Source:
         "embed_dim": config.embed_dim,
         "mlp_dim": config.mlp_dim or 0,
         "bias": config.bias,
+        "gelu": config.gelu,
         "vocab_size": config.vocab_size,
         "context": config.context,
         "attention": config.attention,
         "attention_options": {k: v for k, v in config.attention_options.items() if k != "impl"},
     }
-    for home in (run, run.parent):  # of a run, and of its model/
+    for home in (run, run.parent) if run.name == "model" else (run,):  # of a run, of its model/
         if (home / CONFIG).is_file() and RunFolder(home).tokenizer.is_file():
             values["tokenizer"] = str(RunFolder(home).tokenizer.resolve())
             break
@@ -135,4 +136,5 @@ def start(config: TrainConfig, vocab_size: int) -> tuple[GPT, TrainConfig, str]:
             )
     with torch.no_grad():
         made.load_state_dict(state)
+    read.cache_clear()  # or the source stays in memory
     return made, config, origin

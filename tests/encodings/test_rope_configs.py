@@ -138,6 +138,7 @@ def test_what_a_kind_does_not_use_is_named() -> None:
     assert torch.equal(made.frequencies()[0], plain.frequencies()[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*does not use mscale")
 @pytest.mark.parametrize(
     "extra",
     [{"attention_factor": 1.25, "mscale": 1.0, "mscale_all_dim": 0.5}, {"mscale": 0.7}],
@@ -178,3 +179,12 @@ def test_bad_configs_say_what_to_do(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         RoPE.from_config(config, layer_type)
+
+
+def test_a_released_qwen2_vl_has_sections() -> None:
+    transformers = pytest.importorskip("transformers")
+    scaling = {"type": "mrope", "mrope_section": [16, 24, 24]}
+    config = transformers.CONFIG_MAPPING["qwen2_vl"](
+        text_config={"hidden_size": 1024, "num_attention_heads": 8, "rope_scaling": scaling}
+    )
+    assert RoPE.from_config(config).axes == (32, 48, 48)
