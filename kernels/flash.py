@@ -170,7 +170,7 @@ def attend_keys(
 ):
     """Take keys start .. stop - 1 into the softmax of queries m under way.
 
-    m, lo: as_columns, key indices. real: what is real among all keys, a pointer. Both may be None.
+    m, lo: columns, key indices. real: what is real among all keys, a pointer. Both may be None.
     bias, head, own, lowest: see `posenc.kernels.bias.add_bias`.
     """
     for first in range(start, stop, BLOCK_N):

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import groupby, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,13 +135,14 @@ def _plain(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
         ):
             if by_distance is not None:
                 # Distances from the last key on are those of every block.
-                allowed = by_distance[..., -query.shape[-2] :, -key.shape[-2] :]
+                shown: dict[str, Any] = {
+                    "attn_mask": by_distance[..., -query.shape[-2] :, -key.shape[-2] :]
+                }
             elif piece.square:
-                outputs.append(sdpa(query, key, value, is_causal=True))
-                continue
+                shown = {"is_causal": True}
             else:
-                allowed = case.mask.dense(batch, piece.rows, piece.keys)
-            outputs.append(sdpa(query, key, value, attn_mask=allowed))
+                shown = {"attn_mask": case.mask.dense(batch, piece.rows, piece.keys)}
+            outputs.append(sdpa(query, key, value, **shown))
     return torch.cat(outputs, dim=-2).to(dtype)
 
 

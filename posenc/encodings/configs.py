@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from posenc.encodings.scaling import GIVEN, SCALINGS, rope_type
+from posenc.encodings.scaling import SCALINGS, rope_type
 
 #: Values of `model_type` whose released models turn neighbours, (2i, 2i + 1).
 INTERLEAVED = frozenset(
@@ -40,9 +40,6 @@ INTERLEAVED = frozenset(
 DEFAULT_THETA = frozenset({None, "codegen", "gptj", "llama"})
 #: Keys of models that change frequencies, or their factor, by formulas of their own.
 FOREIGN = ("alpha", "short_mscale", "long_mscale")
-#: What a mapping may hold that says nothing of frequencies.
-_ELSEWHERE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
-_SECTIONS = ("mrope_section", "mrope_interleaved")
 #: Kinds whose original length is the config's own where the mapping has none.
 _OF_LENGTH = ("yarn", "longrope", "llama3")
 
@@ -53,74 +50,52 @@ def rope_arguments(
     """Keyword arguments of `RoPE`, see `RoPE.from_config`."""
     config = _of_text(config)
     options = _mapping(config, layer_type)
-    head_dim = _head_dim(config, layer_type)
-    kind = rope_type(dict(options))
-    made: dict[str, Any] = {"head_dim": head_dim, "base": float(options.pop("rope_theta"))}
-    share = options.pop("partial_rotary_factor", None)
-    width = None if kind == "proportional" else _get(config, "rotary_dim")
-    if width is not None:
-        made["rotary_dim"] = width
-    elif share is not None and kind != "proportional" and share != 1.0:
-        made["rotary_dim"] = int(head_dim * share)
+    made: dict[str, Any] = {"head_dim": _head_dim(config, layer_type)}
     if sections := options.pop("mrope_section", None):
         made["axes"] = tuple(2 * pairs for pairs in sections)
-        made["layout"] = "interleaved" if options.pop("mrope_interleaved", False) else "sections"
+        made["layout"] = "interleaved" if options.get("mrope_interleaved") else "sections"
     options.pop("mrope_interleaved", None)
-    if kind == "proportional":
-        shared = {} if share is None else {"partial_rotary_factor": share}
-        made["scaling"] = {**_used(kind, options, ("factor",)), **shared}
-    elif kind != "default":
-        made["scaling"] = _scaling(kind, options, config, target_length)
-    else:
-        _used(kind, options, ())
+    if _get(config, "rotary_dim") is not None:
+        made["rotary_dim"] = _get(config, "rotary_dim")
     if _get(config, "rope_interleave", _get(config, "model_type") in INTERLEAVED):
         made["pairing"] = "interleaved"
-    return made
+    return {**made, "scaling": _scaling(options, config, target_length)}
 
 
-def _scaling(
-    kind: str, options: dict[str, Any], config: Any, target_length: int | None
-) -> dict[str, Any]:
-    """The mapping of a kind with arguments, complete."""
+def _scaling(options: dict[str, Any], config: Any, target_length: int | None) -> dict[str, Any]:
+    """The mapping that `RoPE` takes: complete, and without what its kind does not use."""
+    kind = rope_type(dict(options))
     longest = _get(config, "max_position_embeddings")
-    original = options.get("original_max_position_embeddings")
+    original = options.pop("original_max_position_embeddings", None)
     if kind in _OF_LENGTH and original is None:
         original = _get(config, "original_max_position_embeddings", longest)
     if kind == "dynamic":
         original = longest
-    if original is not None:
+    if kind in ("yarn", "longrope") and "factor" not in options:
+        options["max_position_embeddings"] = longest
+    known = [*inspect.signature(SCALINGS[kind]).parameters] if kind in SCALINGS else []
+    if "original_max_position_embeddings" in known:
         options["original_max_position_embeddings"] = original
-    known = [key for key in inspect.signature(SCALINGS[kind]).parameters if key not in GIVEN]
-    made = _used(kind, options, known)
     if "target_length" in known:
-        made["target_length"] = original if target_length is None else target_length
-    if kind in ("yarn", "longrope") and "factor" not in made and None not in (longest, original):
-        made["factor"] = max(longest / original, 1.0)
-    both = made.get("mscale") and made.get("mscale_all_dim")
-    if kind == "yarn" and ("attention_factor" in made or not both):
+        options["target_length"] = original if target_length is None else target_length
+    known += ["rope_type", "rope_theta", "partial_rotary_factor", "max_position_embeddings"]
+    known += ["factor"] if kind == "proportional" else []
+    if kind == "yarn" and (
+        "attention_factor" in options
+        or not (options.get("mscale") and options.get("mscale_all_dim"))
+    ):
         # transformers asks for the factor first, and for both scales together.
-        _leave_out(kind, [key for key in ("mscale", "mscale_all_dim") if made.pop(key, None)])
-    return made
-
-
-def _used(kind: str, options: Mapping[str, Any], known: Any) -> dict[str, Any]:
-    """What a kind reads of a config's mapping; a warning names the rest."""
-    lengths = ("original_max_position_embeddings", "max_position_embeddings")
-    rest = [key for key in options if key not in (*known, *_ELSEWHERE, *_SECTIONS, *lengths)]
-    if strange := sorted(set(rest).intersection(FOREIGN)):
+        known = [key for key in known if key not in ("mscale", "mscale_all_dim")]
+    rest = sorted(options.keys() - set(known))
+    if strange := [key for key in rest if key in FOREIGN]:
         raise ValueError(
             f"RoPE does not know what {', '.join(strange)} make of the frequencies; got "
             f"rope_type={kind!r} with them. Write an Encoding of your own for this model."
         )
-    _leave_out(kind, rest)
-    return {"rope_type": kind, **{key: options[key] for key in known if key in options}}
-
-
-def _leave_out(kind: str, keys: list[str]) -> None:
-    """Say which keys are not used."""
-    if keys:
-        said = f"the config's rope_type={kind!r} does not use {', '.join(sorted(keys))}: left out."
-        warnings.warn(said, stacklevel=5)
+    if rest:
+        said = f"the config's rope_type={kind!r} does not use {', '.join(rest)}: left out."
+        warnings.warn(said, stacklevel=4)
+    return {key: value for key, value in options.items() if key in known}
 
 
 def _mapping(config: Any, layer_type: str | None) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from posenc.errors import unknown
 from posenc.phase import inverse_frequencies
 
 DEFAULT_BASE = 10000.0
-GIVEN = ("dim", "base", "device")  # of a scaling, by the encoding
+_GIVEN = ("dim", "base", "device")  # of a scaling, by the encoding
 
 #: Frequencies (fp64, on the device) and the attention factor a.
 Scaled = tuple[Tensor, float]
@@ -255,7 +255,7 @@ def rope_type(options: dict[str, Any]) -> str:
 def unused(name: str, options: Mapping[str, Any]) -> str:
     """What a mapping holds that its kind does not use, and what to do."""
     known = (
-        [key for key in inspect.signature(SCALINGS[name]).parameters if key not in GIVEN]
+        [key for key in inspect.signature(SCALINGS[name]).parameters if key not in _GIVEN]
         if name in SCALINGS
         else []
     )

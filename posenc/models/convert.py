@@ -46,6 +46,13 @@ def convert(model: GPT, to: str | Sequence[str], **options: Any) -> GPT:
     Raises:
         ValueError: for an unknown name or option, or one that changes the projections' shape.
     """
+    made, said = converted(model, to, **options)
+    _log.info(said)
+    return made
+
+
+def converted(model: GPT, to: str | Sequence[str], **options: Any) -> tuple[GPT, str]:
+    """`convert` without its log, and the line that it logs."""
     if not isinstance(model, GPT):
         raise ValueError(f"convert takes a posenc.GPT; got {type(model).__name__}.")
     config = model.config
@@ -60,15 +67,13 @@ def convert(model: GPT, to: str | Sequence[str], **options: Any) -> GPT:
     anew = fill(made, model)
     made.train(model.training)
     made.checkpoint_activations = model.checkpoint_activations
-    _log.info(
-        "converted %s to %s, %+d parameters%s; %s",
-        json.dumps(config.attention),
-        json.dumps(made.config.attention),
-        made.num_parameters() - model.num_parameters(),
-        f", anew: {', '.join(sorted(anew))}" if anew else "",
-        verdict(model, made),
+    more = made.num_parameters() - model.num_parameters()
+    said = (
+        f"converted {json.dumps(config.attention)} to {json.dumps(made.config.attention)}, "
+        f"{more:+d} parameters{', anew: ' + ', '.join(sorted(anew)) if anew else ''}; "
+        f"{verdict(model, made)}"
     )
-    return made
+    return made, said
 
 
 def encoding_of(block: Block, model: GPT) -> Encoding:

@@ -156,7 +156,7 @@ def _read_into(path: Path, wanted: dict[str, Tensor], stored: Mapping[str, torch
             found = "nothing" if size is None else f"shape {tuple(size)}"
             raise ValueError(
                 f"{path} does not fit the model: {name} needs shape {tuple(tensor.shape)}; "
-                f"got {found}. Resume with the options that the run was started with."
+                f"got {found}. Use the options that the run was started with."
             )
     with _quiet(), _unwrapped():
         load_tensors(wanted, storage_reader=HuggingFaceStorageReader(str(path)))

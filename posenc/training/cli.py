@@ -30,7 +30,6 @@ FIXED = [
     "tokenizer",
     "seed",
     "data_seed",
-    "init_from",
 ]
 
 
@@ -63,7 +62,7 @@ def parse(argv: Sequence[str]) -> TrainConfig:
             default = dataclasses.replace(default, **_initial(early.init_from, rest))
         config = dataclasses.replace(_flags(rest, default), out=early.out)
         if early.init_from is not None:
-            initial.check(config)
+            initial.check(config, chosen=_names("--tokenizer", rest))
     elif early.resume and early.out and Path(early.resume).resolve() != Path(early.out).resolve():
         raise ValueError(
             f"a resumed run stays in its folder; got --resume {early.resume} and --out {early.out}."
@@ -87,6 +86,10 @@ def _resumed(folder: str | None, rest: Sequence[str]) -> TrainConfig:
     if folder is None:
         raise ValueError("--resume needs a run folder. Give --resume DIR, or --out DIR --resume.")
     stored = from_mapping(RunFolder(Path(folder)).read_config())
+    own = RunFolder(Path(folder)).tokenizer
+    if stored.init_from is not None and own.is_file():
+        # The source's has been copied, and may be gone.
+        stored = dataclasses.replace(stored, tokenizer=str(own.resolve()))
     default = dataclasses.replace(stored, **_launch())
     config = dataclasses.replace(_flags(rest, default), out=folder, resume=folder)
     for name in FIXED:
@@ -101,10 +104,16 @@ def _resumed(folder: str | None, rest: Sequence[str]) -> TrainConfig:
 
 def _initial(source: str, rest: Sequence[str]) -> dict[str, Any]:
     """The fields that the weights of --init-from decide. Options are those of their attention."""
-    values = {"init_from": source, **initial.read(source).values}
-    if any(word.partition("=")[0] == "--attention" for word in rest):
+    place = str(Path(source).resolve()) if Path(source).exists() else source  # else of the Hub
+    values = {"init_from": place, **initial.read(place).values}
+    if _names("--attention", rest):
         del values["attention_options"]
     return values
+
+
+def _names(name: str, words: Sequence[str]) -> bool:
+    """Whether a flag is given."""
+    return any(word.partition("=")[0] == name for word in words)
 
 
 def _launch() -> dict[str, Any]:

@@ -14,9 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from posenc.models.convert import convert, verdict
+from posenc.data.sources import source_kind
+from posenc.models.convert import converted
 from posenc.models.gpt import GPT
 from posenc.training import checkpoint
 from posenc.training.config import TrainConfig, flag, from_mapping
@@ -80,8 +79,12 @@ def read(path: str) -> Source:
     return Source(model, values)
 
 
-def check(config: TrainConfig) -> None:
-    """ValueError where flags contradict the source, or nothing says how text becomes its tokens."""
+def check(config: TrainConfig, *, chosen: bool) -> None:
+    """ValueError where flags contradict the source, or nothing says how text becomes its tokens.
+
+    Args:
+        chosen: whether a flag says which tokenizer.
+    """
     assert config.init_from is not None
     values = read(config.init_from).values
     for name in SIZES:
@@ -90,16 +93,17 @@ def check(config: TrainConfig) -> None:
                 f"{flag(name)} is {values[name]!r} in {config.init_from}, which --init-from starts "
                 f"from; got {getattr(config, name)!r}. Leave it out."
             )
-    shards = str(config.data).endswith((".bin", ".npy"))  # these are tokens
     if config.tokenizer != values.get("tokenizer", config.tokenizer):
         raise ValueError(
             f"the model of {config.init_from} reads the tokens of {values['tokenizer']}; got "
             f"--tokenizer {config.tokenizer}. Leave it out."
         )
-    if "tokenizer" not in values and config.tokenizer == "bpe" and not shards:
+    known = "tokenizer" in values or (chosen and config.tokenizer != "bpe")
+    if not known and config.data is not None and source_kind(config.data) != "tokens":
         raise ValueError(
-            f"{config.init_from} has no tokenizer beside it, and a bpe trained on other text would "
-            "number its symbols otherwise. Give the model's: --tokenizer gpt2, or PATH."
+            f"{config.init_from} has no tokenizer beside it, and another one, or a bpe trained on "
+            "other text, would number symbols otherwise. Give the model's: --tokenizer gpt2, or "
+            "PATH."
         )
 
 
@@ -122,19 +126,18 @@ def start(config: TrainConfig, vocab_size: int) -> tuple[GPT, TrainConfig, str]:
     origin = f"weights: of {config.init_from}, {source.values['attention']}"
     wanted = (config.attention, config.attention_options)
     if wanted != (source.values["attention"], source.values["attention_options"]):
-        model = convert(model, config.attention, **config.attention_options)
+        model, said = converted(model, config.attention, **config.attention_options)
         kept = {k: v for k, v in model.config.attention_options.items() if k != "impl"}
         config = replace(config, attention_options=kept)
-        origin += f" converted to {config.attention}; {verdict(source.model, model)}"
+        origin = f"weights: of {config.init_from}, {said}"
     made = GPT(config.model(rows))
     expected, state = made.state_dict(), model.state_dict()
     for name, tensor in state.items():
-        if name not in expected or expected[name].shape != tensor.shape:
+        if expected[name].shape != tensor.shape:
             raise ValueError(
                 f"{config.attention}'s {name} is of a context of {model.config.context}; got "
                 f"--context {config.context}. Leave --context out."
             )
-    with torch.no_grad():
-        made.load_state_dict(state)
+    made.load_state_dict(state)
     read.cache_clear()  # or the source stays in memory
     return made, config, origin

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import oracles
+import posenc
 from helpers import attend, close, differs, randn, rms_error
 from posenc.backends import blockwise
 from posenc.backends.choice import IMPLS, check_impl
@@ -153,6 +154,28 @@ def test_blocks_are_the_reference(
         results.append((y, *torch.autograd.grad(y.square().sum(), used)))
     for actual, expected in zip(*results, strict=True):
         close(actual, expected)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 1e-9])  # so rare that nothing drops
+@pytest.mark.parametrize(("length", "keys"), [(11, 11), (9, 11), (4, 11), (12, 12), (2, 12)])
+def test_blocks_share_the_mask_of_a_bias_that_does_not_learn(
+    length: int, keys: int, dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blockwise, "BAND_ROWS", 4)
+    monkeypatch.setattr(blockwise, "RECOMPUTE_FROM", 2)
+    taken = []
+    plain = blockwise._plain
+    monkeypatch.setattr(blockwise, "_plain", lambda *x: taken.append(x) or plain(*x))
+    tensors, results = inputs(length, keys), []
+    for impl in ("auto", "reference"):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        place = Placement(torch.arange(keys - length, keys), key_length=keys)
+        scores = posenc.ALiBi(H).scores(place, leaves[0])
+        y = attend(*leaves, scores, impl=impl, dropout_p=dropout_p)
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected)
+    assert bool(taken) == (dropout_p == 0)
 
 
 def test_blocks_have_gradients_in_torch_func(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,10 +61,7 @@ def test_a_run_goes_on_from_them_and_is_resumed_without_its_source(folder):
     assert losses(folder / "next")[0] < losses(folder)[0]
     stored = json.loads((folder / "next" / "run" / "config.json").read_text())
     assert stored["init_from"] == str(folder / "run")
-    shutil.copy(folder / "run" / "tokenizer.json", folder / "kept.json")
     shutil.rmtree(folder / "run")
-    (folder / "run").mkdir()
-    shutil.move(folder / "kept.json", folder / "run" / "tokenizer.json")
     initial.read.cache_clear()
     run(["--resume", str(folder / "next" / "run"), "--steps", str(stored["steps"] + 2)])
     assert len(losses(folder / "next")) == stored["steps"] + 2
@@ -74,12 +71,13 @@ def test_another_attention_is_converted_and_its_options_are_the_run_s(folder, ca
     words = ("--attention", "carope")
     model, config, origin = start(folder, *words)
     assert model.config.attention == "carope"
-    assert "converted to carope; logits are equal to rounding" in origin
+    assert 'converted "rope" to "carope"' in origin
+    assert "logits are equal to rounding" in origin
     before = GPT.from_pretrained(folder / "run" / "model")
     ids = torch.arange(12).unsqueeze(0) % config.vocab_size
     torch.testing.assert_close(model.eval()(ids).logits, before(ids).logits, rtol=1e-4, atol=1e-5)
     run(given(folder, *words))
-    assert "converted to carope" in capsys.readouterr().out
+    assert 'converted "rope" to "carope"' in capsys.readouterr().out
     model = GPT.from_pretrained(folder / "next" / "run" / "model")
     assert model.config.attention == "carope"
     stored = json.loads((folder / "next" / "run" / "config.json").read_text())
@@ -115,6 +113,9 @@ def test_other_sources_say_what_they_lack(folder):
     shutil.move(folder / "run" / "model", folder / "alone")
     with pytest.raises(ValueError, match=r"has no tokenizer beside it.*--tokenizer gpt2, or PATH"):
         parse(given(folder, source="alone"))
+    preset = ["--data", str(folder / "text.txt"), "--preset", "shakespeare-char"]
+    with pytest.raises(ValueError, match="has no tokenizer beside it"):
+        parse([*preset, "--init-from", str(folder / "alone")])
     with pytest.raises(ValueError, match="--init-from cannot change a run that is resumed"):
         parse(["--resume", str(folder / "run"), "--init-from", str(folder / "alone")])
     config = posenc.GPTConfig(
@@ -134,3 +135,12 @@ def test_a_text_with_more_symbols_is_refused(folder):
 def test_a_bad_source_is_one_line(folder, capsys):
     assert train.main(given(folder, source="nowhere")) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_the_mlp_of_gpt2_stays_its_own(folder):
+    config = posenc.GPTConfig(256, 16, 1, 2, 8, gelu="tanh")
+    posenc.GPT(config).save_pretrained(folder / "tanh")
+    model, _, _ = start(folder, "--tokenizer", "byte", source="tanh")
+    assert model.config.gelu == "tanh"
+    with pytest.raises(ValueError, match="--gelu is 'tanh' in"):
+        parse(given(folder, "--tokenizer", "byte", "--gelu", "none", source="tanh"))
