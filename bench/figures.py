@@ -20,6 +20,8 @@ Seeds = dict[int, float]
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000",
            "#999999", "#7B3294")  # fmt: skip
 MARKERS = "os^Dv<>PXh"
+#: Entries of a legend that the lowest figure has room for.
+IN_A_COLUMN = 16
 DPI = 120
 
 
@@ -47,7 +49,11 @@ def style(name: str) -> dict[str, Any]:
 
 def legend_beside(figure: Figure, axes: Axes) -> None:
     """One legend for all panels, where no data lies."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 1 + (len(labels) - 1) // IN_A_COLUMN
+    figure.legend(
+        handles, labels, loc="outside right center", frameon=False, ncols=columns, fontsize="small"
+    )
 
 
 def ticks(axes: Axes, at: Sequence[int]) -> None:
@@ -160,7 +166,9 @@ def by_context(rows: Rows) -> Figure:
 
 
 def pareto(rows: Rows) -> Figure:
-    """Perplexity at the training length against the speed of training, by method."""
+    """Perplexity at the training length against the speed of training, of methods with a speed:
+    rows of runs that something else ran beside have none.
+    """
     figure, (axes,) = panels(1, width=7, height=4.5)
     at = lengths(rows, "windows")[0]
     own = of_match(rows, "tokens")
@@ -171,7 +179,8 @@ def pareto(rows: Rows) -> Figure:
             for row in own
             if row.metric == "throughput" and label(row.name, row.options) == name
         ]
-        points[name] = (fmean(speeds), math.exp(fmean(by_length[at].values())))
+        if speeds:
+            points[name] = (fmean(speeds), math.exp(fmean(by_length[at].values())))
     for name, (x, y) in points.items():
         axes.plot(x, y, linestyle="none", **style(name) | {"markersize": 8})
         axes.annotate(name, (x, y), xytext=(7, 4), textcoords="offset points", fontsize=9)
