@@ -11,8 +11,7 @@ With every seam empty it is plain multi-head attention. Legend: B batch, T query
 length, H heads, G key heads (query head h reads key head h // (H/G)), C embed_dim, D head dim.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +31,7 @@ from posenc.routing.gates import Gates
 from posenc.routing.moh import MoH
 
 
-@dataclass(frozen=True)
-class Shared:
+class Shared(NamedTuple):
     """What a model computes once a forward pass for all of its layers."""
 
     place: Placement
@@ -296,23 +294,25 @@ class Attention(nn.Module):
         projected.
         """
         where = shared.place if cache is None else shared.place.ending(cache.seen + x.shape[1])
+        # Read once: a module finds each of its parts by a Python function.
+        encoding, conv, router, q_norm = self.encoding, self.conv, self.router, self.q_norm
         described = x
-        if self.encoding.reads_phase and shared.phase is not None:
+        if encoding.reads_phase and shared.phase is not None:
             described = shared.phase
-        router, gates, aux = self.router, None, None
+        gates = aux = kept = None
         if router is not None and not router.reads_queries:
             gates, aux = _route(router, x, None, where.here)
-        plain = self.conv is None
-        kept = kept_rows(x, gates, [self.c_attn, self.c_proj], impl) if plain else None
+        if conv is None and gates is not None:
+            kept = kept_rows(x, gates, [self.c_attn, self.c_proj], impl)
         q, k, v = to_heads(x, self.c_attn, self.num_heads, self.num_kv_heads, kept)
-        if self.conv is not None:
-            q, k, v = choice.convolve(self.conv, q, k, v, where, cache, impl)
+        if conv is not None:
+            q, k, v = choice.convolve(conv, q, k, v, where, cache, impl)
         # Before norm and rotation: the rotation keeps the length of q, which the norm takes away.
         if router is not None and router.reads_queries:
             gates, aux = _route(router, x, q, where.here)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        rotation = self.encoding.describe_rotation(where, described, cache)
+        if q_norm is not None and self.k_norm is not None:
+            q, k = q_norm(q), self.k_norm(k)
+        rotation = encoding.describe_rotation(where, described, cache)
         if cache is not None:
             if rotation is not None:  # cached keys have turned
                 q, k = choice.turn(rotation, q, k, impl)
@@ -324,7 +324,7 @@ class Attention(nn.Module):
             v,
             Mask(where, causal=self.causal, window=self.window),
             rotation,
-            self.encoding.scores(where, described, cache),
+            encoding.scores(where, described, cache),
             gates,
             self.dropout if self.training else 0.0,
         )
@@ -349,7 +349,8 @@ class Attention(nn.Module):
     ) -> Placement:
         """Where the tokens of x sit, after what `cache` holds."""
         batch, length, device = *x.shape[:2], x.device
-        axes, continuous = self.encoding.axes_count, self.encoding.continuous
+        encoding = self.encoding
+        axes, continuous = encoding.axes_count, encoding.continuous
         if cache is None:
             given = (positions, mask, segments)
             return place(batch, length, device, *given, axes=axes, continuous=continuous)

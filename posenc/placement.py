@@ -14,6 +14,7 @@ from torch import Tensor
 from posenc.checks import check_ascending, check_mask, check_positions, check_segments
 
 T = TypeVar("T")
+_NOTHING = object()
 
 
 class Placement:
@@ -56,9 +57,10 @@ class Placement:
 
         The key holds every argument that the result depends on beside the placement.
         """
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        made = self._made.get(key, _NOTHING)
+        if made is _NOTHING:
+            made = self._made[key] = make()
+        return made
 
     def ending(self, key_length: int) -> "Placement":
         """The same queries over the last `key_length` keys alone."""

@@ -182,8 +182,13 @@ class Scores(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether the logits are scale * (q + content) . k."""
-        extra = (self.bias, self.relative, self.contextual, self.reflections, self.fading)
-        return all(term is None for term in extra)
+        return (
+            self.bias is None
+            and self.relative is None
+            and self.contextual is None
+            and self.reflections is None
+            and self.fading is None
+        )
 
 
 def add_per_head(q: Tensor, bias: Tensor | None) -> Tensor:

@@ -38,6 +38,11 @@ class Case(NamedTuple):
         return self.mask.place
 
     @property
+    def plain(self) -> bool:
+        """Whether nothing is asked for but attention over all that came before."""
+        return self.gates is None and self.mask.only_order and self.scores.plain
+
+    @property
     def wide(self) -> bool:
         """Whether turned q and k are wider than v."""
         return self.k.shape[-1] != self.v.shape[-1]

@@ -40,6 +40,8 @@ IMPLS = ("auto", "reference", "sdpa", "fused")
 EXPLICIT: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "fused": fused}
 #: Tried in this order.
 ON_CPU = (reflected, skipping, contextual, blockwise, short, sdpa)
+#: Those of them that a case of nothing but its order may concern: most calls are one.
+ON_CPU_PLAIN = (short, sdpa)
 ELSEWHERE = (reflected, sdpa)
 
 
@@ -58,7 +60,9 @@ def check_impl(impl: str, dropout: float = 0.0, conv: DepthwiseConv | None = Non
 def choose(case: Case, impl: str) -> ModuleType:
     """The back end, or ValueError where the explicit one cannot."""
     if impl == "auto":
-        candidates = ON_CPU if case.q.device.type == "cpu" else ELSEWHERE
+        candidates: tuple[ModuleType, ...] = ELSEWHERE
+        if case.q.device.type == "cpu":
+            candidates = ON_CPU_PLAIN if case.plain else ON_CPU
         return next(backend for backend in candidates if backend.reason(case) is None)
     backend = EXPLICIT[check_impl(impl)]
     if why := backend.reason(case):

@@ -12,9 +12,9 @@ from posenc.linear import is_plain
 from posenc.routing.gates import Gates
 
 
-def kept_rows(x: Tensor, gates: Gates | None, layers: list[nn.Module], impl: str) -> Gates | None:
+def kept_rows(x: Tensor, gates: Gates, layers: list[nn.Module], impl: str) -> Gates | None:
     """The gates if only what they keep is to be projected by these layers, else None."""
-    if impl != "auto" or gates is None or not projections_pay(x, gates):
+    if impl != "auto" or not projections_pay(x, gates):
         return None
     watched = nn.modules.module._has_any_global_hook()
     return gates if all(map(is_plain, layers)) and not watched else None

@@ -40,16 +40,7 @@ def attend_dense(case: Case) -> Tensor:
         scale=case.scale,
         enable_gqa=bool(q.shape[1] != k.shape[1]),  # traced, sizes are tensors
     )
-    bias = scores.added()
-    if scores.relative is not None:
-        relative = case.scale * relative_logits(q, scores.relative, key_length)
-        bias = relative if bias is None else bias + relative
-    if scores.contextual is not None:
-        term = case.scale * contextual_term(q, k, scores, mask.whole())
-        bias = term if bias is None else bias + term
-    if scores.reflections is not None:
-        reflected = _reflected(content, k, scores.reflections, case.scale)
-        bias = reflected if bias is None else bias + reflected
+    bias = None if scores.plain else _added(case, content)
     if bias is None and mask.only_order:
         if length == 1 or not mask.causal:  # a single query sees every key
             return sdpa(content, k, v)
@@ -67,6 +58,22 @@ def attend_dense(case: Case) -> Tensor:
         # graph with and without gradients (ONNX's does) would differ about what is a view of it.
         y = y.clone(memory_format=torch.contiguous_format)
     return y
+
+
+def _added(case: Case, content: Tensor) -> Tensor | None:
+    """What is added to scale * content . k, dense: broadcastable to (B, H, T, S)."""
+    q, k, scores, mask = case.q, case.k, case.scores, case.mask
+    bias = scores.added()
+    if scores.relative is not None:
+        relative = case.scale * relative_logits(q, scores.relative, mask.key_length)
+        bias = relative if bias is None else bias + relative
+    if scores.contextual is not None:
+        term = case.scale * contextual_term(q, k, scores, mask.whole())
+        bias = term if bias is None else bias + term
+    if scores.reflections is not None:
+        reflected = _reflected(content, k, scores.reflections, case.scale)
+        bias = reflected if bias is None else bias + reflected
+    return bias
 
 
 def _reflected(q: Tensor, k: Tensor, r: Tensor, scale: float) -> Tensor:
