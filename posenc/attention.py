@@ -390,6 +390,6 @@ def refuse(arguments: dict[str, Any], x: object) -> NoReturn:
     raise UnexpectedArgument(
         f"Attention.forward takes no {', '.join(sorted(arguments))}; it takes x, positions, mask, "
         "segments, cache and return_aux. It is no layer of another library with that one's "
-        "arguments: there keep the model's own attention, and turn its q and k by "
-        "encoding.rotate(q, k, positions). (posenc.hf, which swaps them, is in preparation.)"
+        "arguments: posenc.hf.swap(model, name) exchanges the position scheme of a Hugging Face "
+        "model and keeps its attention; elsewhere turn q and k by encoding.rotate(q, k, positions)."
     )

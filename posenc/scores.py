@@ -26,6 +26,7 @@ from torch import Tensor
 from posenc.autocast import no_autocast
 from posenc.fading import Fading
 from posenc.phase import repeat_heads
+from posenc.reflections import correction
 
 #: An additive bias broadcastable to (B, H, T, S), or one made of some rows and some keys at a time.
 Bias = Union[Tensor, Callable[[slice, slice], Tensor], "ByDistance", "Decay"]
@@ -194,6 +195,40 @@ class Scores(NamedTuple):
 def add_per_head(q: Tensor, bias: Tensor | None) -> Tensor:
     """q (B, H, T, D) plus a vector a head (H, D), in q's dtype."""
     return q if bias is None else q + bias.unsqueeze(-2).to(q.dtype)
+
+
+def added_logits(
+    q: Tensor, k: Tensor, scores: Scores, scale: float, seen: Callable[[], Tensor]
+) -> Tensor | None:
+    """What is added to scale * (q + content) . k, dense: broadcastable to (B, H, T, S), or None.
+
+    Args:
+        q: (B, H, T, D), without content. k: (B, G, S, D).
+        seen: which keys a query sees, bool broadcastable to (B, H, T, S); called where gates count
+            them.
+    """
+    added = scores.added()
+    if scores.relative is not None:
+        relative = scale * relative_logits(q, scores.relative, k.shape[-2])
+        added = relative if added is None else added + relative
+    if scores.contextual is not None:
+        term = scale * contextual_term(q, k, scores, seen())
+        added = term if added is None else added + term
+    if scores.reflections is not None:
+        query = add_per_head(q, scores.content)
+        term = _reflected(query, k, scores.reflections, scale)
+        added = term if added is None else added + term
+    return added
+
+
+def _reflected(q: Tensor, k: Tensor, r: Tensor, scale: float) -> Tensor:
+    """What reflections add to the logits, in fp32 or better: (B, H, T, S)."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k, r = (repeat_heads(x.to(dtype), q.shape[1], dim=1) for x in (k, r))
+    # Copies: traced, products of views into a cache would be told apart where it is full.
+    k, r = (x.clone(memory_format=torch.contiguous_format) for x in (k, r))
+    with no_autocast(q.device):
+        return correction(q.to(dtype) * scale, k, r)
 
 
 def falling_table(

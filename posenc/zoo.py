@@ -330,24 +330,33 @@ def _build(part: Callable[..., Any], sizes: Mapping[str, Any], options: Mapping[
 def _build_attention(
     parts: Parts, embed_dim: int, num_heads: int, encoding: Encoding | None = None
 ) -> Attention:
-    sizes = _sizes(parts, embed_dim, num_heads)
-    recipe, options = parts.recipe, parts.options
-    conv = router = None
+    sizes, options = _sizes(parts, embed_dim, num_heads), parts.options
     if encoding is None:
-        encoding = _build(parts.encoding, sizes, _encoding_options(parts))
+        encoding = build_encoding(parts, sizes)
+    conv = None
     if parts.conv:
-        conv = _build(DepthwiseConv, sizes, {**(recipe.conv or {}), **options["conv"]})
-    if recipe.router is not None:
-        given = options["router"]
-        split = (
-            {}
-            if {"shared", "top_k"} <= given.keys()
-            else recipe.router(num_heads, given.get("shared"))
-        )
-        router = _build(MoH, sizes, {**split, **given})
+        conv = _build(DepthwiseConv, sizes, {**(parts.recipe.conv or {}), **options["conv"]})
+    router = build_router(parts, sizes)
     return Attention(
         embed_dim, num_heads, encoding=encoding, conv=conv, router=router, **options["attention"]
     )
+
+
+def build_encoding(parts: Parts, sizes: Mapping[str, Any]) -> Encoding:
+    """The encoding inside attention, told those of `sizes` that it asks for."""
+    encoding: Encoding = _build(parts.encoding, sizes, _encoding_options(parts))
+    return encoding
+
+
+def build_router(parts: Parts, sizes: Mapping[str, Any]) -> MoH | None:
+    """The router, where the recipe has one."""
+    if parts.recipe.router is None:
+        return None
+    given, split = parts.options["router"], {}
+    if not {"shared", "top_k"} <= given.keys():
+        split = parts.recipe.router(sizes["num_heads"], given.get("shared"))
+    router: MoH = _build(MoH, sizes, {**split, **given})
+    return router
 
 
 def _sizes(parts: Parts, embed_dim: int, num_heads: int) -> dict[str, Any]:

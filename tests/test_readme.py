@@ -1,5 +1,6 @@
 """The README is right: its code runs, its table is the zoo, its commands are the ones CI runs."""
 
+import importlib.metadata
 import re
 import subprocess
 from pathlib import Path
@@ -14,11 +15,22 @@ METHODS = README[README.index("\n## The methods\n") : README.index("\n## Measure
 ROWS = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", METHODS, re.MULTILINE))
 
 
-def test_python_blocks_run() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+def installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+BLOCKS = re.findall(r"(?:<!-- needs ([\w-]+) -->\n)?```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize(("needed", "block"), BLOCKS, ids=range(len(BLOCKS)))
+def test_python_blocks_run(needed: str, block: str) -> None:
+    if needed and not installed(needed):
+        pytest.skip(f"{needed} is not installed")
+    exec(compile(block, "README.md", "exec"), {})
 
 
 def test_table_lists_the_zoo() -> None:

@@ -7,12 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from posenc.autocast import no_autocast
 from posenc.backends.case import Case
-from posenc.phase import repeat_heads
-from posenc.reflections import correction
 from posenc.routing.gates import weighed
-from posenc.scores import add_per_head, contextual_term, relative_logits
+from posenc.scores import add_per_head, added_logits
 
 
 def reason(case: Case) -> str | None:
@@ -40,7 +37,9 @@ def attend_dense(case: Case) -> Tensor:
         scale=case.scale,
         enable_gqa=bool(q.shape[1] != k.shape[1]),  # traced, sizes are tensors
     )
-    bias = None if scores.plain else _added(case, content)
+    bias = None
+    if not scores.plain:
+        bias = added_logits(q, k, scores, case.scale, mask.whole)
     if bias is None and mask.only_order:
         if length == 1 or not mask.causal:  # a single query sees every key
             return sdpa(content, k, v)
@@ -58,29 +57,3 @@ def attend_dense(case: Case) -> Tensor:
         # graph with and without gradients (ONNX's does) would differ about what is a view of it.
         y = y.clone(memory_format=torch.contiguous_format)
     return y
-
-
-def _added(case: Case, content: Tensor) -> Tensor | None:
-    """What is added to scale * content . k, dense: broadcastable to (B, H, T, S)."""
-    q, k, scores, mask = case.q, case.k, case.scores, case.mask
-    bias = scores.added()
-    if scores.relative is not None:
-        relative = case.scale * relative_logits(q, scores.relative, mask.key_length)
-        bias = relative if bias is None else bias + relative
-    if scores.contextual is not None:
-        term = case.scale * contextual_term(q, k, scores, mask.whole())
-        bias = term if bias is None else bias + term
-    if scores.reflections is not None:
-        reflected = _reflected(content, k, scores.reflections, case.scale)
-        bias = reflected if bias is None else bias + reflected
-    return bias
-
-
-def _reflected(q: Tensor, k: Tensor, r: Tensor, scale: float) -> Tensor:
-    """What reflections add to the logits, in fp32 or better: (B, H, T, S)."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    k, r = (repeat_heads(x.to(dtype), q.shape[1], dim=1) for x in (k, r))
-    # Copies: traced, products of views into a cache would be told apart where it is full.
-    k, r = (x.clone(memory_format=torch.contiguous_format) for x in (k, r))
-    with no_autocast(q.device):
-        return correction(q.to(dtype) * scale, k, r)

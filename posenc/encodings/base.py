@@ -19,9 +19,8 @@ from posenc.checks import check_pair, check_positions
 from posenc.fading import faded_logits
 from posenc.phase import repeat_heads
 from posenc.placement import Placement, given, place
-from posenc.reflections import correction
 from posenc.rotations import ByFunction, Rotation
-from posenc.scores import Scores, add_per_head, contextual_term, relative_logits
+from posenc.scores import Scores, added_logits
 
 #: What FlexAttention takes: (score, b, h, q_idx, kv_idx) -> score.
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -183,30 +182,18 @@ class Encoding(nn.Module):
         scale = scores.factor(q.shape[-1])
         if scores.fading is not None:  # no function of the score: it takes its place
             return partial(_modify, scale * faded_logits(q, k, scores.fading, where), 0.0)
-        added: Tensor | None = None
+        added = added_logits(q, k, scores, scale, lambda: _up_to(positions, keys))
         if scores.content is not None:
-            repeated = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-            added = scale * (scores.content.to(q.dtype).unsqueeze(-2) @ repeated.mT)
-        if scores.relative is not None:
-            term = scale * relative_logits(q, scores.relative, k.shape[-2])
-            added = term if added is None else added + term
-        if scores.contextual is not None:
-            term = scale * contextual_term(q, k, scores, _up_to(positions, keys))
-            added = term if added is None else added + term
-        if scores.reflections is not None:
-            repeated, r = (repeat_heads(z, q.shape[1], dim=1) for z in (k, scores.reflections))
-            query = scale * add_per_head(q, scores.content)
-            term = correction(query, repeated, r.to(q.dtype))
-            added = term if added is None else added + term
-        dense = scores.added()
-        if dense is not None:
-            dense = dense.reshape((1,) * (4 - dense.ndim) + dense.shape)
-            added = dense if added is None else added + dense
+            repeated = repeat_heads(k, q.shape[1], dim=1)
+            term = scale * (scores.content.to(q.dtype).unsqueeze(-2) @ repeated.mT)
+            added = term if added is None else term + added
         if added is None and scores.scale is None:
             return None
         factor = scale * q.shape[-1] ** 0.5  # FlexAttention has divided by sqrt(D)
         shape = (*q.shape[:3], k.shape[-2])
-        return partial(_modify, None if added is None else added.expand(shape), factor)
+        if added is not None:
+            added = added.reshape((1,) * (4 - added.ndim) + added.shape).expand(shape)
+        return partial(_modify, added, factor)
 
     def streams(self) -> dict[str, Stream]:
         """The per-token tensors that decoding must remember beside k and v, by name."""
