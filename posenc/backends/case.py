@@ -39,8 +39,9 @@ class Case(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether nothing is asked for but attention over all that came before."""
-        return self.gates is None and self.mask.only_order and self.scores.plain
+        """Whether nothing is asked for but attention over all that came before, of one width."""
+        alone = self.gates is None and self.mask.only_order and self.scores.plain
+        return alone and not self.wide
 
     @property
     def wide(self) -> bool:

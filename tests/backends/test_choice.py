@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch.nn import functional as F
 
 import oracles
 import posenc
-from helpers import attend, close, differs, randn, rms_error
-from posenc.backends import blockwise
+from helpers import NAMES, attend, close, differs, randn, rms_error
+from posenc.backends import blockwise, choice
+from posenc.backends.case import Case
 from posenc.backends.choice import IMPLS, check_impl
 from posenc.backends.mask import Mask
 from posenc.placement import Placement
@@ -270,6 +272,28 @@ def test_strides_do_not_matter(impl: str, kind: str) -> None:
     )
     for actual, wanted in gradients:
         close(actual, wanted)
+
+
+@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_short_list_of_plain_calls_chooses_as_the_whole_one(
+    name: str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = []
+
+    def spy(case: Case, impl: str) -> ModuleType:
+        found = original(case, impl)
+        with monkeypatch.context() as patch:
+            patch.setattr(choice, "ON_CPU_PLAIN", choice.ON_CPU)
+            chosen.append((found, original(case, impl)))
+        return found
+
+    original = choice.choose
+    monkeypatch.setattr(choice, "choose", spy)
+    for dtype in (torch.float32, torch.bfloat16):
+        posenc.attention(name, 24, 4).to(dtype)(torch.randn(2, length, 24, dtype=dtype))
+    assert chosen
+    assert all(found is whole for found, whole in chosen)
 
 
 def test_more_queries_than_keys_are_refused() -> None:
