@@ -255,6 +255,32 @@ class Cache:
             used = stored.narrow(-2, 0, self._history[name] + self.length - self.start)
             used.copy_(used.index_select(0, index))
 
+    def select(self, index: Tensor) -> None:
+        """Go on with a batch of which row b is row index[b] of the present one.
+
+        Args:
+            index: integer (N,), rows of the batch; N becomes the batch size.
+
+        Raises:
+            ValueError: for another shape or dtype.
+        """
+        check_rows(index, self.batch_size)
+        index = index.to(self._rows["positions"].device)
+        self._rows = {name: rows.index_select(0, index) for name, rows in self._rows.items()}
+        self.batch_size = len(index)
+
+    def extend(self, max_length: int) -> None:
+        """Make room for so many tokens in all; what is stored stays."""
+        self.max_length = max(self.max_length, max_length)
+        room = self.max_length if self._keep is None else min(self.max_length, 3 * self._keep)
+        more, self._room = room - self._room, room
+        if more > 0:
+            # Beyond the length nothing is read.
+            self._rows = {
+                name: torch.cat((rows, rows.new_empty(*rows.shape[:-2], more, rows.shape[-1])), -2)
+                for name, rows in self._rows.items()
+            }
+
     @property
     def nbytes(self) -> int:
         """Bytes of all streams, at full length."""
@@ -262,20 +288,28 @@ class Cache:
 
 
 def check_index(index: Tensor, batch_size: int) -> None:
-    """Raise ValueError unless integer (B,)."""
-    whole = isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64)
-    if not whole or index.shape != (batch_size,):
-        got = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else repr(index)
+    """Raise ValueError unless integer (B,), of rows 0 .. B-1."""
+    if not isinstance(index, Tensor) or index.shape != (batch_size,):
+        got = tuple(index.shape) if isinstance(index, Tensor) else repr(index)
         raise ValueError(
             f"reorder takes an integer tensor of shape ({batch_size},), a row of the batch each; "
             f"got {got}."
         )
+    check_rows(index, batch_size)
+
+
+def check_rows(index: Tensor, batch_size: int) -> None:
+    """Raise ValueError unless integer (N,), of rows 0 .. B-1."""
+    whole = isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64)
+    if not whole or index.ndim != 1 or not len(index):
+        got = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else repr(index)
+        raise ValueError(f"rows of a batch are an integer tensor (N,); got {got}.")
     if index.device.type == "cpu" and concrete(index):
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= batch_size:
             raise ValueError(
-                f"reorder takes rows 0 .. {batch_size - 1} of the batch; got "
-                f"{low if low < 0 else high}. Give the row that each goes on with."
+                f"the batch has rows 0 .. {batch_size - 1}; got {low if low < 0 else high}. "
+                "Give the row that each goes on with."
             )
 
 
@@ -331,6 +365,16 @@ class ModelCache:
         """Let row b go on with what row index[b] holds, in every layer (beam search)."""
         for cache in (self.own, *self.layers):
             cache.reorder(index)
+
+    def select(self, index: Tensor) -> None:
+        """Go on with a batch of which row b is row index[b] of the present one, in every layer."""
+        for cache in (self.own, *self.layers):
+            cache.select(index)
+
+    def extend(self, max_length: int) -> None:
+        """Make room for so many tokens in all, in every layer; what is stored stays."""
+        for cache in (self.own, *self.layers):
+            cache.extend(max_length)
 
 
 def check_no_segments(segments: Tensor | None) -> None:

@@ -27,7 +27,11 @@ BLOCKS = re.findall(r"(?:<!-- needs ([\w-]+) -->\n)?```python\n(.*?)```", README
 
 
 @pytest.mark.parametrize(("needed", "block"), BLOCKS, ids=range(len(BLOCKS)))
-def test_python_blocks_run(needed: str, block: str) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_python_blocks_run(
+    needed: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     if needed and not installed(needed):
         pytest.skip(f"{needed} is not installed")
     exec(compile(block, "README.md", "exec"), {})

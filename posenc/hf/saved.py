@@ -12,6 +12,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from posenc.phase import Float32Parameters
+
 TYPE, OWN_TYPE, MARK = "posenc_swapped", "swapped_model_type", "posenc"
 
 #: By the class of the model's own config or model.
@@ -51,6 +53,20 @@ class _Model:
 
         said = getattr(config, MARK)
         swap(self, said["name"], **said["options"])  # type: ignore[arg-type]
+        keep_precise(self)
+
+
+def keep_precise(model: Any) -> None:
+    """Let a load in half precision leave phase parameters in fp32: rounded they are those of
+    another encoding.
+    """
+    names = {
+        f"{name}.{one}"
+        for name, module in model.named_modules()
+        if isinstance(module, Float32Parameters)
+        for one, _ in module.named_parameters(recurse=False)
+    }
+    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), *names}
 
 
 def config_class(own: type) -> Any:
@@ -74,13 +90,7 @@ def config_class(own: type) -> Any:
 def model_class(own: Any) -> Any:
     """The class of swapped models."""
     if own not in _MODELS:
-        config = own.config_class
-        strict = [*(getattr(own, "_keep_in_fp32_modules_strict", None) or []), "posenc.encoding"]
-        body = {
-            "config_class": _CONFIGS.get(config, config),
-            # A phase parameter rounded to bf16 is another encoding.
-            "_keep_in_fp32_modules_strict": strict,
-        }
+        body = {"config_class": _CONFIGS.get(own.config_class, own.config_class)}
         _MODELS[own] = type(f"Swapped{own.__name__}", (_Model, own), body)
     return _MODELS[own]
 

@@ -21,6 +21,13 @@ from posenc.wrappers import plain_name
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 #: GPT-2 stores these linear weights as (in, out).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+#: Keys of a config.json of ours that say nothing of the model: those that transformers adds.
+NOT_OURS = frozenset(
+    {"model_type", "architectures", "dtype", "transformers_version", "aux_weight", "use_cache",
+     "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"}
+)  # fmt: skip
+#: Before the names of a model that transformers has saved.
+WITHIN = "model."
 #: Buffers of old GPT-2 checkpoints, and the output layer, which is tied.
 IGNORED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -62,7 +69,8 @@ def read(path_or_hub_id: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     state = _read_weights(folder)
     if kind == "gpt2":
         return gpt2_config(raw), gpt2_state(state)
-    return our_config(raw), state
+    # transformers saves our model within its own, and its output layer, tied, not at all.
+    return our_config(raw), {name.removeprefix(WITHIN): one for name, one in state.items()}
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -194,7 +202,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 def our_config(raw: Mapping[str, Any]) -> GPTConfig:
     """The GPTConfig in a config.json of ours; unknown keys are an error, not ignored."""
     known = {field.name for field in fields(GPTConfig)}
-    values = {key: value for key, value in raw.items() if key != "model_type"}
+    values = {key: value for key, value in raw.items() if key not in NOT_OURS}
     if strange := sorted(values.keys() - known):
         raise ValueError(
             f"config.json holds unknown keys {strange}; was it written by a newer posenc?"
