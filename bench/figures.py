@@ -11,7 +11,17 @@ from matplotlib.ticker import MaxNLocator
 
 import posenc
 from bench.comparison import label
-from bench.tables import Rows, baseline, gaps, is_peer, lengths, matches, of_match, where
+from bench.tables import (
+    Rows,
+    baseline,
+    gaps,
+    is_peer,
+    lengths,
+    matches,
+    of_match,
+    original_length,
+    where,
+)
 
 #: Of a loss: by seed.
 Seeds = dict[int, float]
@@ -257,4 +267,26 @@ def memory(rows: Rows) -> Figure:
             ticks(found[2], sorted(own))
     found[2].set(title="peak of a training step, auto", xlabel="tokens", ylabel="MiB", yscale="log")
     legend_beside(figure, found[2])
+    return figure
+
+
+def extended(rows: Rows) -> Figure:
+    """Loss by position in texts longer than the model was trained for, a line a scaling; theirs
+    dashed.
+    """
+    figure, (axes,) = panels(1, width=8, height=4.5)
+    for number, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+        for implementation, look in (("posenc", "-"), ("transformers", "--")):
+            found: dict[int, list[float]] = {}
+            for row in where(rows, name=name, implementation=implementation):
+                found.setdefault(row["T"], []).append(row["p50"])
+            at = sorted(found)
+            if at:
+                text = name if implementation == "posenc" else f"{name}, transformers"
+                axes.plot(
+                    at, [fmean(found[n]) for n in at], look, color=COLOURS[number], label=text
+                )
+    axes.axvline(original_length(rows), color="0.4", linewidth=1, linestyle=":")
+    axes.set(xlabel="position, up to (dotted: the training length)", ylabel="loss, nats")
+    legend_beside(figure, axes)
     return figure

@@ -151,12 +151,23 @@ def layers(rows: Rows) -> Section:
                    below=tables.kernel_table(rows).html())  # fmt: skip
 
 
+def extend(rows: Rows) -> Section:
+    """A trained model on texts longer than it was trained for."""
+    return Section(
+        "Beyond the training length",
+        "<p>A trained model's RoPE exchanged for one of each scaling; transformers' own dashed.</p>",
+        {"extend": figures.extended(rows)},
+        tables.extend_table(rows).html(),
+    )
+
+
 #: By the kind of its rows, in the order of the page.
 SECTIONS: dict[str, Callable[[Rows], Section]] = {
     "perplexity": perplexity,
     "throughput": throughput,
     "memory": memory,
     "routing": savings,
+    "extend": extend,
     "kernel": kernels,
     "layer": layers,
     "run": runs,

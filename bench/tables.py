@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from html import escape
+from itertools import pairwise
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -336,6 +337,39 @@ def shapes_table(rows: Rows) -> Table:
     return Table(header, lines, note)
 
 
+def original_length(rows: Rows) -> int:
+    """Tokens that the model of rows of kind extend was trained for."""
+    (found,) = {re.findall(r"original=(\d+)", row["options"])[0] for row in rows}
+    return int(found)
+
+
+def extend_table(rows: Rows) -> Table:
+    """Loss by position under each scaling of RoPE, and how far transformers' own is off."""
+    original, longest = original_length(rows), max(row["T"] for row in rows)
+    spans = list(pairwise((0, original // 4, original, longest)))
+
+    def mean(name: str, implementation: str, span: tuple[int, int]) -> str:
+        own = where(rows, name=name, implementation=implementation)
+        losses = [row["p50"] for row in own if span[0] < row["T"] <= span[1]]
+        return f"{fmean(losses):.3f}" if losses else ""
+
+    both = ("posenc", "transformers")
+    names = dict.fromkeys(row["name"] for row in rows)
+    lines = [[f"`{name}`", *(mean(name, by, span) for span in spans for by in both)]
+             for name in names]  # fmt: skip
+    header = ["scaling"]
+    for start, stop in spans:
+        header += [f"{start:,} to {stop:,}", "transformers'"]
+    texts = len({row["seed"] for row in rows})
+    model = re.findall(r"model=(\S+)", rows[0]["options"])[0]
+    note = (
+        f"Loss in nats of the tokens at these positions; {model}, trained for {original:,} tokens, "
+        f"on {texts} {'text' if texts == 1 else 'texts'} of {longest:,}, scaled by "
+        f"{longest / original:g}; {measured_on(rows)}."
+    )
+    return Table(header, lines, note)
+
+
 def steps_table(rows: Rows) -> Table:
     """Milliseconds of a model's decoding step."""
     first = rows[0]
@@ -358,6 +392,7 @@ TABLES: dict[str, Callable[[Rows], Table]] = {
     "memory": memory_table,
     "moh savings": savings_table,
     "shapes": shapes_table,
+    "extend": extend_table,
     "steps": steps_table,
 }
 
