@@ -303,13 +303,13 @@ def check_rows(index: Tensor, batch_size: int) -> None:
     whole = isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64)
     if not whole or index.ndim != 1 or not len(index):
         got = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else repr(index)
-        raise ValueError(f"rows of a batch are an integer tensor (N,); got {got}.")
+        raise ValueError(f"an index of rows must be an integer tensor (N,); got {got}.")
     if index.device.type == "cpu" and concrete(index):
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= batch_size:
             raise ValueError(
-                f"the batch has rows 0 .. {batch_size - 1}; got {low if low < 0 else high}. "
-                "Give the row that each goes on with."
+                f"an index of rows must be of 0 .. {batch_size - 1}; got "
+                f"{low if low < 0 else high}. Give the row that each goes on with."
             )
 
 

@@ -9,7 +9,9 @@ import pytest
 
 FOLDER = Path(__file__).parent
 NATIVE = {"test_interpreter.py", "test_compile_sm90.py"}
-FILES = sorted(path.name for path in FOLDER.glob("test_*.py") if path.name not in NATIVE)
+#: The longest first, which take minutes.
+PATHS = sorted(FOLDER.glob("test_*.py"), key=lambda path: -path.stat().st_size)
+FILES = [path.name for path in PATHS if path.name not in NATIVE]
 
 
 @pytest.mark.parametrize("name", FILES)

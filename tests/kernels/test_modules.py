@@ -218,7 +218,7 @@ def test_decoding_is_the_full_forward(name, device):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", ["carope", "rcmha", "fox"])
+@pytest.mark.parametrize("name", ["carope"] if INTERPRETED else ["carope", "rcmha", "fox"])
 def test_compiles_whole_with_two_graphs_over_lengths(name, device):
     module = layer(name, device)
     with counted("aot_eager") as (compiled, counter):
@@ -238,7 +238,8 @@ def test_compiles_whole_with_two_graphs_over_lengths(name, device):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("rope", {}), ("carope", {"source": "token"}), ("rcmha", {"max_distance": 8})],
+    [("rcmha", {"max_distance": 8})]
+    + [("rope", {}), ("carope", {"source": "token"})] * (not INTERPRETED),
 )
 def test_model_trains_and_generates(name, options, device):
     config = posenc.GPTConfig(
