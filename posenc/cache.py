@@ -270,8 +270,16 @@ class Cache:
         self.batch_size = len(index)
 
     def extend(self, max_length: int) -> None:
-        """Make room for so many tokens in all; what is stored stays."""
-        self.max_length = max(self.max_length, max_length)
+        """Make room for so many tokens in all, at least as many as before; what is stored stays.
+
+        Raises:
+            ValueError: for less room, or no whole number.
+        """
+        if not isinstance(max_length, int) or max_length < self.max_length:
+            raise ValueError(
+                f"extend takes the new max_length, at least {self.max_length}; got {max_length!r}."
+            )
+        self.max_length = max_length
         room = self.max_length if self._keep is None else min(self.max_length, 3 * self._keep)
         more, self._room = room - self._room, room
         if more > 0:

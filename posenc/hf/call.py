@@ -1,5 +1,6 @@
 """What takes the position scheme's place in one attention module, and one call of it."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,15 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from posenc.backends.mask import Mask
+from posenc.cache import Stream
 from posenc.encodings.base import Encoding
 from posenc.fading import faded_logits
-from posenc.hf.streams import State, layer_of, streams_of
+from posenc.hf.streams import State, check_own, layer_of, streams_of
 from posenc.placement import Placement
 from posenc.rotations import ByPhase, ByRates, BySteps, Rotation
 from posenc.routing.gates import weigh
 from posenc.routing.moh import MoH
 from posenc.scores import add_per_head, added_logits
 
+_STAMPS = itertools.count()
+#: The stream of where keys stand.
+POSITIONS = "positions"
 #: Rotations that remember what they have summed up.
 RUNNING = (ByRates, BySteps)
 
@@ -27,10 +32,11 @@ class Scheme(nn.Module):
         encoding: turns the first `width` features of q and k, or adds to the logits.
         router: weighs the heads' outputs, or None.
         num_heads, num_kv_heads: H and G of the layer.
-        width: features that the layer turns.
+        head_dim: D. width: features of them that the layer turns.
         interleaved: whether their pairs are to be put side by side first.
         turns: whether the layer says itself when it turns q and k: one that does not has no
             position, and is left so.
+        causal: whether a token sees what comes before it alone.
     """
 
     def __init__(
@@ -40,14 +46,19 @@ class Scheme(nn.Module):
         *,
         num_heads: int,
         num_kv_heads: int,
+        head_dim: int,
         width: int,
         interleaved: bool,
         turns: bool,
+        causal: bool,
     ) -> None:
         super().__init__()
         self.encoding, self.router = encoding, router
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        self.width, self.interleaved, self.turns = width, interleaved, turns
+        self.head_dim, self.width, self.interleaved = head_dim, width, interleaved
+        self.turns, self.causal = turns, causal
+        #: Tells the tokens of a cache that it has placed from those of another scheme.
+        self.stamp = next(_STAMPS)
         kind = type(encoding)
         rotates_alone = kind.scores is Encoding.scores and kind.score_bias is Encoding.score_bias
         #: Whether it has to do with the logits; with those or the outputs.
@@ -55,8 +66,28 @@ class Scheme(nn.Module):
         self.attends = self.adds or router is not None
         #: What it remembers of past tokens.
         self.streams = encoding.streams()
+        if self.adds and encoding.reads_positions:
+            self.streams[POSITIONS] = Stream((1,), torch.int64)
+        #: Who counts the calls of a first try.
+        self.asked: Asked | None = None
         #: The router's balance loss at the last call in training.
         self.aux: Tensor | None = None
+
+    def parts(self) -> list[Any]:
+        """What draws its parameters by itself."""
+        return [part for part in (self.encoding, self.router) if part is not None]
+
+
+class Asked:
+    """What a layer asks of its scheme until `end`."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme, self.turned, self.attended = scheme, 0, 0
+        scheme.asked = self
+
+    def end(self) -> None:
+        """Stop counting."""
+        self.scheme.asked = None
 
 
 class Call:
@@ -92,14 +123,26 @@ class Call:
     ) -> None:
         self.scheme, self.x, self.mask, self._position = scheme, x, mask, place
         self.visible = x.shape[1]
+        hook = vars(scheme.encoding).get("_hf_hook")
+        if hook is not None and getattr(hook, "offload", False):
+            raise ValueError(
+                f"parameters of {type(scheme.encoding).__name__} are offloaded, and read outside a "
+                "forward of their own; got a hook of accelerate. Keep the modules 'posenc' on a "
+                "device."
+            )
+        if cache is None:
+            return
+        layer = layer_of(cache, index)
+        check_own(layer, scheme.stamp)
         needed = scheme.streams
-        if cache is not None and (needed or scheme.attends):
-            layer = layer_of(cache, index)
+        if needed or scheme.attends:
             before = layer.get_seq_length()
             # A static layer counts on in place.
             self.before = before.clone() if isinstance(before, Tensor) else before
             self.visible, self.first = layer.get_mask_sizes(x.shape[1])
             self.fixed = isinstance(self.before, Tensor) or bool(layer.is_compileable)
+            if self.fixed and layer.is_sliding:  # it moves its keys about: counted in rows
+                needed = {name: one for name, one in needed.items() if name != POSITIONS}
             if needed:
                 streams = streams_of(layer, needed, x, read=scheme.adds)
                 self.state = State(streams, self.before, self.visible)
@@ -127,10 +170,12 @@ class Call:
 
     def _turn(self, q: Tensor | None, k: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         scheme, self.turned = self.scheme, True
+        if scheme.asked is not None:
+            scheme.asked.turned += 1
         self._check_heads(q, scheme.num_heads)
         self._check_heads(k, scheme.num_kv_heads)
-        if scheme.router is not None and q is not None:
-            self.asked = q
+        if scheme.router is not None and q is not None and q.shape[-1] == scheme.head_dim:
+            self.asked = q  # of a part of it the norm says nothing; turned it is the same
         rotation = self._rotate_by()
         if rotation is None:
             return q, k
@@ -181,9 +226,21 @@ class Call:
                     lambda: Placement(there.positions.to(self.x.device), length=there.length),
                 )
             if not self.scheme.encoding.reads_positions:
-                place = Placement(place.positions, length=place.length, real=self.real())
+                place = Placement(
+                    place.positions,
+                    length=place.length,
+                    real=self.real(),
+                    segments=self.documents(),
+                )
             self._place = place
         return self._place
+
+    def documents(self) -> Tensor | None:
+        """Which document each token belongs to, where there are several: (B, T)."""
+        segments = self._position.segments
+        if segments is None or self.state is not None:
+            return None
+        return segments.to(self.x.device).expand(len(self.x), -1)
 
     def real(self) -> Tensor | None:
         """Which tokens are not padding: (B, T) bool, or None for all; those whose own key the mask
@@ -194,7 +251,7 @@ class Call:
             return None
         if not isinstance(mask, Tensor):
             raise ValueError(
-                f"{type(self.scheme.encoding).__name__} has to know padding; got a mask of "
+                "the scheme that was swapped in has to know padding; got a mask of "
                 f"{type(mask).__name__}. Use model.set_attn_implementation('sdpa') or 'eager'."
             )
         if mask.ndim == 2:
@@ -208,21 +265,32 @@ class Call:
         return torch.arange(self.x.shape[1], device=self.x.device) + (self.before - self.first)
 
     def _among_keys(self) -> Placement:
-        """The queries among the visible keys, counted in tokens of the row."""
-        length = self.x.shape[1]
-        encoding, at = self.scheme.encoding, self._at()
-        real = None if encoding.reads_positions else self.real()
-        if encoding.relative and not self.fixed:
-            return Placement(at, length=length, key_length=self.visible, real=real)
-        positions, keys = at, torch.arange(self.visible, device=at.device)
-        if not encoding.relative:
-            # From the first real token on: what the position of the last one is off by.
-            given = self.place.positions
-            shift = given[..., -1:] - at[-1:]
-            positions, keys = (at + shift).clamp(min=0), (keys + shift).clamp(min=0)
-        return Placement(
-            positions, length=length, key_length=self.visible, keys=keys, real=real, at=at
-        )
+        """The queries among the visible keys."""
+        length, at = self.x.shape[1], self._at()
+        sizes: dict[str, Any] = {"length": length, "key_length": self.visible}
+        if not self.scheme.encoding.reads_positions:  # in the order of the row
+            sizes |= {"real": self.real(), "segments": self.documents()}
+            if not self.fixed:
+                return Placement(at, **sizes)
+            return Placement(at, **sizes, keys=self._rows(), at=at)
+        positions = self.place.positions.clamp(min=0)
+        if self.state is not None and POSITIONS in self.scheme.streams:
+            rows = positions.expand(len(self.x), length).unsqueeze(-1)
+            keys = self.state.append(POSITIONS, rows).squeeze(-1)
+            self.state.ragged |= positions.ndim == 2
+            return Placement(positions, **sizes, keys=keys if self.state.ragged else keys[0], at=at)
+        if self.visible == length:  # without a past, or one that slides in a fixed shape
+            counted = positions.ndim == 1 and self._position.segments is None
+            if counted and not self.fixed and self.scheme.encoding.relative:
+                return Placement(at, **sizes)
+            if not self.fixed:
+                return Placement(positions, **sizes, keys=positions, at=at)
+        shift = positions[..., -1:] - at[-1:]
+        keys = (self._rows() + shift).clamp(min=0)
+        return Placement((at + shift).clamp(min=0), **sizes, keys=keys, at=at)
+
+    def _rows(self) -> Tensor:
+        return torch.arange(self.visible, device=self.x.device)
 
     # the logits and the outputs
 
@@ -250,14 +318,16 @@ class Call:
         self, q: Tensor, k: Tensor, mask: Any, scaling: float | None
     ) -> tuple[Tensor, Any, float]:
         """q, the mask and the scale with which plain attention has the scheme's logits."""
-        encoding = self.scheme.encoding
-        scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+        if self.scheme.asked is not None:
+            self.scheme.asked.attended += 1
+        encoding, head_dim = self.scheme.encoding, self.scheme.head_dim
+        scaling = head_dim**-0.5 if scaling is None else scaling
         if self.scheme.turns and not self.turned:
             return q, mask, scaling  # a layer without positions
         place = self._among_keys()
         scores = encoding.scores(place, self.x, self.state)  # type: ignore[arg-type]
-        if scores.scale is not None:
-            scaling = scores.scale
+        if scores.scale is not None:  # beside the usual one, as the model's own may be
+            scaling = scaling * scores.scale * head_dim**0.5
         if scores.plain:
             return add_per_head(q, scores.content), mask, scaling
         scores = scores._replace(scale=scaling)
@@ -277,12 +347,14 @@ class Call:
         # In bf16 a bias loses its distances above 256; torch takes an fp32 one on CPU alone.
         precise = torch.promote_types(q.dtype, torch.float32)
         added = added.to(precise if q.device.type == "cpu" else q.dtype)
+        if mask is not None and mask.dtype != torch.bool:  # what it adds to the logits counts too
+            added = added + mask[..., : self.visible].to(added.dtype)
         return q, added.masked_fill(~shown, torch.finfo(added.dtype).min), scaling
 
     def _seen(self, mask: Any, place: Placement) -> Tensor:
         """Which keys a query sees, as the mask has it: broadcastable to (B, 1, T, S)."""
         if mask is None:
-            return Mask(place, causal=True).whole()
+            return Mask(place, causal=self.scheme.causal).whole()
         if not isinstance(mask, Tensor) or mask.ndim != 4:
             raise ValueError(
                 f"{type(self.scheme.encoding).__name__} adds to the logits; got a mask of "

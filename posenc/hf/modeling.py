@@ -21,11 +21,12 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from posenc.cache import ModelCache
 from posenc.hf.saved import keep_precise
 from posenc.models.config import GPTConfig
-from posenc.models.gpt import GPT
+from posenc.models.gpt import GPT, NO_TARGET
 
 #: A cache makes room for as many tokens again, and at least so many.
 ROOM = 64
@@ -106,8 +107,12 @@ class PosencCache(Cache):
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes a number of tokens to remove, negative; got {tokens_to_remove}."
+            )
         if self.of_model is not None:
-            self.of_model.truncate(self.of_model.length - abs(tokens_to_remove))
+            self.of_model.truncate(max(self.of_model.length + tokens_to_remove, 0))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.of_model is not None:
@@ -181,6 +186,7 @@ class PosencForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits, loss and cache, as models of transformers give them.
@@ -188,12 +194,21 @@ class PosencForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, T). labels: (B, T), shifted here; -100 where none.
             attention_mask: (B, S), 0 for padding, of the tokens before too.
-            position_ids: (B, T) or (1, T).
+            position_ids: (B, T) or (1, T); where they do not count on, without a mask and a cache,
+                a document ends.
+            num_items_in_batch: targets of all micro-batches of a step, which the loss is over.
             logits_to_keep: of so many last tokens, 0 of all; or their indices.
 
         Raises:
-            ValueError: for inputs_embeds, a mask of another shape, a static cache.
+            ValueError: for inputs_embeds, a mask or positions of another shape, a static cache,
+                and arguments that our model has no answer to.
         """
+        if asked := sorted(key for key, value in kwargs.items() if value not in (None, False)):
+            raise ValueError(
+                f"PosencForCausalLM has no {', '.join(asked)}; got one. It takes input_ids, "
+                "attention_mask, position_ids, past_key_values, labels, use_cache and "
+                "logits_to_keep."
+            )
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("PosencForCausalLM takes input_ids (B, T); got inputs_embeds or none.")
         batch, length = input_ids.shape
@@ -202,24 +217,33 @@ class PosencForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache = False
         self.model.checkpoint_activations = self.gradient_checkpointing
         past = self._past(past_key_values, bool(use_cache))
-        cache = None if past is None else past.room(self.model, batch, length)
         mask = self._mask(attention_mask, length, 0 if past is None else past.get_seq_length())
-        positions = self._positions(position_ids, mask, past)
+        positions, segments = self._positions(position_ids, mask, past, batch, length)
+        if segments is not None:
+            past = None  # nothing goes on after a row of documents
+        cache = None if past is None else past.room(self.model, batch, length)
         if positions is not None and mask is not None:
             positions = positions.expand(batch, length).masked_fill(~mask, -1)
             mask = None
-        h, aux = self.model.hidden(input_ids, positions=positions, mask=mask, cache=cache)
+        h, aux = self.model.hidden(
+            input_ids, positions=positions, mask=mask, segments=segments, cache=cache
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(self.model.ln_f(h[:, kept]))
         loss, routed = None, any(block.attn.router is not None for block in self.model.blocks)
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+            share: Any = 1  # of the step, which several micro-batches make up
+            if num_items_in_batch is not None:
+                share = (labels[:, 1:] != NO_TARGET).sum() / num_items_in_batch
+            sizes = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits, labels, **sizes)
             if routed and self.training:
-                loss = loss + self.config.aux_weight * aux
+                loss = loss + self.config.aux_weight * share * aux
         output = MoeCausalLMOutputWithPast(
             loss=loss, aux_loss=aux if routed else None, logits=logits, past_key_values=past
         )
-        return output if return_dict in (None, True) else output.to_tuple()
+        named = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return output if named else output.to_tuple()
 
     def _past(self, given: Any, use_cache: bool) -> PosencCache | None:
         """The cache to go on with, or a new one; an empty one of another kind is put aside."""
@@ -246,18 +270,40 @@ class PosencForCausalLM(PreTrainedModel, GenerationMixin):
         return None if looked_at and bool(mask.all()) else mask
 
     def _positions(
-        self, given: Tensor | None, mask: Tensor | None, past: PosencCache | None
-    ) -> Tensor | None:
-        """Those given, or None where they count real tokens, as our model does by itself."""
-        if given is None or torch.compiler.is_compiling():
-            return given
+        self,
+        given: Tensor | None,
+        mask: Tensor | None,
+        past: PosencCache | None,
+        batch: int,
+        length: int,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Those given, or None where they count real tokens, as our model does by itself; and which
+        document a token belongs to.
+        """
+        if given is None:
+            return None, None
+        if given.ndim != 2 or given.shape[0] not in (1, batch) or given.shape[1] != length:
+            raise ValueError(
+                f"position_ids must have shape ({batch}, {length}) or (1, {length}); got "
+                f"{tuple(given.shape)}."
+            )
+        if torch.compiler.is_compiling():
+            return given, None
         before = 0 if past is None else past.get_seq_length()
-        counted = torch.arange(before, before + given.shape[1], device=given.device)
-        if mask is None:
-            return None if bool((given == counted).all()) else given
-        same = (given == mask.long().cumsum(1) - 1) | ~mask
-        return None if before == 0 and bool(same.all()) else given
+        if mask is not None:
+            same = (given == mask.long().cumsum(1) - 1) | ~mask
+            return (None if before == 0 and bool(same.all()) else given), None
+        counted = torch.arange(before, before + length, device=given.device)
+        if bool((given == counted).all()):
+            return None, None
+        breaks = given.diff(dim=-1) != 1
+        if before or not bool(breaks.any()):
+            return given, None
+        segments = nn.functional.pad(breaks.long().cumsum(-1), (1, 0)).expand(batch, length)
+        return given, segments
 
 
 AutoConfig.register(PosencConfig.model_type, PosencConfig)
 AutoModelForCausalLM.register(PosencConfig, PosencForCausalLM)
+# Trainer shifts the labels of a smoothed loss for the names of this table alone.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[PosencConfig.model_type] = PosencForCausalLM.__name__

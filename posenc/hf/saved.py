@@ -1,17 +1,21 @@
 """Swapped models on disk: what was swapped stands in the config, and the Auto classes know it.
 
-A swapped model's config.json has the model_type "posenc_swapped", so that nothing loads it without
-its scheme, and its own in `swapped_model_type`. In memory the model_type stays the model's own.
+A swapped model's config.json has the model_type "posenc_swapped", so that no Auto class loads it
+without its scheme, and its own in `swapped_model_type`. In memory the model_type stays the model's.
 """
 
+import copy
 import json
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from posenc.hf.call import Scheme
+from posenc.hf.classes import Made, make
 from posenc.phase import Float32Parameters
 
 TYPE, OWN_TYPE, MARK = "posenc_swapped", "swapped_model_type", "posenc"
@@ -34,7 +38,7 @@ class SwappedConfig(PreTrainedConfig):
         return config_class(own).from_dict(given, **kwargs)
 
 
-class _Marked:
+class _Marked(Made):
     """A config that says what was swapped."""
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -44,7 +48,7 @@ class _Marked:
         return json.dumps(raw, indent=2, sort_keys=True) + "\n"
 
 
-class _Model:
+class _Model(Made):
     """A model that swaps itself as its config says before its weights are loaded."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -54,6 +58,15 @@ class _Model:
         said = getattr(config, MARK)
         swap(self, said["name"], **said["options"])  # type: ignore[arg-type]
         keep_precise(self)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As of transformers; parts of which a checkpoint holds nothing start as new ones do."""
+        super().initialize_weights()  # type: ignore[misc]
+        for module in self.modules():  # type: ignore[attr-defined]
+            for part in module.parts() if isinstance(module, Scheme) else ():
+                if not any(getattr(p, "_is_hf_initialized", False) for p in part.parameters()):
+                    part.reset_parameters()
 
 
 def keep_precise(model: Any) -> None:
@@ -74,7 +87,7 @@ def config_class(own: type) -> Any:
     parent.
     """
     if own not in _CONFIGS:
-        made = type(f"Swapped{own.__name__}", (_Marked, own), {})
+        made = make((_Marked, own), config_class, {})
         _CONFIGS[own] = made
         for auto in vars(modeling_auto).values():
             if not (isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass)):
@@ -91,13 +104,20 @@ def model_class(own: Any) -> Any:
     """The class of swapped models."""
     if own not in _MODELS:
         body = {"config_class": _CONFIGS.get(own.config_class, own.config_class)}
-        _MODELS[own] = type(f"Swapped{own.__name__}", (_Model, own), body)
+        _MODELS[own] = make((_Model, own), model_class, body)
     return _MODELS[own]
 
 
 def mark(model: PreTrainedModel, name: str, options: dict[str, Any]) -> None:
-    """Let the model and its config say what was swapped."""
-    config: Any = model.config
+    """Let the model and its config say what was swapped: a config of its own, which another model
+    may have shared.
+    """
+    copies: dict[int, Any] = {}
+    config: Any = copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        own = getattr(module, "config", None)
+        if own is not None and id(own) in copies:
+            module.config = copies[id(own)]
     if not isinstance(config, _Marked):
         config.__class__ = config_class(type(config))
     setattr(config, MARK, {"name": name, "options": dict(options)})

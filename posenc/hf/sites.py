@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from posenc.hf.call import Call, Scheme
+from posenc.hf.classes import Made, make
 from posenc.placement import Placement
 
 TURN, TABLE = "apply_rotary", "ALL_ATTENTION_FUNCTIONS"
@@ -58,32 +59,39 @@ def is_attention(module: nn.Module) -> bool:
 
 def site_of(module: nn.Module) -> Site | str:
     """The site, or why there is none."""
-    kind: Any = original_class(module)
-    forward = inspect.unwrap(kind.forward)
     if "forward" in vars(module):
         return "its forward has been wrapped (by accelerate's hooks, or a quantiser): swap first"
+    if getattr(module, "is_cross_attention", False):
+        return "it attends to another sequence"
+    if not any(hasattr(module, name) for name in PROJECTIONS):
+        return f"its keys come from no projection {', '.join(PROJECTIONS)}"
+    site = _site(original_class(module))
+    if isinstance(site, Site) and site.kind == "absent" and not hasattr(module, "c_attn"):
+        return "its forward calls no apply_rotary.. function, and it is not GPT-2's"
+    return site
+
+
+def _site(kind: Any) -> Site | str:
+    """What the code of a class tells."""
+    forward = inspect.unwrap(kind.forward)
     if not isinstance(forward, types.FunctionType):
         return "its forward is no Python function"
     code = forward.__code__
     arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
     table = TABLE in code.co_names
     names = [name for name in code.co_names if name.startswith(TURN)]
-    if getattr(module, "is_cross_attention", False):
-        return "it attends to another sequence"
-    if not any(
-        hasattr(module, name) for name in ("k_proj", "query_key_value", "qkv_proj", "c_attn")
-    ):
-        return "its keys come from no projection k_proj, qkv_proj, query_key_value or c_attn"
+    if not any(name in arguments for name in CACHES):
+        return f"its forward takes no cache {', '.join(CACHES)}"
+    if not names and table:
+        return Site("absent", forward, arguments, None, table)
     if not names:
-        if table and hasattr(module, "c_attn"):
-            return Site("absent", forward, arguments, None, table)
-        return "its forward calls no apply_rotary.. function, and it is not GPT-2's"
+        return "its forward calls no apply_rotary.. function"
     if len(names) > 1:
         return f"its forward turns by several functions: {', '.join(names)}"
     taken = list(inspect.signature(forward.__globals__[names[0]]).parameters)
     if taken[:4] == ["q", "k", "cos", "sin"] and "position_embeddings" in arguments:
         return Site("pairwise", forward, arguments, names[0], table)
-    if len(taken) == 3 and taken[1:] == ["sin", "cos"] and hasattr(module, "_attn"):
+    if len(taken) == 3 and taken[1:] == ["sin", "cos"] and hasattr(kind, "_attn"):
         return Site("singly", forward, arguments, names[0], table)
     return f"its {names[0]}({', '.join(taken)}) is of no known shape"
 
@@ -91,19 +99,25 @@ def site_of(module: nn.Module) -> Site | str:
 _CLASSES: dict[type, type] = {}
 
 
-class Swapped:
+class Swapped(Made):
     """A module of attention with a scheme of ours in it."""
 
     posenc: Scheme
 
 
-def exchange(module: nn.Module, site: Site, scheme: Scheme) -> None:
-    """Put the scheme into the module."""
-    kind = type(module)
+def swapped_class(kind: type) -> type:
+    """The class of such modules."""
     if kind not in _CLASSES:
+        site = _site(kind)
+        assert isinstance(site, Site)
         made = {"pairwise": _pairwise, "singly": _singly, "absent": _absent}[site.kind](site, kind)
-        _CLASSES[kind] = type(f"Swapped{kind.__name__}", (Swapped, kind), made)
-    module.__class__ = _CLASSES[kind]
+        _CLASSES[kind] = make((Swapped, kind), swapped_class, made)
+    return _CLASSES[kind]
+
+
+def exchange(module: nn.Module, scheme: Scheme) -> None:
+    """Put the scheme into the module."""
+    module.__class__ = swapped_class(original_class(module))
     module.posenc = scheme
 
 
@@ -115,7 +129,7 @@ def restore(module: nn.Module) -> None:
 
 def original_class(module: nn.Module) -> type:
     """The module's class before `exchange`."""
-    return next((kind for kind, made in _CLASSES.items() if type(module) is made), type(module))
+    return type(module).made_of if isinstance(module, Swapped) else type(module)
 
 
 def _run(site: Site, **replaced: Any) -> Callable[..., Any]:
@@ -187,18 +201,19 @@ class _Table:
 def _attend(
     function: Callable[..., Any],
     module: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
     *,
     posenc_call: Call,
     scaling: float | None = None,
     **more: Any,
 ) -> Any:
     if posenc_call.apart:
-        q = posenc_call.turn_query(q)
-    return posenc_call.attend(function, module, q, k, v, mask, scaling, **more)
+        query = posenc_call.turn_query(query)
+    asked = (query, key, value, attention_mask)
+    return posenc_call.attend(function, module, *asked, scaling, **more)
 
 
 class _Turning:
@@ -264,13 +279,22 @@ def _absent(site: Site, kind: type) -> dict[str, Any]:
 
 
 def place_of(position_ids: Tensor) -> Placement:
-    """The placement of positions (B, T) or (1, T)."""
+    """The placement of positions (B, T) or (1, T).
+
+    Where they do not count on a document ends, as transformers' masks have it: looked at once a
+    forward pass, not under a compiler.
+    """
     if position_ids.ndim != 2:
         raise ValueError(
             f"a swapped model takes position_ids (B, T); got {tuple(position_ids.shape)}."
         )
-    one = position_ids.shape[0] == 1
-    return Placement(position_ids[0] if one else position_ids, length=position_ids.shape[1])
+    one, length = position_ids.shape[0] == 1, position_ids.shape[1]
+    segments = None
+    if length > 1 and not torch.compiler.is_compiling():
+        breaks = position_ids.diff(dim=-1) != 1
+        if bool(breaks.any()):
+            segments = torch.nn.functional.pad(breaks.long().cumsum(-1), (1, 0))
+    return Placement(position_ids[0] if one else position_ids, length=length, segments=segments)
 
 
 class Places(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from posenc.cache import Stream
+from posenc.hf.classes import Made
 
 
 class Streams:
@@ -35,6 +36,8 @@ class Streams:
         room: int | None = None,
     ) -> None:
         self.streams, self.room = dict(streams), room
+        #: Whether rows of the batch have had positions of their own.
+        self.ragged = False
         self.rows = {
             name: torch.zeros(
                 (batch, *stream.shape[:-1], stream.history + (room or 0), stream.shape[-1]),
@@ -55,9 +58,11 @@ class Streams:
         self.rows = {name: rows.repeat_interleave(repeats, 0) for name, rows in self.rows.items()}
 
     def crop(self, tokens: int) -> None:
-        """Forget the last so many tokens."""
-        if tokens:
-            self.rows = {name: rows[..., :-tokens, :] for name, rows in self.rows.items()}
+        """Forget the last so many tokens; all, where there are fewer."""
+        self.rows = {
+            name: rows[..., : max(rows.shape[-2] - tokens, self.streams[name].history), :]
+            for name, rows in self.rows.items()
+        }
 
     def clear(self) -> None:
         """Forget all tokens."""
@@ -79,6 +84,15 @@ class State:
 
     def __init__(self, streams: Streams, before: int | Tensor, visible: int) -> None:
         self._streams, self._before, self._visible = streams, before, visible
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows of the batch have had positions of their own."""
+        return self._streams.ragged
+
+    @ragged.setter
+    def ragged(self, value: bool) -> None:
+        self._streams.ragged = value
 
     def recent(self, name: str) -> Tensor:
         """The last `history` rows (B, *lead, history, F), zeros before the first token."""
@@ -110,10 +124,14 @@ class State:
 
 def remembering(kind: type) -> type:
     """The class of layers that have streams beside their keys and values."""
+    if kind in _CLASSES:
+        return _CLASSES[kind]
 
     class Remembering(kind):
         _layer_type = None  # transformers registers a class that names one
         streams: Streams
+        __reduce_ex__ = Made.__reduce_ex__
+        made_by, made_of = staticmethod(remembering), kind
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             super().reorder_cache(beam_idx)
@@ -135,6 +153,7 @@ def remembering(kind: type) -> type:
             super().reset()
             self.streams.clear()
 
+    _CLASSES[kind] = Remembering
     return Remembering
 
 
@@ -161,13 +180,20 @@ def streams_of(layer: Any, needed: Mapping[str, Stream], x: Tensor, *, read: boo
     return streams
 
 
+def check_own(layer: Any, stamp: int) -> None:
+    """Raise ValueError where the layer holds tokens that another scheme has placed."""
+    if getattr(layer, "posenc_stamp", None) == stamp:
+        return
+    if not torch.compiler.is_compiling() and layer.get_seq_length() > 0:
+        raise ValueError(
+            "the cache holds tokens that were placed before this scheme was swapped in; got "
+            f"{int(layer.get_seq_length())} of them. Start with an empty cache."
+        )
+    layer.posenc_stamp = stamp
+
+
 @torch.compiler.disable  # a class is no data of a graph
 def _attach(layer: Any, needed: Mapping[str, Stream], x: Tensor, read: bool) -> None:
-    if layer.get_seq_length() > 0:
-        raise ValueError(
-            "the cache holds tokens of a model that was not swapped: what this scheme remembers of "
-            "them is missing. Start with an empty cache."
-        )
     kind = type(layer)
     fixed = isinstance(layer, StaticLayer)
     if not fixed and not isinstance(layer, DynamicLayer):
@@ -181,10 +207,8 @@ def _attach(layer: Any, needed: Mapping[str, Stream], x: Tensor, read: bool) -> 
             "window moves its keys about; got one. Use a DynamicCache."
         )
     room = (layer.max_cache_len if read else 0) if fixed else None
-    if kind not in _CLASSES:
-        _CLASSES[kind] = remembering(kind)
     streams = Streams(needed, x.shape[0], x.device, x.dtype, room)
-    layer.__class__, layer.streams = _CLASSES[kind], streams
+    layer.__class__, layer.streams = remembering(kind), streams
     if room is not None:
         for rows in streams.rows.values():
             torch._dynamo.mark_static_address(rows)

@@ -4,7 +4,7 @@ import inspect
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from posenc.encodings.configs import rope_arguments
 from posenc.encodings.rope import RoPE
 from posenc.encodings.scaling import rope_type
 from posenc.encodings.xpos import XPos
-from posenc.hf.call import Scheme
+from posenc.hf.call import Asked, Scheme
+from posenc.hf.modeling import PosencForCausalLM
 from posenc.hf.saved import mark
 from posenc.hf.sites import (
     NoTable,
@@ -33,6 +34,9 @@ from posenc.routing.moh import MoH
 from posenc.zoo import Parts, build_encoding, build_router, options_of, sort_options
 
 _log = logging.getLogger(__name__)
+
+#: A module of attention: its name, itself, and how it is entered.
+Layer = tuple[str, nn.Module, Site]
 
 #: Positions at which a layer's own rotation is held against ours.
 TRIED = (0, 1, 2, 7, 50)
@@ -53,8 +57,10 @@ def swap(model: PreTrainedModel, name: str, **options: Any) -> PreTrainedModel:
     neutral starts where the model's RoPE is not scaled, and `moh` with `router="query_norm"` and
     all heads active.
 
-    A swapped model is saved by `save_pretrained`, and loaded by the Auto classes where `posenc.hf`
-    is imported. It can be swapped again.
+    The model is called once, on two tokens, to see that its layers ask the scheme as they should.
+    It is saved by `save_pretrained`, and loaded by the Auto classes where `posenc.hf` is imported.
+    It can be swapped again. Under PEFT new parameters are frozen unless modules_to_save has
+    "posenc".
 
     Args:
         model: a causal language model, or its decoder, whose attention has projections of its own
@@ -72,13 +78,18 @@ def swap(model: PreTrainedModel, name: str, **options: Any) -> PreTrainedModel:
 
     Raises:
         ValueError: for an unknown name or option, a name that is no scheme of attention, a module
-            of attention that cannot be taken, with its name, or a rotation that is not the one that
-            the config describes. The model is then as it was.
+            of attention that cannot be taken, with its name, a rotation that is not what the config
+            describes, or layers that do not ask for it. The model is then as it was.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"swap takes a model of transformers; got {type(model).__name__}. Of a PEFT model swap "
-            "the base model before the adapters are added."
+            f"swap takes a model of transformers; got {type(model).__name__}. Of a PEFT or a "
+            "compiled model swap the model in it, before."
+        )
+    if isinstance(model, PosencForCausalLM):
+        raise ValueError(
+            "this model is posenc's own; got PosencForCausalLM. Use posenc.convert(model.model, "
+            "name)."
         )
     parts = _parts(name, options)
     decoder = _decoder(model)
@@ -91,14 +102,19 @@ def swap(model: PreTrainedModel, name: str, **options: Any) -> PreTrainedModel:
         _scheme(module, site, parts, decoder, rope)
         for (_, module, site), rope in zip(layers, turned, strict=True)
     ]
-    _warn_of_scaling(name, schemes, turned)
-    for (_, module, site), scheme in zip(layers, schemes, strict=True):
-        if isinstance(module, Swapped):
-            restore(module)
-        weight = next(p for p in module.parameters() if p.is_floating_point())
+    before = [getattr(module, "posenc", None) for _, module, _ in layers]
+    for (_, module, _), scheme in zip(layers, schemes, strict=True):
+        weight = next((p for p in module.parameters() if p.is_floating_point()), model)
         scheme.to(device=weight.device, dtype=weight.dtype).train(module.training)
-        exchange(module, site, scheme)
-    _exchange_positions(decoder, layers[0][2])
+    tables = _positions_of(decoder)
+    _put(decoder, layers, schemes)
+    try:
+        _try(decoder, layers, schemes)
+    except Exception:
+        _put(decoder, layers, before)
+        decoder._modules.update(tables)
+        raise
+    _warn_of_scaling(name, schemes, turned)
     mark(model, name, options)
     count = sum(p.numel() for scheme in schemes for p in scheme.parameters())
     _log.info(
@@ -108,8 +124,62 @@ def swap(model: PreTrainedModel, name: str, **options: Any) -> PreTrainedModel:
     return model
 
 
+def _put(decoder: Any, layers: list[Layer], schemes: Sequence[Scheme | None]) -> None:
+    """Put a scheme into each layer, None being the model's own, and let the model hand out
+    placements, or add no table at its input.
+    """
+    for (_, module, site), scheme in zip(layers, schemes, strict=True):
+        if isinstance(module, Swapped):
+            restore(module)
+        if scheme is not None:
+            exchange(module, scheme)
+            if site.kind == "pairwise" and not isinstance(decoder.rotary_emb, Places):
+                decoder.rotary_emb = Places(decoder.rotary_emb)
+            if site.kind == "absent" and not isinstance(decoder.wpe, NoTable):
+                decoder.wpe = NoTable()
+
+
+def _positions_of(decoder: Any) -> dict[str, nn.Module]:
+    """The parts of the model that `_put` exchanges."""
+    names = ("rotary_emb", "wpe")
+    return {name: decoder._modules[name] for name in names if name in decoder._modules}
+
+
+@torch.no_grad()
+def _try(decoder: Any, layers: list[Layer], schemes: list[Scheme]) -> None:
+    """Call the model on two tokens: each layer must ask its scheme for what it is there for, once,
+    or for nothing; ValueError where it does otherwise. Nothing can be tried on the meta device.
+    """
+    if any(p.is_meta for p in decoder.parameters()):
+        return
+    modes = {module: module.training for module in decoder.modules()}
+    device = next(decoder.parameters()).device
+    calls = [Asked(scheme) for scheme in schemes]
+    try:
+        decoder.eval()
+        decoder(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for call in calls:
+            call.end()
+    for (name, module, _), asked, scheme in zip(layers, calls, schemes, strict=True):
+        if asked.attended > 1 or (scheme.adds and asked.turned and not asked.attended):
+            raise ValueError(
+                f"{name} ({type(module).__name__}) cannot be swapped: it asks its attention "
+                f"function {asked.attended} times a call; expected once."
+            )
+    if not any(asked.turned for asked in calls):
+        raise ValueError(
+            f"no layer of {type(decoder).__name__} turns q and k, though its code could: the model "
+            "has its position elsewhere. It cannot be swapped."
+        )
+
+
 def _parts(name: str, options: Mapping[str, Any]) -> Parts:
     """The recipe and its options, or ValueError for what a model's own attention cannot take."""
+    if not isinstance(name, str):
+        raise ValueError(f"swap takes one name for all layers; got {name!r}.")
     parts = sort_options(name, options)
     if parts.conv:
         raise ValueError(
@@ -146,10 +216,11 @@ def _own_options(parts: Parts) -> list[str]:
 def _decoder(model: PreTrainedModel) -> Any:
     """The part that holds the layers of a language model."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return model.base_model if found is None else found
+    inside = found is not None and any(is_attention(module) for module in found.modules())
+    return found if inside else model.base_model
 
 
-def _layers(decoder: nn.Module) -> list[tuple[str, nn.Module, Site]]:
+def _layers(decoder: nn.Module) -> list[Layer]:
     """Every module of attention with its name and site; ValueError for one that has none."""
     found = []
     for name, module in decoder.named_modules():
@@ -167,7 +238,16 @@ def _layers(decoder: nn.Module) -> list[tuple[str, nn.Module, Site]]:
             f"{type(decoder).__name__} holds no module of attention that swap knows; got none with "
             "is_causal, or that turns q and k by a function apply_rotary..."
         )
-    if len({site.kind for _, _, site in found}) > 1:
+    kinds = {site.kind for _, _, site in found}
+    config: Any = decoder.config
+    if "absent" in kinds and (
+        not hasattr(decoder, "wpe") or getattr(config, "reorder_and_upcast_attn", False)
+    ):
+        raise ValueError(
+            f"{type(decoder).__name__} cannot be swapped: it has no table wpe, or its attention is "
+            "reordered (reorder_and_upcast_attn=True)."
+        )
+    if len(kinds) > 1:
         raise ValueError(f"layers of {type(decoder).__name__} take position in different ways.")
     return found
 
@@ -181,7 +261,7 @@ def _scheme(module: Any, site: Site, parts: Parts, decoder: Any, turned: RoPE | 
         "embed_dim": config.hidden_size,
         "num_heads": heads,
         "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "causal": getattr(module, "is_causal", True),
+        "causal": getattr(module, "is_causal", True) and getattr(config, "is_causal", True),
     }
     # Of "proportional" rotations every feature counts; else the first ones turn, the rest do not.
     width = head_dim
@@ -199,6 +279,11 @@ def _scheme(module: Any, site: Site, parts: Parts, decoder: Any, turned: RoPE | 
             raise ValueError(
                 f"xpos fades all features; the model turns {width} of {head_dim}. Choose another."
             )
+        if parts.encoding is XPos and getattr(config, "attn_logit_softcapping", None):
+            raise ValueError(
+                "xpos makes logits of its own, which the model's attn_logit_softcapping="
+                f"{config.attn_logit_softcapping} would not reach. Choose another."
+            )
         acts_on_all = parts.encoding.in_logits and parts.encoding is not XPos
         told = {**sizes, "head_dim": head_dim if acts_on_all else width}
         given = parts._replace(options={**parts.options, "encoding": options})
@@ -208,7 +293,9 @@ def _scheme(module: Any, site: Site, parts: Parts, decoder: Any, turned: RoPE | 
         build_router(parts, {**sizes, "head_dim": head_dim}),
         num_heads=heads,
         num_kv_heads=sizes["num_kv_heads"],
+        head_dim=head_dim,
         width=width,
+        causal=sizes["causal"],
         interleaved=(
             turned is not None
             and turned.pairing == "interleaved"
@@ -225,7 +312,8 @@ def _rope(turned: RoPE | None, width: int, options: Mapping[str, Any]) -> RoPE:
     own: dict[str, Any] = {"pairing": turned.pairing, "scaling": turned.scaling}
     if turned.partial != "front":
         own.update(rotary_dim=turned.rotary_dim, partial=turned.partial)
-    if "rope_theta" not in (options.get("scaling") or {}):
+    scaling = options.get("scaling")
+    if not (isinstance(scaling, Mapping) and "rope_theta" in scaling):
         own["base"] = turned.base
     return RoPE(width, **{**own, **options})
 
@@ -251,13 +339,15 @@ def _own_rotation(module: Any, site: Site, decoder: Any) -> RoPE:
     pairings = sorted(PAIRINGS, key=lambda one: one != described.get("pairing", "half"))
     ropes = [RoPE(**{**described, "pairing": pairing}) for pairing in pairings]
     width = ropes[0].rotary_dim if ropes[0].partial == "front" else ropes[0].head_dim
-    tried = _tried(module, site, rotary, layer_type, width)
+    original = (ropes[0].scaling or {}).get("original_max_position_embeddings")
+    at = [n for n in TRIED if n < (original or config.max_position_embeddings)]
+    tried = _tried(module, site, rotary, config, layer_type, width, at)
     if tried is None:
         return ropes[0]
     x, theirs = tried
-    at, off = torch.tensor(TRIED, device=x.device), []
+    off = []
     for rope in ropes:
-        ours, _ = _rope(rope, width, {}).rotate(x, None, at)
+        ours, _ = _rope(rope, width, {}).rotate(x, None, torch.tensor(at, device=x.device))
         assert ours is not None
         off.append(float((ours - theirs).abs().max()))
         if off[-1] < ROUNDING:
@@ -269,7 +359,13 @@ def _own_rotation(module: Any, site: Site, decoder: Any) -> RoPE:
 
 
 def _tried(
-    module: Any, site: Site, rotary: Any, layer_type: str | None, width: int
+    module: Any,
+    site: Site,
+    rotary: Any,
+    config: Any,
+    layer_type: str | None,
+    width: int,
+    positions: list[int],
 ) -> tuple[Tensor, Tensor] | None:
     """Some q (1, 1, T, width) and what the layer's own code turns them to; None on the meta device,
     where nothing can be tried.
@@ -278,8 +374,12 @@ def _tried(
     device = next((one.device for one in buffers), torch.device("cpu"))
     if device.type == "meta":
         return None
-    at = torch.tensor(TRIED, device=device).unsqueeze(0)
-    x = torch.randn(1, 1, len(TRIED), width, generator=torch.Generator().manual_seed(0)).to(device)
+    at = torch.tensor(positions, device=device).unsqueeze(0)
+    x = torch.randn(1, 1, len(positions), width, generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
+    if rotary is not None and any(one.dtype.itemsize < 4 for one in rotary.buffers()):
+        rotary = type(rotary)(config)  # a cast of the model has rounded its frequencies
     if site.kind == "singly":
         sin, cos = module.embed_positions[at].float().chunk(2, dim=-1)
         return x, site.original(x.transpose(1, 2), sin, cos).transpose(1, 2)
@@ -288,26 +388,26 @@ def _tried(
     return x, turned
 
 
-def _exchange_positions(decoder: Any, site: Site) -> None:
-    """Let the model hand placements to its layers, or add no table at its input."""
-    if site.kind == "pairwise" and not isinstance(decoder.rotary_emb, Places):
-        decoder.rotary_emb = Places(decoder.rotary_emb)
-    if site.kind == "absent" and not isinstance(decoder.wpe, NoTable):
-        decoder.wpe = NoTable()
-
-
 def _warn_of_scaling(name: str, schemes: list[Scheme], turned: list[RoPE | None]) -> None:
-    """Say where a scheme of other frequencies takes the place of scaled ones."""
+    """Say where the start is not the model's, or is it up to a length alone."""
     for scheme, rope in zip(schemes, turned, strict=True):
         scaling = None if rope is None else rope.scaling
         kind = "default" if scaling is None else rope_type(dict(scaling))
-        other = hasattr(scheme.encoding, "base") and not isinstance(scheme.encoding, RoPE)
-        if kind != "default" and other:
-            warnings.warn(
+        said = None
+        if isinstance(scheme.encoding, RoPE):
+            if kind in ("dynamic", "longrope") and scheme.encoding.scaling == scaling:
+                said = (
+                    f"{kind} RoPE follows the length of the text in transformers; here it is that "
+                    "of texts within the original length. Give scaling with a target_length for "
+                    "longer ones."
+                )
+        elif kind != "default" and hasattr(scheme.encoding, "base"):
+            said = (
                 f"the model's RoPE is scaled ({kind}); {name} has the frequencies of its base, "
-                "without scaling: the model starts from other logits.",
-                stacklevel=3,
+                "without scaling: the model starts from other logits."
             )
+        if said is not None:
+            warnings.warn(said, stacklevel=3)
             return
 
 

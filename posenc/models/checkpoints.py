@@ -23,8 +23,10 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 #: Keys of a config.json of ours that say nothing of the model: those that transformers adds.
 NOT_OURS = frozenset(
-    {"model_type", "architectures", "dtype", "transformers_version", "aux_weight", "use_cache",
-     "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"}
+    {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
+     "aux_weight", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "return_dict",
+     "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder",
+     "id2label", "label2id", "num_labels", "problem_type", "tie_word_embeddings"}
 )  # fmt: skip
 #: Before the names of a model that transformers has saved.
 WITHIN = "model."
@@ -202,6 +204,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 def our_config(raw: Mapping[str, Any]) -> GPTConfig:
     """The GPTConfig in a config.json of ours; unknown keys are an error, not ignored."""
     known = {field.name for field in fields(GPTConfig)}
+    if raw.get("tie_word_embeddings") is False:
+        raise ValueError(
+            "config.json has tie_word_embeddings=False, and the output layer of GPT is tied; open "
+            "it as posenc.hf.PosencForCausalLM."
+        )
     values = {key: value for key, value in raw.items() if key not in NOT_OURS}
     if strange := sorted(values.keys() - known):
         raise ValueError(

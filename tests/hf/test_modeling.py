@@ -164,10 +164,43 @@ def test_patterns_and_grouped_heads(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "posenc"
 
 
+def test_packed_documents_are_documents_alone() -> None:
+    positions = torch.cat((torch.arange(5), torch.arange(12))).unsqueeze(0)
+    for name in ("rope", "carope", "rcmha", "mha", "fire"):
+        model = build(name)
+        packed = model(IDS[:1], position_ids=positions).logits
+        for part in (slice(0, 5), slice(5, 17)):
+            assert off(packed[:, part], model(IDS[:1, part]).logits) < 1e-5, name
+
+
+def test_micro_batches_share_the_balance_loss() -> None:
+    model = build("moh", aux_weight=0.5).train()
+    whole = model(IDS, labels=IDS)
+    half = model(IDS, labels=IDS, num_items_in_batch=2 * IDS[:, 1:].numel())
+    assert off(half.loss, whole.loss / 2) < 1e-6
+
+
+def test_what_transformers_adds_to_a_config_is_no_part_of_the_model(tmp_path: Path) -> None:
+    made = PosencConfig(**SIZES, num_labels=5, output_hidden_states=False, return_dict=False)
+    model = PosencForCausalLM(made).eval()
+    assert isinstance(model(IDS), tuple)
+    model.save_pretrained(tmp_path)
+    assert off(posenc.GPT.from_pretrained(tmp_path)(IDS).logits, model(IDS)[0]) < 1e-6
+    PosencForCausalLM(PosencConfig(**SIZES, tie_word_embeddings=False)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        posenc.GPT.from_pretrained(tmp_path)
+
+
 def test_bad_input() -> None:
     model = build("rope")
     with pytest.raises(ValueError, match="inputs_embeds"):
         model(inputs_embeds=torch.randn(1, 3, 24))
+    with pytest.raises(ValueError, match="has no foo, output_attentions"):
+        model(IDS, foo=3, output_attentions=True)
+    with pytest.raises(ValueError, match="position_ids must have shape"):
+        model(IDS, position_ids=torch.arange(17))
+    with pytest.raises(ValueError, match="negative"):
+        model(IDS, use_cache=True).past_key_values.crop(3)
     with pytest.raises(ValueError, match="attention_mask must have shape"):
         model(IDS, attention_mask=MASK[:, :4])
     with pytest.raises(ValueError, match="leave past_key_values"):

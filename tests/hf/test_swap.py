@@ -354,7 +354,7 @@ def test_a_cache_with_a_past_of_another_model_is_refused() -> None:
     model = build("llama")
     past = model(IDS, use_cache=True).past_key_values
     swap(model, "carope")
-    with pytest.raises(ValueError, match="not swapped"):
+    with pytest.raises(ValueError, match="before this scheme was swapped in"):
         model(IDS, past_key_values=past)
 
 
