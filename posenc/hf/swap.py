@@ -114,8 +114,8 @@ def swap(model: PreTrainedModel, name: str, **options: Any) -> PreTrainedModel:
         _put(decoder, layers, before)
         decoder._modules.update(tables)
         raise
-    _warn_of_scaling(name, schemes, turned)
     mark(model, name, options)
+    _warn_of_scaling(name, schemes, turned)
     count = sum(p.numel() for scheme in schemes for p in scheme.parameters())
     _log.info(
         f"swapped the position of {len(layers)} layers of {model.config.model_type} for {name}, "
