@@ -271,21 +271,21 @@ def memory(rows: Rows) -> Figure:
 
 
 def extended(rows: Rows) -> Figure:
-    """Loss by position in texts longer than the model was trained for, a line a scaling; theirs
-    dashed.
+    """Loss by position in texts longer than the model was trained for, a line a scaling; those of
+    transformers are circles.
     """
     figure, (axes,) = panels(1, width=8, height=4.5)
     for number, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
-        for implementation, look in (("posenc", "-"), ("transformers", "--")):
+        circles = {"linestyle": "none", "marker": "o", "fillstyle": "none"}
+        for implementation, look in (("posenc", {}), ("transformers", circles)):
             found: dict[int, list[float]] = {}
             for row in where(rows, name=name, implementation=implementation):
                 found.setdefault(row["T"], []).append(row["p50"])
             at = sorted(found)
             if at:
                 text = name if implementation == "posenc" else f"{name}, transformers"
-                axes.plot(
-                    at, [fmean(found[n]) for n in at], look, color=COLOURS[number], label=text
-                )
+                mean = [fmean(found[n]) for n in at]
+                axes.plot(at, mean, color=COLOURS[number], label=text, **look)
     axes.axvline(original_length(rows), color="0.4", linewidth=1, linestyle=":")
     axes.set(xlabel="position, up to (dotted: the training length)", ylabel="loss, nats")
     legend_beside(figure, axes)

@@ -155,7 +155,7 @@ def extend(rows: Rows) -> Section:
     """A trained model on texts longer than it was trained for."""
     return Section(
         "Beyond the training length",
-        "<p>A trained model's RoPE under each scaling; transformers' own dashed.</p>",
+        "<p>A trained model's RoPE under each scaling; circles are transformers' own.</p>",
         {"extend": figures.extended(rows)},
         tables.extend_table(rows).html(),
     )
