@@ -14,7 +14,7 @@ HALF = (*ONE_CORE, "relative bfloat16", "routed bfloat16", "biased_attention bfl
 IN_ORDER = {("biased_attention bfloat16 D=64 table masked", "by_distance_kernel")}
 TUNED_ON = ("3.6.", "3.7.")
 #: Small heads are the loops of larger ones with fewer registers, odd ones those of the next power
-#: of two; fp32's larger ones have the loops of D=64, its masks those of bf16. All are the command's.
+#: of two; fp32's larger ones have the loops of D=64, its masks bf16's. The command takes all.
 LEFT_OUT = ("D=16", "D=32", "D=40", "D=80", "float32 D=96", "float32 D=128", "float32 D=256")
 LAUNCHES = [
     pytest.param(f"{family} {name}", launch, id=f"{family} {name} {launch.kernel.__name__}")
