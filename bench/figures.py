@@ -275,8 +275,8 @@ def extended(rows: Rows) -> Figure:
     transformers are circles.
     """
     figure, (axes,) = panels(1, width=8, height=4.5)
+    circles = {"linestyle": "none", "marker": "o", "fillstyle": "none"}
     for number, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
-        circles = {"linestyle": "none", "marker": "o", "fillstyle": "none"}
         for implementation, look in (("posenc", {}), ("transformers", circles)):
             found: dict[int, list[float]] = {}
             for row in where(rows, name=name, implementation=implementation):

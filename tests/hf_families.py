@@ -1,10 +1,14 @@
 """Small models of the families that `posenc.hf.swap` takes, with odd numbers of everything."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
+
+from posenc.hf import swap
+from posenc.hf.call import Scheme
 
 SIZES = {
     "hidden_size": 48,
@@ -76,3 +80,22 @@ def build(family: str, **more: Any) -> transformers.PreTrainedModel:
             if parameter.ndim > 1:
                 parameter.mul_(4)
     return model
+
+
+def other(model: Any, name: str, **options: Any) -> Any:
+    """The model with a scheme whose parameters are not those that it starts from."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of scaling
+        swap(model, name, **options)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Scheme):
+                for parameter in module.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def off(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference."""
+    return float((a - b).detach().abs().max())

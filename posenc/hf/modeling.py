@@ -6,7 +6,7 @@ loads what train.py and `GPT.save_pretrained` write; what its `save_pretrained` 
 `GPT.from_pretrained` loads.
 """
 
-from dataclasses import asdict, field, fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from posenc.cache import ModelCache
 from posenc.hf.saved import keep_precise
+from posenc.hf.sites import documents
 from posenc.models.config import GPTConfig
 from posenc.models.gpt import GPT, NO_TARGET
 
@@ -76,11 +77,6 @@ class PosencConfig(PreTrainedConfig):
     def mlp_width(self) -> int:
         """Hidden width of the MLP."""
         return self.gpt.mlp_width
-
-    @classmethod
-    def of(cls, config: GPTConfig, **more: Any) -> "PosencConfig":
-        """That of a GPT."""
-        return cls(**asdict(config), **more)
 
 
 class PosencCache(Cache):
@@ -296,11 +292,8 @@ class PosencForCausalLM(PreTrainedModel, GenerationMixin):
         counted = torch.arange(before, before + length, device=given.device)
         if bool((given == counted).all()):
             return None, None
-        breaks = given.diff(dim=-1) != 1
-        if before or not bool(breaks.any()):
-            return given, None
-        segments = nn.functional.pad(breaks.long().cumsum(-1), (1, 0)).expand(batch, length)
-        return given, segments
+        segments = None if before else documents(given)
+        return given, None if segments is None else segments.expand(batch, length)
 
 
 AutoConfig.register(PosencConfig.model_type, PosencConfig)

@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from posenc.hf.call import Scheme
 from posenc.hf.classes import Made, make
+from posenc.hf.layers import swap_layers
 from posenc.phase import Float32Parameters
 
 TYPE, OWN_TYPE, MARK = "posenc_swapped", "swapped_model_type", "posenc"
@@ -53,10 +54,8 @@ class _Model(Made):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        from posenc.hf.swap import swap
-
         said = getattr(config, MARK)
-        swap(self, said["name"], **said["options"])  # type: ignore[arg-type]
+        swap_layers(self, said["name"], said["options"])  # type: ignore[arg-type]
         keep_precise(self)
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from posenc.hf.call import Call, Scheme
 from posenc.hf.classes import Made, make
@@ -179,8 +180,8 @@ def _pairwise(site: Site, kind: type) -> dict[str, Any]:
 
 
 def _turn(
-    q: Tensor, k: Tensor, cos: Call, sin: None, *_: Any, unsqueeze_dim: int = 1, **__: Any
-) -> Any:
+    q: Tensor, k: Tensor, cos: Call, sin: None, *, position_ids: Any = None, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
     """In place of apply_rotary..(q, k, cos, sin)."""
     if unsqueeze_dim == 1:
         return cos.turn(q, k)
@@ -288,13 +289,17 @@ def place_of(position_ids: Tensor) -> Placement:
         raise ValueError(
             f"a swapped model takes position_ids (B, T); got {tuple(position_ids.shape)}."
         )
-    one, length = position_ids.shape[0] == 1, position_ids.shape[1]
-    segments = None
-    if length > 1 and not torch.compiler.is_compiling():
-        breaks = position_ids.diff(dim=-1) != 1
-        if bool(breaks.any()):
-            segments = torch.nn.functional.pad(breaks.long().cumsum(-1), (1, 0))
-    return Placement(position_ids[0] if one else position_ids, length=length, segments=segments)
+    positions = position_ids[0] if position_ids.shape[0] == 1 else position_ids
+    length = position_ids.shape[1]
+    return Placement(positions, length=length, segments=documents(position_ids))
+
+
+def documents(position_ids: Tensor) -> Tensor | None:
+    """Which document a token belongs to, where positions (B, T) do not count on; None: in one."""
+    if position_ids.shape[1] == 1 or torch.compiler.is_compiling():
+        return None
+    breaks = position_ids.diff(dim=-1) != 1
+    return F.pad(breaks.long().cumsum(-1), (1, 0)) if bool(breaks.any()) else None
 
 
 class Places(nn.Module):

@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-import warnings
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from helpers import NAMES
 
 transformers = pytest.importorskip("transformers")
 
-from hf_families import FAMILIES, build  # noqa: E402
+from hf_families import FAMILIES, build, off, other  # noqa: E402
 from posenc.hf import balance_loss, swap  # noqa: E402
 from posenc.hf.call import Scheme  # noqa: E402
 
@@ -42,24 +41,6 @@ torch.manual_seed(1)
 IDS = torch.randint(2, 61, (3, 19))
 MASK = torch.ones_like(IDS)
 MASK[1, :5] = MASK[2, :2] = 0
-
-
-def other(model: Any, name: str, **options: Any) -> Any:
-    """The model with a scheme whose parameters are not those that it starts from."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of scaling
-        swap(model, name, **options)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, Scheme):
-                for parameter in module.parameters():
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def off(a: Tensor, b: Tensor) -> float:
-    return float((a - b).detach().abs().max())
 
 
 def logits(model: Any, **arguments: Any) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from hf_families import GROUPED, SIZES, build  # noqa: E402
+from hf_families import GROUPED, SIZES, build, off, other  # noqa: E402
 from posenc.hf import swap  # noqa: E402
 from posenc.hf.call import Scheme  # noqa: E402
 
@@ -28,25 +28,10 @@ def of(name: str, **arguments: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-def other(model: Any, name: str, **options: Any) -> Any:
-    swap(model, name, **options)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, Scheme):
-                for parameter in module.parameters():
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
 def logits(model: Any, ids: Tensor = IDS, **arguments: Any) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(ids, **arguments).logits
         return found
-
-
-def off(a: Tensor, b: Tensor) -> float:
-    return float((a - b).detach().abs().max())
 
 
 READING_ROWS = ["carope", "selective", "grape", "fox", "cope", "path"]
