@@ -1,12 +1,12 @@
 """Losses of several runs a method, as rows, compared over seeds: the printed tables."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 from bench.rows import Row
-from bench.statistics import MOST_SEEDS, Interval, seeds_needed, student
+from bench.statistics import MOST_SEEDS, Interval, holm, p_value, seeds_needed, student
 
 #: Keys of a recipe in which a match lets methods differ.
 TURNED = {"parameters": {"mlp_dim"}, "flops": {"steps", "warmup"}}
@@ -21,6 +21,7 @@ TITLES = {
     "tail": "loss of the same last tokens after so many of context, mean over seeds",
     "positions": "loss by the position in a window, up to, mean over seeds",
 }
+LEVEL = 0.05
 COLUMNS = 8  # of the tables of several lengths
 Losses = dict[str, dict[int, float]]  # by method and seed
 
@@ -52,6 +53,8 @@ def losses_of(rows: Sequence[Row]) -> Losses:
         own = recipe(row)
         for key in TURNED.get(match_of(row), ()):
             own.pop(key, None)
+        if "tuned" in own:  # to the best of the same rates
+            del own["lr"], own["min_lr"]
         first = first or own
         if different := sorted(set(own.items()) ^ set(first.items())):
             words = [f"{key}={value}" for key, value in different]
@@ -74,26 +77,28 @@ class Gap:
         seeds: the interval over the seeds that both have.
         text: 95% bounds of the bootstrap over seeds and text, where there is one.
         needed: seeds that a test of it needs, None with fewer than two.
+        p: of the paired t test over the seeds, corrected by Holm for all that are compared with
+            the same baseline; None with fewer than two.
     """
 
     seeds: Interval
     count: int
     text: tuple[float, float] | None
     needed: float | None
+    p: float | None
 
     @property
     def verdict(self) -> str:
-        """Lower and higher only where every interval leaves 0 out."""
-        bounds = [self.text] if self.text else []
+        """Lower and higher only where p is below 5% and the text's interval leaves 0 out."""
         direction = "lower" if self.seeds.mean < 0 else "higher"
-        if self.needed is None:
-            clear = self.text is not None and not self.text[0] <= 0 <= self.text[1]
-            return f"{direction if clear else 'no difference'} over the text; seeds: one only"
-        bounds.append((self.seeds.low, self.seeds.high))
-        if not any(low <= 0 <= high for low, high in bounds):
-            return direction
+        clear = self.text is None or not self.text[0] <= 0 <= self.text[1]
+        if self.needed is None or self.p is None:
+            seen = clear and self.text is not None
+            return f"{direction if seen else 'no difference'} over the text; seeds: one only"
+        if self.p < LEVEL:
+            return direction if clear else "no difference that so much text can see"
         if not self.seeds.low <= 0 <= self.seeds.high:
-            return "no difference that so much text can see"
+            return "no difference among so many comparisons"
         count = f"more than {MOST_SEEDS:,}" if math.isinf(self.needed) else f"{self.needed:.0f}"
         return f"no difference that {self.count} seeds can see; this gap needs {count} seeds"
 
@@ -105,8 +110,28 @@ def gap_of(
     pairs = [own[seed] - baseline[seed] for seed in sorted(own.keys() & baseline.keys())]
     if not pairs:
         return None
-    needed = seeds_needed(fmean(pairs), stdev(pairs)) if len(pairs) > 1 else None
-    return Gap(student(pairs), len(pairs), text, needed)
+    if len(pairs) < 2:
+        return Gap(student(pairs), len(pairs), text, None, None)
+    needed = seeds_needed(fmean(pairs), stdev(pairs))
+    return Gap(student(pairs), len(pairs), text, needed, p_value(pairs))
+
+
+def gaps_of(
+    losses: Losses, baseline: str, text: Mapping[str, tuple[float, float]]
+) -> dict[str, Gap]:
+    """The gap of every method but the baseline; p corrected for their number.
+
+    Args:
+        text: 95% bounds of the bootstrap, of those that have them.
+    """
+    found = {}
+    for name, by_seed in losses.items():
+        gap = gap_of(by_seed, losses.get(baseline, {}), text.get(name))
+        if name != baseline and gap is not None:
+            found[name] = gap
+    tested = {name: gap.p for name, gap in found.items() if gap.p is not None}
+    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return {name: replace(gap, p=corrected.get(name)) for name, gap in found.items()}
 
 
 def shown(found: Interval, form: str) -> str:
@@ -126,6 +151,7 @@ def tables(rows: Sequence[Row], baseline: str = "rope") -> Iterator[str]:
     Raises:
         ValueError: for runs that cannot be compared, and without a baseline.
     """
+    yield from _rates(rows)
     for match in dict.fromkeys(map(match_of, rows)):
         own = [row for row in rows if match_of(row) == match]
         wanted = recipe(own[0]).get("baseline", baseline)
@@ -140,6 +166,24 @@ def tables(rows: Sequence[Row], baseline: str = "rope") -> Iterator[str]:
             yield from _all_lengths([row for row in own if row.mode == mode])
 
 
+def _rates(rows: Sequence[Row]) -> Iterator[str]:
+    """The learning rates that were tried, and what each gave."""
+    tried: dict[str, dict[float, float]] = {}
+    for row in rows:
+        if row.mode == "tune":
+            own = tried.setdefault(label(row.name, row.options), {})
+            own[float(recipe(row)["lr"])] = row.p50
+    if not tried:
+        return
+    rates, width = sorted({rate for own in tried.values() for rate in own}), max(map(len, tried))
+    yield "\nloss on the text that decides the learning rate, one seed; * is what the runs take"
+    yield f"  {'':{width}}" + "".join(f"{rate:11g}" for rate in rates)
+    for name, own in tried.items():
+        best = min(own, key=own.__getitem__)
+        cells = [f"{own[r]:.4f}{'*' if r == best else ' '}" if r in own else "-" for r in rates]
+        yield f"  {name:{width}}" + "".join(f"{cell:>11}" for cell in cells)
+
+
 def _one_length(rows: Sequence[Row], baseline: str) -> Iterator[str]:
     first = rows[0]
     losses = losses_of([row for row in rows if row.metric == "loss"])
@@ -151,8 +195,10 @@ def _one_length(rows: Sequence[Row], baseline: str) -> Iterator[str]:
     )
     yield (
         f"  {'method':{width}} seeds  {'loss, over seeds':24}  {'perplexity':24}  bits/byte  "
-        f"{f'loss - {baseline}, over seeds':28}  over seeds and text"
+        f"{f'loss - {baseline}, over seeds':28}  p, Holm  over seeds and text"
     )
+    bounds = {name: found for name in losses if (found := _bounds(rows, name)) is not None}
+    gaps = gaps_of(losses, baseline, bounds)
     for name, by_seed in losses.items():
         loss = student(list(by_seed.values()))
         perplexity = Interval(*(math.exp(min(x, 700)) for x in loss))
@@ -166,10 +212,10 @@ def _one_length(rows: Sequence[Row], baseline: str) -> Iterator[str]:
         byte = f"{fmean(each):.3f}" if each else ""
         line = f"  {name:{width}} {len(by_seed):5}  {shown(loss, '.4f'):24}  "
         line += f"{shown(perplexity, '.2f'):24}  {byte:9}  "
-        found = gap_of(by_seed, losses.get(baseline, {}), _bounds(rows, name))
-        if name != baseline and found is not None:
-            over = "" if found.text is None else "({:+.4f} .. {:+.4f})".format(*found.text)
-            line += f"{shown(found.seeds, '+.4f'):28}  {over:21} {found.verdict}"
+        if (gap := gaps.get(name)) is not None:
+            over = "" if gap.text is None else "({:+.4f} .. {:+.4f})".format(*gap.text)
+            p = "" if gap.p is None else f"{gap.p:.4f}"
+            line += f"{shown(gap.seeds, '+.4f'):28}  {p:7}  {over:21} {gap.verdict}"
         yield line.rstrip()
 
 

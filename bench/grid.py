@@ -1,7 +1,7 @@
 """Cells of a comparison: a training run for each match, method and seed, and their losses.
 
-    RUNS/MATCH/METHOD-sSEED/      a run folder of train.py, and losses.json once it is scored
-    RUNS/MATCH/METHOD-sSEED.log   what the trainer said
+    RUNS/MATCH/METHOD[-lrRATE]-sSEED/      a run folder of train.py, and losses.json once scored
+    RUNS/MATCH/METHOD[-lrRATE]-sSEED.log   what the trainer said
 
 Every cell runs in a process of its own. One that is trained and scored is never touched again, one
 with a checkpoint goes on from it. RUNS is one grid's at a time.
@@ -15,9 +15,9 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -40,9 +40,9 @@ from posenc.training.run_folder import CONFIG, SUMMARY, RunFolder
 from posenc.training.signals import StopSignals
 
 CLOSE = 1e-3  # relative: what counts as matched
-LOSSES = "losses.json"
 #: Of a cell where the user says nothing else: it is scored by this benchmark, not by the trainer.
 QUIET = ["--eval-every", "0", "--eval-tokens", "8192", "--sample-tokens", "0"]
+MIN_SHARE = TrainConfig.min_lr / TrainConfig.lr
 #: Flags that are the grid's own.
 OWN = ("attention", "attention_options", "seed", "data_seed", "out", "resume", "parallel")
 #: Fields in which a folder may differ from what is asked.
@@ -137,7 +137,8 @@ class Cell:
 
         A damaged answer is named once, and removed.
         """
-        answered, trained = self.folder.path / LOSSES, self.folder.path / SUMMARY
+        answered = self.folder.path / f"{question.name}.json"
+        trained = self.folder.path / SUMMARY
         if not (answered.exists() and self.trained):
             return None
         if answered.stat().st_mtime_ns < trained.stat().st_mtime_ns:
@@ -211,6 +212,7 @@ class Plan:
         runs: the folder of all cells.
         flags: of train.py, for every cell.
         seeds: pairs (initial weights, data).
+        rates: the learning rate of each method; none where `flags` has that of all.
     """
 
     runs: Path
@@ -218,10 +220,11 @@ class Plan:
     baseline: Method
     flags: Sequence[str]
     seeds: Sequence[tuple[int, int]]
+    rates: Mapping[Method, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_flags(self.flags)
-        for name in OWN:
+        for name in (*OWN, *(("lr", "min_lr") if self.rates else ())):
             if any(word.partition("=")[0].replace("_", "-") == flag(name) for word in self.flags):
                 raise ValueError(f"{flag(name)} after -- is what the grid varies. Leave it out.")
         if len(set(self.methods)) < len(self.methods):
@@ -235,7 +238,11 @@ class Plan:
     def cell(self, method: Method, seeds: tuple[int, int], match: str = "tokens",
              extra: Sequence[str] = ()) -> Cell:  # fmt: skip
         """A cell. Raises ValueError for flags that cannot be."""
-        name = re.sub(r"[^\w.=,-]+", "-", str(method)) + f"-s{seeds[0]}"
+        name, rate = re.sub(r"[^\w.=,-]+", "-", str(method)), self.rates.get(method)
+        if rate is not None:  # decaying to the share of it that is the trainer's default
+            extra = [*extra, "--lr", f"{rate:g}", "--min-lr", f"{rate * MIN_SHARE:g}"]
+            name += f"-lr{rate:g}"
+        name += f"-s{seeds[0]}"
         argv = [*QUIET, *self.flags, *extra, "--attention", method.name, "--attention-options",
                 *method.options, "--seed", str(seeds[0]), "--data-seed", str(seeds[1]),
                 "--out", str(self.runs / match / name)]  # fmt: skip
@@ -327,7 +334,7 @@ def work(cell: Cell, question: Question, threads: int) -> None:
 
 
 def answer(cell: Cell, question: Question) -> None:
-    """Score the trained model of a cell, in the precision of its training, into losses.json."""
+    """Score a cell's trained model, in the precision of its training, into the question's file."""
     config, since = cell.config, time.perf_counter()
     device = choose_device(config.device)
     model = GPT.from_pretrained(cell.folder.model).to(device)
@@ -341,7 +348,7 @@ def answer(cell: Cell, question: Question) -> None:
     )
     seconds = time.perf_counter() - since
     values = {"question": question.digest(), "seconds": seconds, "losses": found}
-    cell.folder.write_json(LOSSES, values)
+    cell.folder.write_json(f"{question.name}.json", values)
 
 
 class Progress:

@@ -118,11 +118,16 @@ def choose_text(
 
 
 class Question(NamedTuple):
-    """A text, the training context, and the window lengths that models are asked at."""
+    """A text, the training context, and the window lengths that models are asked at.
+
+    Attributes:
+        name: of the answers' file, NAME.json.
+    """
 
     text: Text
     context: int
     lengths: Sequence[int]
+    name: str = "losses"
 
     def digest(self) -> str:
         """The same for the same answer."""
@@ -134,7 +139,7 @@ class Question(NamedTuple):
 
 def ask(
     text: tuple[TokenSequence, int | None], *, context: int, times: Sequence[int], size: int,
-    wanted: int,
+    wanted: int, name: str = "losses",
 ) -> Question:  # fmt: skip
     """Choose the text for windows of so many times the training context.
 
@@ -154,7 +159,7 @@ def ask(
                 f"Give --block {-(-size // lengths[-1]) * lengths[-1]} or other --contexts."
             )
     found = choose_text(*text, size=size, wanted=wanted, lead=lengths[-1] // 2)
-    return Question(found, context, lengths)
+    return Question(found, context, lengths, name)
 
 
 class Window(NamedTuple):
@@ -287,7 +292,7 @@ def losses(
 
 
 def read_losses(text: str, question: Question) -> Losses | None:
-    """The answers of a losses.json, None if they are to another question.
+    """The answers of an answers' file, None if they are to another question.
 
     Raises:
         ValueError: they are damaged.

@@ -11,7 +11,11 @@ bootstrap over seeds and text, or how many seeds it would take to see it. The th
 equal tokens, equal parameters (by the width of the MLPs) and equal training FLOPs (by the number of
 steps). Flags after `--` are those of train.py, for every run.
 
-A run that is trained and scored is kept: after an interruption the same command goes on.
+With --tune every method gets its own learning rate, of the same few for all: the one that did best
+under the first seed on --tune-data, which is not the text that is reported.
+
+A run that is trained and scored is kept: after an interruption the same command goes on. One that
+failed is reported, and the rows of the others are written.
 
 All ten names on books, of which train.parquet and validation.parquet hold one a row, in 15 minutes
 on two cores: 1.0 M tokens a run, scored on 18 blocks of 4096 tokens from 9 books.
@@ -22,6 +26,7 @@ on two cores: 1.0 M tokens a run, scored on 18 blocks of 4096 tokens from 9 book
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import math
 import os
@@ -39,6 +44,7 @@ from bench.grid import Cell, Plan, Stopped, finished, held, method, run
 from bench.losses import Losses, Question, ask
 from bench.rows import Row, RowFile, read, row_of, written
 from bench.statistics import paired_bootstrap
+from bench.tuning import Tuning, tune
 from posenc.cost import model_flops_per_token
 from posenc.data import Corpus
 from posenc.errors import unknown
@@ -88,6 +94,7 @@ class Comparison(NamedTuple):
     question: Question
     symbols: int  # of the vocabulary
     bytes: float | None  # of text behind all targets
+    tuning: Tuning | None = None
 
 
 def bytes_of(question: Question, corpus: Corpus) -> float | None:
@@ -122,6 +129,8 @@ def shared_columns(result: Result, compared: Comparison) -> dict[str, Any]:
     own |= {"match": compared.match, "baseline": compared.baseline}
     own |= {"targets": len(text.targets), "units": len(text.blocks), "unit": text.unit}
     own |= {"documents": text.documents}
+    if compared.tuning is not None:
+        own |= {"tuned": ",".join(f"{rate:g}" for rate in compared.tuning.tried)}
     return {
         "kind": KIND,
         "name": config.attention,
@@ -163,6 +172,22 @@ def cell_rows(result: Result, compared: Comparison) -> list[Row]:
     low, middle, high = np.quantile(result.speeds, (0.2, 0.5, 0.8)).tolist()
     speed = {"p20": low, "p50": middle, "p80": high}
     found.append(Row(metric="throughput", unit="tokens/s", **speed, **about))
+    return found
+
+
+def tuning_rows(compared: Comparison) -> list[tuple[Row, dict[str, Any]]]:
+    """The loss on the deciding text under every learning rate, of the methods that are compared."""
+    tuning, found = compared.tuning, []
+    if tuning is None:
+        return []
+    for trials in tuning.trials.values():
+        for trial in trials:
+            result = read_result(trial.cell, tuning.question)
+            if result is not None and trial.loss is not None:
+                about = shared_columns(result, compared) | {"seed": trial.cell.config.seed}
+                at = {"mode": "tune", "T": trial.cell.config.context}
+                row = single(metric="loss", unit="nats", value=trial.loss, **at, **about)
+                found.append((row, measured_on(result)))
     return found
 
 
@@ -213,6 +238,8 @@ def compare(compared: Comparison, resamples: int) -> list[tuple[Row, dict[str, A
         for result in compared.results
         for row in cell_rows(result, compared)
     ]
+    if compared.match == "tokens":
+        found += tuning_rows(compared)
     for name in dict.fromkeys(result.name for result in compared.results):
         where = measured_on(next(r for r in compared.results if r.name == name))
         found += [(row, where) for row in gap_rows(name, compared, resamples)]
@@ -250,6 +277,8 @@ def parser() -> argparse.ArgumentParser:
     add("--first-seed", type=int, default=0, help="initial weights of the first run")
     add("--first-data-seed", type=int, default=0, help="order of the first run's data")
     add("--contexts", type=int, nargs="+", default=[1, 2, 4], help="in training contexts")
+    add("--tune", type=float, nargs="+", metavar="RATE", help="learning rates that are tried")
+    add("--tune-data", metavar="TEXT", help="validation text that decides; see --val-data")
     add("--match", nargs="+", default=["tokens"], metavar="{" + ",".join(MATCHES) + "}")
     add("--block", type=int, default=4096, help="targets in a block of scored text")
     add("--blocks", type=int, default=18, help="about how many of them, of fewer than 30 documents")
@@ -279,6 +308,12 @@ def check_args(args: argparse.Namespace) -> None:
     for match in args.match:
         if match not in MATCHES:
             raise ValueError(unknown("match", match, MATCHES))
+    if bool(args.tune) != bool(args.tune_data):
+        raise ValueError("--tune needs --tune-data, other text than is reported. Give both.")
+    if args.tune and (args.finished or args.rows):
+        raise ValueError("--tune trains: it goes with neither --finished nor --rows.")
+    if args.tune and (len(set(args.tune)) < len(args.tune) or not all(r > 0 for r in args.tune)):
+        raise ValueError(f"--tune takes different rates above 0; got {args.tune}.")
     if args.rows and (args.finished or args.out):
         raise ValueError("--rows only prints. Leave --finished and --out out.")
 
@@ -310,36 +345,87 @@ def train_and_compare(args: argparse.Namespace, flags: Sequence[str]) -> int:
         size=args.block,
         wanted=args.blocks,
     )
-    if plan is not None:
-        grids = {match: plan.cells(match, corpus.vocab_size) for match in dict.fromkeys(args.match)}
-    cells = list({str(cell): cell for grid in grids.values() for cell in grid}.values())
-    for cell in cells:
-        check_corpus(cell, corpus)
-    # On two cores, two runs of one thread do 1.35 times the tokens of one run of two.
     device = choose_device(first.config.device)
     on_gpu = device.type == "cuda"
-    jobs = args.jobs or (1 if on_gpu else min(cores(), len(cells)))
-    print(f"{len(cells)} runs, {jobs} at a time; scored on {question.text}", flush=True)
-    with nullcontext() if plan is None else held(plan.runs):
-        failed = run(cells, question, jobs=jobs, threads=max(1, cores() // jobs))
 
-    found = []
+    def bring(cells: Sequence[Cell], asked: Question) -> list[Cell]:
+        """Train and ask what is not yet; what failed."""
+        for cell in cells:
+            check_corpus(cell, corpus)
+        # On two cores, two runs of one thread do 1.35 times the tokens of one run of two.
+        jobs = args.jobs or (1 if on_gpu else min(cores(), len(cells)))
+        print(f"{len(cells)} runs, {jobs} at a time; scored on {asked.text}", flush=True)
+        return run(cells, asked, jobs=jobs, threads=max(1, cores() // jobs))
+
+    tuning = None
+    with nullcontext() if plan is None else held(plan.runs):
+        if args.tune:
+            assert plan is not None
+            deciding = deciding_question(args, first.config, corpus)
+            tuning = tune(plan, args.tune, deciding, corpus.vocab_size, bring)
+            plan = with_rates(plan, tuning)
+        if plan is not None:
+            matches = dict.fromkeys(args.match)
+            grids = {match: plan.cells(match, corpus.vocab_size) for match in matches}
+        cells = list({str(cell): cell for grid in grids.values() for cell in grid}.values())
+        failed = bring(cells, question)
+
+    found, size = [], bytes_of(question, corpus)
     for match, grid in grids.items():
         results = [result for cell in grid if (result := read_result(cell, question))]
-        if results:
-            size = bytes_of(question, corpus)
-            compared = Comparison(match, str(baseline), results, question, corpus.vocab_size, size)
+        if any(result.name == str(baseline) for result in results):
+            compared = Comparison(
+                match, str(baseline), results, question, corpus.vocab_size, size, tuning
+            )
             found += compare(compared, args.resamples)
+        elif results:
+            print(f"equal {match}: no run of the baseline {baseline} is left", file=sys.stderr)
     print(*tables([row for row, _ in found]), sep="\n")
-    if failed:
-        print(f"{len(failed)} of {len(cells)} runs failed: no rows are written", file=sys.stderr)
-        return 1
-    if args.out is not None:
+    if args.out is not None and found:
         with atomic_file(args.out) as temporary:
             file = RowFile(temporary, device)
             for row, where in found:
                 file.add(row, **where | ({"threads": None} if on_gpu else {}))
+    if failed:
+        names = ", ".join(cell.folder.path.name for cell in failed)
+        print(f"{len(failed)} of {len(cells)} runs failed: {names}", file=sys.stderr)
+        return 1
     return 0
+
+
+def deciding_question(args: argparse.Namespace, config: TrainConfig, corpus: Corpus) -> Question:
+    """Of --tune-data, in the reported corpus's tokens.
+
+    Raises:
+        ValueError: it is the reported text.
+    """
+    other = corpus_of(dataclasses.replace(config, val_data=args.tune_data))
+    if other.fingerprint == corpus.fingerprint:
+        raise ValueError(f"{args.tune_data} is the text that is reported. Give other --tune-data.")
+    return ask(
+        (other.validation, other.tokenizer.end_of_text if other.tokenizer else None),
+        context=config.context,
+        times=[1],
+        size=args.block,
+        wanted=args.blocks,
+        name="tuning",
+    )
+
+
+def with_rates(plan: Plan, tuning: Tuning) -> Plan:
+    """The plan of the methods that have a rate, each with its own.
+
+    Raises:
+        ValueError: the baseline has none.
+    """
+    rates = tuning.rates
+    left = [own for own in plan.methods if own in rates]
+    for lost in set(plan.methods) - set(left):
+        print(f"{lost} failed at every learning rate: left out", file=sys.stderr)
+    if plan.baseline not in rates:
+        raise ValueError(f"the baseline {plan.baseline} failed at every rate. Give lower ones.")
+    print("learning rates: " + ", ".join(f"{own} {rates[own]:g}" for own in left))
+    return dataclasses.replace(plan, methods=left, rates=rates)
 
 
 def check_corpus(cell: Cell, corpus: Corpus) -> None:

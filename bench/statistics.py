@@ -36,6 +36,29 @@ def student(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def p_value(differences: Sequence[float]) -> float:
+    """Of the two-sided t test that their mean is 0; 1 where all of them are 0."""
+    from scipy.stats import t
+
+    n, mean, sd = len(differences), fmean(differences), stdev(differences)
+    if sd == 0:
+        return 1.0 if mean == 0 else 0.0
+    return float(2 * t.sf(abs(mean) * math.sqrt(n) / sd, n - 1))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """The p values of m tests corrected so that the chance of one false finding is at most 5%.
+
+    The k-th smallest, from 0, becomes the largest of (m - i) p_i over i <= k, 1 at most.
+    """
+    order = sorted(range(len(p)), key=p.__getitem__)
+    corrected, least = [0.0] * len(p), 0.0
+    for k, place in enumerate(order):
+        least = max(least, min(1.0, (len(p) - k) * p[place]))
+        corrected[place] = least
+    return corrected
+
+
 class Bootstrap(NamedTuple):
     """Percentiles of the resampled mean; `low` and `high` bound 95% of it."""
 

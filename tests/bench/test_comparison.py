@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 
-from bench.comparison import Gap, gap_of, label, tables
+from bench.comparison import Gap, gap_of, gaps_of, label, tables
 from bench.perplexity import main, read_rows
 from bench.rows import Row
 from bench.statistics import Interval
@@ -57,31 +58,79 @@ def test_bits_and_tails_are_means_over_seeds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seeds", "text", "needed", "verdict"),
+    ("seeds", "text", "needed", "p", "verdict"),
     [
-        ((-0.2, -0.3, -0.1), (-0.25, -0.05), 3, "lower"),
-        ((0.2, 0.1, 0.3), (0.05, 0.25), 3, "higher"),
-        ((0.2, 0.1, 0.3), None, 3, "higher"),
-        ((0.2, 0.1, 0.3), (-0.05, 0.25), 3, "no difference that so much text can see"),
+        ((-0.2, -0.3, -0.1), (-0.25, -0.05), 3, 0.01, "lower"),
+        ((0.2, 0.1, 0.3), (0.05, 0.25), 3, 0.01, "higher"),
+        ((0.2, 0.1, 0.3), None, 3, 0.01, "higher"),
+        (
+            (0.2, 0.1, 0.3),
+            (0.05, 0.25),
+            3,
+            0.06,
+            "no difference among so many comparisons",
+        ),
+        ((0.2, 0.1, 0.3), (-0.05, 0.25), 3, 0.01, "no difference that so much text can see"),
         (
             (0.2, -0.1, 0.5),
             (0.05, 0.25),
             7,
+            0.1,
             "no difference that 3 seeds can see; this gap needs 7 seeds",
         ),
         (
             (0.0, -0.1, 0.1),
             None,
             float("inf"),
+            1.0,
             "no difference that 3 seeds can see; this gap needs more than 10,000 seeds",
         ),
-        ((-0.2, -9e9, 9e9), (-0.3, -0.1), None, "lower over the text; seeds: one only"),
-        ((-0.2, -9e9, 9e9), (-0.3, 0.1), None, "no difference over the text; seeds: one only"),
-        ((-0.2, -9e9, 9e9), None, None, "no difference over the text; seeds: one only"),
+        ((-0.2, -9e9, 9e9), (-0.3, -0.1), None, None, "lower over the text; seeds: one only"),
+        (
+            (-0.2, -9e9, 9e9),
+            (-0.3, 0.1),
+            None,
+            None,
+            None,
+            "no difference over the text; seeds: one only",
+        ),
+        ((-0.2, -9e9, 9e9), None, None, None, "no difference over the text; seeds: one only"),
     ],
 )
-def test_verdicts(seeds: tuple[float, ...], text: Any, needed: Any, verdict: str) -> None:
-    assert Gap(Interval(*seeds), 3, text, needed).verdict == verdict
+def test_verdicts(
+    seeds: tuple[float, ...], text: Any, needed: Any, p: float | None, verdict: str
+) -> None:
+    assert Gap(Interval(*seeds), 3, text, needed, p).verdict == verdict
+
+
+def test_each_gap_is_one_of_many() -> None:
+    own = {0: 2.0, 1: 2.5, 2: 1.0}
+    losses = {"rope": own}
+    losses |= {f"m{k}": {s: x + 0.1 + k * s / 100 for s, x in own.items()} for k in (1, 2, 3)}
+    losses["one"] = {0: 1.0}
+    found = gaps_of(losses, "rope", {"m1": (0.05, 0.2)})
+    assert list(found) == ["m1", "m2", "m3", "one"]
+    assert found["one"].p is None
+    alone = [stats.ttest_rel(list(losses[f"m{k}"].values()), list(own.values())).pvalue
+             for k in (1, 2, 3)]  # fmt: skip
+    assert alone == sorted(alone)
+    expected = [3 * alone[0], max(3 * alone[0], 2 * alone[1]), max(2 * alone[1], alone[2])]
+    assert [found[f"m{k}"].p for k in (1, 2, 3)] == pytest.approx(expected)
+    assert (found["m1"].text, found["m2"].text) == ((0.05, 0.2), None)
+
+
+def test_learning_rates_may_differ_where_they_were_tuned() -> None:
+    recipes = [f"{RECIPE} lr={rate} min_lr={rate}" for rate in (1, 2)]
+    apart = [row("rope", 0, 3.0, recipe=recipes[0]), row("mha", 0, 3.0, recipe=recipes[1])]
+    with pytest.raises(ValueError, match="differ in"):
+        list(tables(apart))
+    tuned = [r._replace(recipe=f"{r.recipe} tuned=1,2") for r in apart]
+    tried = [
+        row("rope", 0, loss, mode="tune", recipe=f"{recipe} tuned=1,2")
+        for loss, recipe in zip((3.5, 3.25), recipes, strict=True)
+    ]
+    lines = list(tables([*tuned, *tried]))
+    assert [line.split() for line in lines[1:3]] == [["1", "2"], ["rope", "3.5000", "3.2500*"]]
 
 
 def test_a_gap_needs_seeds_of_both() -> None:

@@ -23,22 +23,10 @@ from bench.losses import Question, choose_text
 from bench.perplexity import Comparison, Result, cell_rows, gap_rows
 from bench.rows import read
 from bench.statistics import paired_bootstrap, student
+from grids import SCORING, SEEDS, command, plan
 from posenc.cost import model_flops_per_token
 from posenc.training.cli import parse
-from training_runs import ROOT, flags, write_text
-
-SEEDS = [(0, 5), (1, 6)]
-
-
-def plan(folder: Path, *names: str, words: list[str] | None = None, **changes: Any) -> Plan:
-    own = ("attention", "out", "seed", "data_seed")
-    given = flags(folder, **changes) if words is None else words
-    kept = []
-    for i in range(0, len(given), 2):
-        if given[i][2:] not in own:
-            kept += given[i : i + 2]
-    return Plan(folder / "grid", [method(name) for name in names], method("rope"), kept, SEEDS)
-
+from training_runs import ROOT
 
 # Cells
 
@@ -321,19 +309,6 @@ def test_rows_of_a_gap(tmp_path: Path) -> None:
 # The whole
 
 
-SCORING = ["--contexts", "1", "2", "--block", "64", "--blocks", "10", "--resamples", "99"]
-
-
-def command(folder: Path, **changes: Any) -> list[str]:
-    """The grid of a tiny text that takes some seconds."""
-    if not (folder / "text.txt").exists():
-        write_text(folder / "text.txt", 9000)
-    words = list(plan(folder, "rope", **{"save_every": 100, "steps": 400} | changes).flags)
-    own = ["--attention", "rope", "mha", "--seeds", "1", "--jobs", "2", *SCORING]
-    own += ["--runs", str(folder / "grid"), "--out", str(folder / "rows.jsonl")]
-    return [*own, "--", *words]
-
-
 def steps(folder: Path) -> list[int]:
     return [
         json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
@@ -419,9 +394,12 @@ def test_a_cell_that_fails_does_not_stop_the_others(
     assert perplexity.main(words) == 1
     said = capfd.readouterr()
     assert "mha-s0 failed: error: Is a directory" in said.err
-    assert "1 of 2 runs failed: no rows are written" in said.err
+    assert "1 of 2 runs failed: mha-s0" in said.err
     assert "  rope " in said.out
-    assert not (tmp_path / "rows.jsonl").exists()
+    assert {row["name"] for row in read(tmp_path / "rows.jsonl")} == {"rope"}
+    assert perplexity.main(["--baseline", "mha", *words]) == 1
+    assert "no run of the baseline mha is left" in capfd.readouterr().err
+    assert {row["name"] for row in read(tmp_path / "rows.jsonl")} == {"rope"}
 
 
 def test_a_second_grid_in_the_same_folder_is_refused(

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from bench.statistics import Bootstrap, paired_bootstrap, power, seeds_needed, student
+from bench.statistics import (
+    Bootstrap,
+    holm,
+    p_value,
+    paired_bootstrap,
+    power,
+    seeds_needed,
+    student,
+)
 
 
 def test_student_interval() -> None:
@@ -90,3 +98,18 @@ def test_seeds_needed_at_the_ends() -> None:
     assert seeds_needed(6.0, 1.0) == 3
     # A textbook's: an effect of half a standard deviation needs 34 pairs.
     assert seeds_needed(0.5, 1.0) == 34
+
+
+def test_p_is_that_of_the_t_test() -> None:
+    values = [0.1, 0.4, -0.2, 0.3, 0.25]
+    assert p_value(values) == pytest.approx(stats.ttest_1samp(values, 0.0).pvalue)
+    assert p_value([-x for x in values]) == p_value(values)
+    assert (p_value([0.0, 0.0]), p_value([0.5, 0.5])) == (1.0, 0.0)
+
+
+def test_holm_on_a_worked_example() -> None:
+    # 4 tests: 4 * .005 = .02, 3 * .01 = .03, 2 * .03 = .06, and .04 not below the one before.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([0.2]) == [0.2]
+    assert holm([]) == []
