@@ -91,7 +91,6 @@ def test_bits_and_tails_are_means_over_seeds() -> None:
             (-0.3, 0.1),
             None,
             None,
-            None,
             "no difference over the text; seeds: one only",
         ),
         ((-0.2, -9e9, 9e9), None, None, None, "no difference over the text; seeds: one only"),
