@@ -1,5 +1,6 @@
 """bench.comparison: pairing, verdicts, and what is not compared."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_learning_rates_may_differ_where_they_were_tuned() -> None:
     apart = [row("rope", 0, 3.0, recipe=recipes[0]), row("mha", 0, 3.0, recipe=recipes[1])]
     with pytest.raises(ValueError, match="differ in"):
         list(tables(apart))
-    tuned = [r._replace(recipe=f"{r.recipe} tuned=1,2") for r in apart]
+    tuned = [replace(r, recipe=f"{r.recipe} tuned=1,2") for r in apart]
     tried = [
         row("rope", 0, loss, mode="tune", recipe=f"{recipe} tuned=1,2")
         for loss, recipe in zip((3.5, 3.25), recipes, strict=True)
