@@ -17,7 +17,12 @@ from torch import Tensor
 
 from posenc.kernels import by_distance, flash
 from posenc.kernels.bias import MARGIN, Bias, bias_arguments
-from posenc.kernels.common import backward_only, rows_by_head
+from posenc.kernels.common import (
+    backward_only,
+    leave_out,
+    of_one_output,
+    rows_by_head,
+)
 from posenc.kernels.mask import CAUSAL, PLAIN, Mask, arguments, every_part
 
 #: Of wider heads three TF32 products of two pairs of tiles are more than the registers hold.
@@ -97,11 +102,12 @@ def _(do, q, k, v, decay, table, o, lse, table_gradient, *options):
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.scale, ctx.deterministic, ctx.window, first, last, real = inputs
     o, lse = output
-    ctx.mark_non_differentiable(lse)
+    leave_out(ctx, lse)
     ctx.save_for_backward(*tensors, o, lse, first, last, real)
 
 
-def _differentiate(ctx, do, _):
+@of_one_output
+def _differentiate(ctx, do):
     *tensors, first, last, real = ctx.saved_tensors
     decay, table = tensors[3:5]
     trained = table is not None and ctx.needs_input_grad[4]

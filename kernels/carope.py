@@ -34,7 +34,9 @@ from posenc.kernels.common import (
     backward_only,
     device_of,
     head_of,
+    leave_out,
     load_tile,
+    place_of,
     require_runnable,
     rows_by_head,
     store_tile,
@@ -111,8 +113,9 @@ def sum_kernel(
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Program (tile, head of the batch): how far the tile turns, into sums (B, G, tiles, D/2)."""
-    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Program (tile of a sequence, head): how far the tile turns, into sums (B, G, tiles, D/2)."""
+    tile, h, b = place_of(tiles)
+    head = b * tl.num_programs(1) + h
     steps = token_steps(rates, head, tile * ROWS, length, FIRST_POWER, ROWS, BLOCK_P)
     bands = tl.arange(0, BLOCK_P)
     at = sums + (head * tiles + tile) * PAIRS + bands
@@ -168,12 +171,12 @@ def forward_kernel(
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Program (tile, head of k, batch row): turn k and GROUP heads of q.
+    """Program (tile of a sequence, head of k): turn k and GROUP heads of q.
 
     The last tile leaves its final phase. KEEP writes the phases of all tokens, int64
     (B, G, T, D/2).
     """
-    tile, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    tile, h, b = place_of(tiles)
     head = b * heads + h
     first = tile * ROWS
     bands = tl.arange(0, BLOCK_P)
@@ -276,12 +279,12 @@ def backward_kernel(
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Program (tile, head of k, batch row): dk, dq of the GROUP heads that share its phases, and
+    """Program (tile of a sequence, head of k): dk, dq of the GROUP heads that share its phases, and
     dlog f as far as this tile's tokens cause it.
 
     q, k are the rotated ones. The tile's sums of dphi go to `sums` (B, G, tiles, D/2).
     """
-    tile, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    tile, h, b = place_of(tiles)
     head = b * heads + h
     first = tile * ROWS
     bands = tl.arange(0, BLOCK_P)
@@ -320,8 +323,9 @@ def later_kernel(
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Program (tile, head of the batch): add to dlog f what the tokens after the tile cause."""
-    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Program (tile of a sequence, head): add to dlog f what the tokens after the tile cause."""
+    tile, h, b = place_of(tiles)
+    head = b * tl.num_programs(1) + h
     first = tile * ROWS
     bands = tl.arange(0, BLOCK_P)
     later = tl.load(sums + (head * tiles + tile) * PAIRS + bands, mask=bands < PAIRS, other=0.0)
@@ -392,11 +396,11 @@ def forward(
         elif tiles == 1:
             carries.copy_(carry[:, :, None])
         else:
-            sum_kernel[tiles, batch * heads](
+            sum_kernel[tiles * batch, heads](
                 rates, carries, length, tiles, **sizes, num_warps=WARPS["sum"], **OPTIONS
             )
             _scan(carries, carry, reverse=False)
-        forward_kernel[tiles, heads, batch](
+        forward_kernel[tiles * batch, heads](
             strided(q), strided(k), strided(q_out), strided(k_out), rates, carries, last,
             phases, length, tiles, heads,
             KEEP=keep, GROUP=q.shape[1] // heads, **sizes,
@@ -422,7 +426,7 @@ def backward(
     dlog = torch.empty(rates.shape, dtype=torch.float32, device=rates.device)
     sums = torch.empty(carries.shape, dtype=torch.float32, device=rates.device)
     with device_of(q_out):
-        backward_kernel[tiles, heads, batch](
+        backward_kernel[tiles * batch, heads](
             strided(q_out), strided(k_out), strided(dq_out), strided(dk_out), strided(dq),
             strided(dk), rates, carries, dlog, sums, length, tiles, heads,
             GROUP=q_out.shape[1] // heads, **sizes,
@@ -438,7 +442,7 @@ def add_later(dlog: Tensor, sums: Tensor, rates: Tensor, sizes: dict[str, int]) 
     if tiles > 1:
         with device_of(sums):
             _scan(sums, None, reverse=True)
-            later_kernel[tiles, batch * heads](
+            later_kernel[tiles * batch, heads](
                 rates, dlog, sums, rates.shape[2], tiles,
                 **sizes, num_warps=WARPS["later"], **OPTIONS,
             )  # fmt: skip
@@ -510,11 +514,16 @@ def _save(ctx, inputs, output) -> None:
     _, _, log_rates, _, ctx.first_power, _ = inputs
     q_out, k_out, *whole = output
     ctx.dtype = log_rates.dtype
-    ctx.mark_non_differentiable(*whole)
+    leave_out(ctx, *whole)
     ctx.save_for_backward(q_out, k_out, *whole[-2:])
 
 
 def _differentiate(ctx, dq_out, dk_out, *_):
+    q_out, k_out, *_ = ctx.saved_tensors
+    if dq_out is None:  # only one of both goes on to the loss
+        dq_out = torch.zeros_like(q_out)
+    if dk_out is None:
+        dk_out = torch.zeros_like(k_out)
     dq, dk, dlog = _backward_op(dq_out, dk_out, *ctx.saved_tensors, ctx.first_power)
     return dq, dk, dlog.to(ctx.dtype), None, None, None
 

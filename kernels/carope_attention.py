@@ -18,7 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from posenc.kernels import carope, flash
-from posenc.kernels.common import backward_only, head_of, rows_by_head, store_tile, strided
+from posenc.kernels.common import (
+    backward_only,
+    head_of,
+    leave_out,
+    of_one_output,
+    rows_by_head,
+    store_tile,
+    strided,
+)
 from posenc.kernels.hooks import Hook
 from posenc.kernels.mask import CAUSAL, PLAIN, Arguments, Mask, arguments, every_part
 from posenc.kernels.turns import cos_sin, upper
@@ -200,11 +208,12 @@ def _save(ctx, inputs, output) -> None:
     _, _, v, log_rates, *ctx.options, first, last, real = inputs
     o, lse, q_turned, k_turned, rates, carries = output
     ctx.dtype = log_rates.dtype
-    ctx.mark_non_differentiable(*output[1:])
+    leave_out(ctx, *output[1:])
     ctx.save_for_backward(q_turned, k_turned, v, o, lse, rates, carries, first, last, real)
 
 
-def _differentiate(ctx, do, *_):
+@of_one_output
+def _differentiate(ctx, do):
     *tensors, first, last, real = ctx.saved_tensors
     *grads, dlog = _backward_op(do, *tensors, *ctx.options, first, last, real)
     return *grads, dlog.to(ctx.dtype), *(None,) * 7

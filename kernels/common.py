@@ -93,6 +93,24 @@ def _is_followed(x: Tensor) -> bool:
         return forward_ad.unpack_dual(x).tangent is not None
 
 
+def leave_out(ctx: Any, *outputs: Tensor) -> None:
+    """Outputs of an op that have no gradient: backward is not given zeros of their size."""
+    ctx.mark_non_differentiable(*outputs)
+    ctx.set_materialize_grads(False)
+
+
+def of_one_output(differentiate: Callable) -> Callable:
+    """The backward of an op of which `leave_out` leaves the first output alone."""
+
+    @functools.wraps(differentiate)
+    def checked(ctx: Any, gradient: Tensor | None, *others: None) -> tuple:
+        if gradient is None:  # what came after gave None
+            return (None,) * len(ctx.needs_input_grad)
+        return differentiate(ctx, gradient)
+
+    return checked
+
+
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """The context in which to launch: Triton takes the current device, not the tensors'."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
@@ -135,6 +153,15 @@ def any_given(*parts):
     no tuple that holds None.
     """
     return any(part is not None for part in parts)
+
+
+@triton.jit
+def place_of(tiles):
+    """Tile, head and batch row, the latter two 64-bit, in a grid of (tiles of all rows, heads): the
+    second dimension holds 65,535 programs at most.
+    """
+    program, h = tl.program_id(0), tl.program_id(1)
+    return program % tiles, h.to(tl.int64), (program // tiles).to(tl.int64)
 
 
 @triton.jit

@@ -35,7 +35,9 @@ from posenc.kernels.common import (
     block_of,
     device_of,
     head_of,
+    leave_out,
     load_tile,
+    of_one_output,
     require_runnable,
     rows_by_head,
     store_tile,
@@ -479,11 +481,12 @@ def _(do, q, k, v, *options):
 def _save(ctx, inputs, output) -> None:
     q, k, v, ctx.scale, ctx.deterministic, ctx.window, *mask = inputs
     o, lse = output
-    ctx.mark_non_differentiable(lse)
+    leave_out(ctx, lse)
     ctx.save_for_backward(q, k, v, o, lse, *mask)
 
 
-def _differentiate(ctx, do, _):
+@of_one_output
+def _differentiate(ctx, do):
     *tensors, first, last, real = ctx.saved_tensors
     mask = (ctx.window, first, last, real)
     grads = _backward_op(do, *tensors, ctx.scale, ctx.deterministic, *mask)

@@ -48,9 +48,10 @@ class Report(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A caught launch: the kernel and its arguments."""
+    """A caught launch: the kernel, its grid and its arguments."""
 
     kernel: JITFunction
+    grid: tuple[int, ...]
     args: tuple
     kwargs: dict
 
@@ -61,7 +62,7 @@ def caught() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def run(self, *args, grid, warmup, **kwargs):
-        launches.append(Launch(self, args, kwargs))
+        launches.append(Launch(self, grid, args, kwargs))
 
     original = JITFunction.run
     JITFunction.run = run

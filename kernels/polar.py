@@ -31,6 +31,7 @@ from posenc.kernels.common import (
     device_of,
     head_of,
     load_tile,
+    place_of,
     require_runnable,
     store_tile,
     strided,
@@ -167,13 +168,15 @@ def forward_kernel(
     position_b,
     position_t,
     length,
+    tiles,
     HAS_POSITIONS: tl.constexpr,
     PAIRS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Program (tile of ROWS tokens, head, batch row)."""
-    first, head, row = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Program (tile of ROWS tokens of a sequence, head)."""
+    tile, head, row = place_of(tiles)
+    first = tile * ROWS
     bands = tl.arange(0, BLOCK_P)
     shift = tl.load(delta + head * PAIRS + bands, mask=bands < PAIRS, other=1.0) - 1.0
     offset = tl.load(b + head * PAIRS + bands, mask=bands < PAIRS, other=0.0)
@@ -182,13 +185,12 @@ def forward_kernel(
     turns = position_turns(
         fractions, positions, position_t, first, length, HAS_POSITIONS, ROWS, PAIRS, BLOCK_P
     )
-    h = head.to(tl.int64)
     _turn(
-        head_of(q, row, h), head_of(q_out, row, h), shift, offset,
+        head_of(q, row, head), head_of(q_out, row, head), shift, offset,
         turns, first, length, PAIRS, ROWS, BLOCK_P,
     )  # fmt: skip
     _turn(
-        head_of(k, row, h), head_of(k_out, row, h), shift, tl.zeros_like(offset),
+        head_of(k, row, head), head_of(k_out, row, head), shift, tl.zeros_like(offset),
         turns, first, length, PAIRS, ROWS, BLOCK_P,
     )  # fmt: skip
 
@@ -216,8 +218,8 @@ def backward_kernel(
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Program (tile, head, batch row): dq, dk, its row of `partial` (B, tiles, 2, H, D/2)."""
-    tile, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Program (tile of a sequence, head): dq, dk, its row of `partial` (B, tiles, 2, H, D/2)."""
+    tile, head, row = place_of(tiles)
     first = tile * ROWS
     bands = tl.arange(0, BLOCK_P)
     shift = tl.load(delta + head * PAIRS + bands, mask=bands < PAIRS, other=1.0) - 1.0
@@ -227,13 +229,12 @@ def backward_kernel(
     turns = position_turns(
         fractions, positions, position_t, first, length, HAS_POSITIONS, ROWS, PAIRS, BLOCK_P
     )
-    h = head.to(tl.int64)
     q_delta, q_b = _turn_back(
-        head_of(q, row, h), head_of(dq_out, row, h), head_of(dq, row, h), shift, offset,
+        head_of(q, row, head), head_of(dq_out, row, head), head_of(dq, row, head), shift, offset,
         turns, first, length, PAIRS, ROWS, BLOCK_P,
     )  # fmt: skip
     k_delta, _ = _turn_back(
-        head_of(k, row, h), head_of(dk_out, row, h), head_of(dk, row, h), shift,
+        head_of(k, row, head), head_of(dk_out, row, head), head_of(dk, row, head), shift,
         tl.zeros_like(offset), turns, first, length, PAIRS, ROWS, BLOCK_P,
     )  # fmt: skip
     at = partial + ((row * tiles + tile) * 2 * heads + head) * PAIRS + bands
@@ -255,10 +256,11 @@ def forward(
     q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
     k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     sizes = blocks(head_dim)
+    tiles = triton.cdiv(length, sizes["ROWS"])
     with device_of(q):
-        forward_kernel[triton.cdiv(length, sizes["ROWS"]), heads, batch](
+        forward_kernel[tiles * batch, heads](
             strided(q), strided(k), strided(q_out), strided(k_out), delta, b, fractions,
-            *position_arguments(fractions, positions), length,
+            *position_arguments(fractions, positions), length, tiles,
             HAS_POSITIONS=positions is not None, **sizes, num_warps=NUM_WARPS, **OPTIONS,
         )  # fmt: skip
     return q_out, k_out
@@ -283,7 +285,7 @@ def backward(
     shape = (batch, tiles, 2, heads, head_dim // 2)
     partial = torch.empty(shape, dtype=torch.float32, device=q.device)
     with device_of(q):
-        backward_kernel[tiles, heads, batch](
+        backward_kernel[tiles * batch, heads](
             strided(q), strided(k), strided(dq_out), strided(dk_out), strided(dq), strided(dk),
             partial, delta, b, fractions, *position_arguments(fractions, positions),
             length, tiles, heads,

@@ -31,7 +31,9 @@ from posenc.kernels.common import (
     block_of,
     device_of,
     head_of,
+    leave_out,
     load_tile,
+    of_one_output,
     rows_by_head,
     store_tile,
     strided,
@@ -404,11 +406,12 @@ def _(do, q, k, v, table, *options):
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.scale, ctx.deterministic, ctx.window, first, last, real = inputs
     o, lse = output
-    ctx.mark_non_differentiable(lse)
+    leave_out(ctx, lse)
     ctx.save_for_backward(*tensors, o, lse, first, last, real)
 
 
-def _differentiate(ctx, do, _):
+@of_one_output
+def _differentiate(ctx, do):
     *tensors, first, last, real = ctx.saved_tensors
     mask = (ctx.window, first, last, real)
     grads = _backward_op(do, *tensors, ctx.scale, ctx.deterministic, *mask)

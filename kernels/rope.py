@@ -22,6 +22,7 @@ from posenc.kernels.common import (
     device_of,
     head_of,
     load_tile,
+    place_of,
     require_runnable,
     store_tile,
     strided,
@@ -42,7 +43,7 @@ NUM_WARPS = 4
 TILE = 1024
 #: Programs wanted before several heads share one program's cosines; an H100 has 132 processors.
 PROGRAMS = 1024
-UNSPECIALIZED = ["length", "q_heads", "k_heads", "group", "position_b"]
+UNSPECIALIZED = ["length", "tiles", "q_heads", "k_heads", "group", "position_b"]
 
 
 @triton.jit
@@ -98,6 +99,7 @@ def rope_kernel(
     position_b,
     position_t,
     length,
+    tiles,
     q_heads,
     k_heads,
     group,
@@ -111,10 +113,9 @@ def rope_kernel(
     PAIRS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Program (tile of ROWS tokens, group of heads, batch row)."""
-    first = tl.program_id(0) * ROWS
-    begin = tl.program_id(1) * group
-    batch = tl.program_id(2).to(tl.int64)
+    """Program (tile of ROWS tokens of a sequence, group of heads)."""
+    tile, _, batch = place_of(tiles)
+    first, begin = tile * ROWS, tl.program_id(1) * group
     if HAS_POSITIONS:
         positions += batch * position_b
     turns = position_turns(
@@ -169,8 +170,9 @@ def launch(
     heads = max(q_heads, k_heads)
     groups = min(heads, triton.cdiv(PROGRAMS, tiles * batch))
     group = triton.cdiv(heads, groups)
+    groups = triton.cdiv(heads, group)
     with device_of(q):
-        rope_kernel[tiles, triton.cdiv(heads, group), batch](
+        rope_kernel[tiles * batch, groups](
             strided(q),
             strided(k),
             strided(q_out),
@@ -178,6 +180,7 @@ def launch(
             fractions,
             *position_arguments(fractions, positions),
             length,
+            tiles,
             q_heads,
             k_heads,
             group,

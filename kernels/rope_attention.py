@@ -25,7 +25,9 @@ from posenc.kernels import flash, rope
 from posenc.kernels.common import (
     backward_only,
     head_of,
+    leave_out,
     load_tile,
+    of_one_output,
     rows_by_head,
     store_tile,
     strided,
@@ -203,12 +205,13 @@ def _(do, q_turned, k_turned, v, *options):
 def _save(ctx, inputs, output) -> None:
     _, _, v, fractions, positions, *ctx.options, first, last, real = inputs
     o, lse, q_turned, k_turned = output
-    ctx.mark_non_differentiable(lse, q_turned, k_turned)
+    leave_out(ctx, lse, q_turned, k_turned)
     tensors = (q_turned, k_turned, v, o, lse, fractions, positions, first, last, real)
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx, do, *_):
+@of_one_output
+def _differentiate(ctx, do):
     *tensors, first, last, real = ctx.saved_tensors
     return *_backward_op(do, *tensors, *ctx.options, first, last, real), *(None,) * 10
 

@@ -36,7 +36,9 @@ from posenc.kernels.common import (
     block_of,
     device_of,
     head_of,
+    leave_out,
     load_rows,
+    of_one_output,
     rows_by_head,
     store_rows,
     strided,
@@ -407,11 +409,12 @@ def _(dy, q, k, v, gates, y, lse, *options):
 
 def _save(ctx, inputs, output) -> None:
     q, k, v, gates, ctx.scale, ctx.deterministic, ctx.window, *mask = inputs
-    ctx.mark_non_differentiable(*output[1:])
+    leave_out(ctx, *output[1:])
     ctx.save_for_backward(q, k, v, gates, *output, *mask)
 
 
-def _differentiate(ctx, dy, *_):
+@of_one_output
+def _differentiate(ctx, dy):
     return _gradients(_backward_op, ctx, dy)
 
 
@@ -481,11 +484,12 @@ def _(dy, q, k, v, gates, o, lse, *options):
 def _save_dense(ctx, inputs, output) -> None:
     q, k, v, gates, ctx.scale, ctx.deterministic, ctx.window, *mask = inputs
     _, o, lse = output
-    ctx.mark_non_differentiable(o, lse)
+    leave_out(ctx, o, lse)
     ctx.save_for_backward(q, k, v, gates, o, lse, *mask)
 
 
-def _differentiate_dense(ctx, dy, *_):
+@of_one_output
+def _differentiate_dense(ctx, dy):
     return _gradients(_dense_backward_op, ctx, dy)
 
 

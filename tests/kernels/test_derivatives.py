@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import NAMES, build, close
 from posenc.kernels import common
@@ -163,3 +164,64 @@ def test_what_is_not_differentiated_passes(device):
     close(torch.func.jvp(frozen, (v,), (torch.ones_like(v),))[1], expected.sum(), 1e-6)
     leaf = v.clone().requires_grad_()
     close(torch.autograd.grad(frozen(leaf), leaf)[0], expected, 1e-6)
+
+
+class Zeros(TorchDispatchMode):
+    """Counts the elements of zeros that are made."""
+
+    made = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if "zero" in function.__name__:
+            self.made += result.numel()
+        return result
+
+
+class Nothing(torch.autograd.Function):
+    """Passes x on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+def run(op, device):
+    """Outputs of an op that require gradients, and its tensors."""
+    tensors = [x.to(device).requires_grad_(x.dtype != torch.float64) for x in OPS[op]()]
+    if getattr(op, "keywords", {}).get("inplace"):
+        tensors[:2] = [x.clone() for x in tensors[:2]]
+    result = op(*tensors)
+    results = result if isinstance(result, tuple) else (result,)
+    return [x for x in results if x.requires_grad], [x for x in tensors if x.is_leaf]
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: getattr(op, "func", op).__name__)
+def test_outputs_without_a_gradient_cost_backward_nothing(op, device):
+    outputs, _ = run(op, device)
+    with Zeros() as zeros:
+        torch.autograd.backward([x.sum() for x in outputs])
+    assert zeros.made == 0
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: getattr(op, "func", op).__name__)
+def test_no_gradient_gives_none(op, device):
+    outputs, tensors = run(op, device)
+    torch.autograd.backward([Nothing.apply(x).sum() for x in outputs])
+    assert all(x.grad is None or not x.grad.any() for x in tensors)
+
+
+def test_a_gradient_of_q_alone(device):
+    q, k = (x.to(device).requires_grad_() for x in pair())
+    log_rates = (-heads(B, H, T)).to(device)
+    carope(q, k, log_rates)[0].sum().backward()
+    whole = q.grad.clone()
+    q.grad = None
+    q_out, k_out = carope(q, k, log_rates)[:2]
+    (q_out.sum() + 0 * k_out.sum()).backward()
+    assert torch.equal(q.grad, whole)
+    assert not k.grad.any()
