@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posenc.accounting import Part, Sizes, product, rotation, rotation_by_angles, state, weights
-from posenc.autocast import no_autocast
 from posenc.cache import Cache, Stream
 from posenc.checks import (
     check_base,
@@ -40,6 +39,7 @@ from posenc.encodings.base import Encoding
 from posenc.encodings.running import RunningRotation
 from posenc.errors import unknown
 from posenc.placement import Placement
+from posenc.precise import precise_columns
 from posenc.rotations import ByPhase, ByRates
 
 
@@ -48,9 +48,7 @@ def log_rates(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     The logarithm, never log of a computed f, which is 0 for large z and has a NaN gradient there.
     """
-    with no_autocast(x.device):
-        # fp64, H columns wide: cheap, and TF32, which a trainer may allow, cannot reach it.
-        z = weight.double().mT @ x.double().mT  # (B, H, T)
+    z = precise_columns(x, weight)  # (B, H, T)
     z = z if bias is None else z + bias.double().unsqueeze(-1)
     return -torch.log1p(softplus(z))
 
@@ -141,7 +139,7 @@ class CARoPE(RunningRotation):
         """z = x W: C G (+ G) parameters, N C G multiply-adds; then for every token, key head and
         pair an exponential, an addition, a sine and a cosine; and the rotation.
 
-        Keeps x in fp64. Its parameters are never below fp32; state the phase, G D/2 in fp64.
+        Its parameters are never below fp32; state the phase, G D/2 in fp64.
         """
         sines = Part(elementwise=s.N * s.G * s.D)
         return self.phase_cost(s) + sines + rotation(s, s.D)
@@ -152,7 +150,6 @@ class CARoPE(RunningRotation):
             weights(s.C * s.G + (s.G if self.bias is not None else 0), s.precise)
             + product(s.N * s.C * s.G)
             + Part(elementwise=s.N * s.G * s.D)  # exponential, addition
-            + Part(saved_bytes=8 * s.N * s.C if s.e < 8 else 0)
             + state(self.streams().values(), s, read=1)
         )
 

@@ -19,20 +19,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posenc.accounting import Part, Sizes, product, state, weights
-from posenc.autocast import no_autocast
 from posenc.cache import Cache, Stream
 from posenc.checks import check_causal, check_sizes, check_tokens
 from posenc.encodings.base import Encoding
 from posenc.phase import Float32Parameters
 from posenc.placement import Placement, given
+from posenc.precise import precise_columns
 from posenc.scores import Decay, Scores
 
 
 def log_gates(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """log sigmoid(x W + bias): x (B, T, C), W (C, H) -> (B, H, T) in fp64; never log of a gate."""
-    with no_autocast(x.device):
-        z = weight.double().mT @ x.double().mT  # (B, H, T)
-    return F.logsigmoid(z + bias.double().unsqueeze(-1))
+    return F.logsigmoid(precise_columns(x, weight) + bias.double().unsqueeze(-1))
 
 
 class FoX(Float32Parameters, Encoding):
@@ -94,13 +92,12 @@ class FoX(Float32Parameters, Encoding):
 
     def cost(self, s: Sizes) -> Part:
         """C H + H parameters, never below fp32; N C H multiply-adds; an exponential and a sum for
-        every token and head. Keeps x in fp64. State c, H in fp64.
+        every token and head. State c, H in fp64.
         """
         return (
             weights(s.C * s.H + s.H, s.precise)
             + product(s.N * s.C * s.H)
             + Part(elementwise=2 * s.N * s.H)
-            + Part(saved_bytes=8 * s.N * s.C if s.e < 8 else 0)
             + state(self.streams().values(), s, read=s.seen)
         )
 

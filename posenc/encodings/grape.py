@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from posenc.accounting import Part, Sizes, product, rotation_by_angles, state, weights
-from posenc.autocast import no_autocast
 from posenc.cache import Cache, Stream
 from posenc.checks import check_base, check_head_dim, check_heads, check_sizes, check_tokens
 from posenc.encodings.running import RunningRotation
 from posenc.errors import unknown
 from posenc.phase import inverse_frequencies
 from posenc.placement import Placement
+from posenc.precise import precise_columns
 from posenc.rotations import BySteps
 
 #: What the logit of a rate is divided by.
@@ -44,10 +44,7 @@ START = math.log(math.expm1(0.001))
 
 def token_rates(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """sigmoid((x W + b) / 16): x (B, T, C), W (C, 1), b (1) -> (B, 1, T) in fp64."""
-    with no_autocast(x.device):
-        # fp64, and one column wide: cheap.
-        z = weight.double().mT @ x.double().mT  # (B, 1, T)
-    return torch.sigmoid((z + bias.double()) / TEMPERATURE)
+    return torch.sigmoid((precise_columns(x, weight) + bias.double()) / TEMPERATURE)
 
 
 class GRAPE(RunningRotation):
@@ -115,13 +112,12 @@ class GRAPE(RunningRotation):
         """rate = sigmoid(x W + b): C + 1 + D/2 parameters, N C multiply-adds and an exponential;
         for every token and pair a sine and a cosine; and the rotation.
 
-        Keeps x in fp64. Its parameters are never below fp32; state one sum in fp64.
+        Its parameters are never below fp32; state one sum in fp64.
         """
         return (
             weights(s.C + 1 + s.D // 2, s.precise)
             + product(s.N * s.C)
             + Part(elementwise=s.N * (2 + s.D))  # exponential, addition; sine, cosine
-            + Part(saved_bytes=8 * s.N * s.C if s.e < 8 else 0)
             + state(self.streams().values(), s, read=1)
             + rotation_by_angles(s)
         )
