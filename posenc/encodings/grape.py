@@ -112,12 +112,15 @@ class GRAPE(RunningRotation):
         """rate = sigmoid(x W + b): C + 1 + D/2 parameters, N C multiply-adds and an exponential;
         for every token and pair a sine and a cosine; and the rotation.
 
-        Its parameters are never below fp32; state one sum in fp64.
+        Keeps a token's rate and sum in fp64, its phases, sines and cosines in fp32 or better. Its
+        parameters are never below fp32; state one sum in fp64.
         """
+        angles = (3 if s.e < 8 else 2) * s.D // 2
         return (
             weights(s.C + 1 + s.D // 2, s.precise)
             + product(s.N * s.C)
             + Part(elementwise=s.N * (2 + s.D))  # exponential, addition; sine, cosine
+            + Part(saved_bytes=s.N * (angles * s.precise + 16))
             + state(self.streams().values(), s, read=1)
             + rotation_by_angles(s)
         )
