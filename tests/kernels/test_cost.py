@@ -53,6 +53,8 @@ def test_bytes_kept_by_a_layer(variant, dtype, device):
     saved = bytes_saved(layer, lambda: layer(x, return_aux=True), large)
     powers = 2 * 4 * LENGTH * layer.head_dim if name == "xpos" else 0
     small = 4 * TOKENS * HEADS + powers
+    if name == "grape":  # one head's phases, sines and cosines, its rates and sums
+        small += TOKENS * (3 * 4 * layer.head_dim // 2 + 16)
     assert saved == posenc.attention_cost(layer, BATCH, LENGTH).total.saved_bytes - small
 
 
