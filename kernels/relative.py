@@ -135,19 +135,21 @@ def forward_kernel(
         for begin in tl.range(start, stop, SEGMENT, disable_licm=True):
             count = tl.cdiv(min(stop - begin, SEGMENT), BLOCK_N) * BLOCK_N
             store_bias(
-                scratch, r, first + shift, begin, count, rows_of_table, offsets_of_head, P,
+                scratch, r, first + shift, begin, count, rows_of_table, offsets_of_head, P, c,
                 WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()
             for at in range(0, count, BLOCK_N):
                 k_tile = load_tile(keys, begin + at, S, BLOCK_N, D, BLOCK_D)
                 s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
-                s += load_bias(scratch, at, WIDTH, BLOCK_M, BLOCK_N)
+                # Not s += bias: that is folded into the product, and its load is then not started
+                # early.
+                s = s * c + load_bias(scratch, at, WIDTH, BLOCK_M, BLOCK_N)
                 n = begin + at + tl.arange(0, BLOCK_N)[None, :]
                 real_here = along(real_tile(real, begin + at, BLOCK_N), 1)
                 s = hide(s, (row + shift)[:, None], n, lo, None, real_here, MASK)
                 v_tile = load_tile(values, begin + at, S, BLOCK_N, D, BLOCK_D)
-                sums, total, peak = add_keys(sums, total, peak, s, v_tile, c, PRECISION)
+                sums, total, peak = add_keys(sums, total, peak, s, v_tile, 1.0, PRECISION)
             tl.debug_barrier()
         store_tile(head_of(o, b, h), sums / total[:, None], first, T, BLOCK_M, D, BLOCK_D)
         tl.store(lse + bh * T + m, peak + tl.log2(total), mask=m < T)
@@ -157,8 +159,8 @@ def forward_kernel(
 #: By kernel, bytes of an element, and the head dim rounded up to a power of two (at least 32).
 CONFIGS = {
     ("forward", 2, 32): Config(64, 64, 512, 4, 3, 3),
-    ("forward", 2, 64): Config(64, 64, 512, 4, 3, 3),
-    ("forward", 2, 128): Config(64, 64, 512, 8, 2, 1),
+    ("forward", 2, 64): Config(64, 64, 512, 4, 2, 3),
+    ("forward", 2, 128): Config(128, 64, 512, 8, 2, 1),
     ("dq", 2, 32): Config(64, 64, 256, 4, 2, 2),
     ("dq", 2, 64): Config(64, 64, 256, 4, 2, 2),
     ("dq", 2, 128): Config(64, 16, 512, 8, 2, 1),

@@ -121,7 +121,7 @@ def dq_kernel(
         for begin in tl.range(start, stop, SEGMENT, disable_licm=True):
             count = tl.cdiv(min(stop - begin, SEGMENT), BLOCK_N) * BLOCK_N
             store_bias(
-                scratch, r, first + shift, begin, count, rows_of_table, offsets_of_head, P,
+                scratch, r, first + shift, begin, count, rows_of_table, offsets_of_head, P, c,
                 WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION,
             )  # fmt: skip
             clear_ends(by_distance, count, WIDTH, BLOCK_M)
@@ -130,11 +130,11 @@ def dq_kernel(
                 k_tile = load_tile(keys, begin + at, S, BLOCK_N, D, BLOCK_D)
                 v_tile = load_tile(values, begin + at, S, BLOCK_N, D, BLOCK_D)
                 s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
-                s += load_bias(scratch, at, WIDTH, BLOCK_M, BLOCK_N)
+                s = s * c + load_bias(scratch, at, WIDTH, BLOCK_M, BLOCK_N)
                 n = begin + at + tl.arange(0, BLOCK_N)[None, :]
                 real_here = along(real_tile(real, begin + at, BLOCK_N), 1)
                 s = hide(s, (m + shift)[:, None], n, lo, None, real_here, MASK)
-                p = tl.exp2(s * c - row_lse[:, None])
+                p = tl.exp2(s - row_lse[:, None])
                 dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
                 ds = (p * (dp - row_delta[:, None])).to(k_tile.dtype)
                 grad = tl.dot(ds, k_tile, grad, input_precision=PRECISION)
@@ -233,7 +233,7 @@ def dkv_kernel(
                     r = load_tile(on_table, row, T, BLOCK_M, D, BLOCK_D)
                     store_bias(
                         scratch + (row - begin) * WIDTH, r, row + shift, first, BLOCK_N,
-                        rows_of_table, offsets_of_head, P,
+                        rows_of_table, offsets_of_head, P, c,
                         WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION,
                     )  # fmt: skip
                 tl.debug_barrier()
@@ -244,11 +244,11 @@ def dkv_kernel(
                     row_lse = tl.load(lse + of_head + m, mask=m < T, other=float("inf"))
                     row_delta = tl.load(delta + of_head + m, mask=m < T, other=0.0)
                     s = tl.dot(k_tile, tl.trans(q), input_precision=PRECISION)
-                    s += tl.trans(
+                    s = s * c + tl.trans(
                         load_bias(scratch + (row - begin) * WIDTH, 0, WIDTH, BLOCK_M, BLOCK_N)
                     )
                     s = hide(s, (m + shift)[None, :], n, None, hi, real, MASK)
-                    p = tl.exp2(s * c - row_lse[None, :])
+                    p = tl.exp2(s - row_lse[None, :])
                     v_grad = tl.dot(p.to(do_tile.dtype), do_tile, v_grad, input_precision=PRECISION)
                     dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
                     ds = (p * (dp - row_delta[None, :])).to(q.dtype)

@@ -50,6 +50,7 @@ def store_bias(
     table,
     offsets,
     P,
+    c,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -57,7 +58,7 @@ def store_bias(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Bias of ROWS rows from key index `first_row` on, for the keys first_key .. + keys - 1.
+    """c times the bias of ROWS rows from index `first_row` on, for `keys` keys from first_key on.
 
     scratch: (ROWS, WIDTH) of fp16 or fp32; key n goes to column ROWS + n - first_key. What is left
     and right of the keys is overwritten too, ROWS columns each: WIDTH is at least keys + 2 ROWS.
@@ -72,6 +73,7 @@ def store_bias(
         b = tl.dot(q, tl.trans(r), input_precision=PRECISION)
         if offsets is not None:
             b += tl.load(offsets + _index(distance, P)).to(tl.float32)[None, :]
+        b *= c
         if scratch.dtype.element_ty == tl.float16:
             b = tl.clamp(b, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         b = tl.where(distance[None, :] >= 0, b, -float("inf"))

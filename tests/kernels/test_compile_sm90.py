@@ -40,6 +40,21 @@ def test_compiled(example, launch):
         assert "cp.async" in report.ptx or (example, report.kernel) in IN_ORDER
 
 
+#: Where larger tiles spill: their products are those of mma.sync, which divides columns too.
+FEW_ROWS = {
+    (relative, "dq", 128), (relative, "dkv", 128), (flash, "dkv", 256), (flash, "dqkv", 256),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [flash, relative, routed])
+def test_no_two_warps_compute_the_same_rows(family):
+    """A wgmma of 4 warps has 64 rows; more warps than the tile has rows for repeat them."""
+    for (kernel, size, block), config in family.CONFIGS.items():
+        if size == 2 and (family, kernel, block) not in FEW_ROWS:
+            rows = config.block_n if kernel in ("dkv", "dqkv") else config.block_m
+            assert config.num_warps * 16 <= rows, (kernel, block)
+
+
 @pytest.mark.parametrize(
     ("family", "users"),
     [
