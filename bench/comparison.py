@@ -197,7 +197,7 @@ def _one_length(rows: Sequence[Row], baseline: str) -> Iterator[str]:
         f"  {'method':{width}} seeds  {'loss, over seeds':24}  {'perplexity':24}  bits/byte  "
         f"{f'loss - {baseline}, over seeds':28}  p, Holm  over seeds and text"
     )
-    bounds = {name: found for name in losses if (found := _bounds(rows, name)) is not None}
+    bounds = {name: found for name in losses if (found := bounds_of(rows, name)) is not None}
     gaps = gaps_of(losses, baseline, bounds)
     for name, by_seed in losses.items():
         loss = student(list(by_seed.values()))
@@ -219,7 +219,13 @@ def _one_length(rows: Sequence[Row], baseline: str) -> Iterator[str]:
         yield line.rstrip()
 
 
-def _bounds(rows: Sequence[Row], name: str) -> tuple[float, float] | None:
+def bounds_of(rows: Sequence[Row], name: str) -> tuple[float, float] | None:
+    """95% of the bootstrap over seeds and text of a method's gap, None where rows have none.
+
+    Args:
+        rows: of one match, mode and length.
+        name: a label.
+    """
     found = {row.metric: row.p50 for row in rows if label(row.name, row.options) == name}
     if "gap 2.5%" not in found:
         return None

@@ -1,7 +1,8 @@
 """Measured rows as a page to look at: `python -m bench.report [FOLDER]`.
 
     python -m bench.report                          bench/results/cpu: report.html and plots/*.png
-    python -m bench.report --readme                 also the README's tables, between their markers
+    python -m bench.report --readme                 also the tables of README and guides, between
+                                                    their markers
 
 The page is one file that needs no network; its figures are the PNGs beside it. All that it shows is
 read from the folder: rows, and the NAME-mechanism.png that `bench.mechanisms` drew there.
@@ -22,6 +23,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from bench import comparison, figures, tables
+from bench.claims import ledger, verdict
 from bench.rows import read, row_of
 from bench.tables import Rows, where
 from posenc.files import atomic_file
@@ -29,9 +31,11 @@ from posenc.files import atomic_file
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
-#: A table of the README: its name and the file, below the results, that it is made of.
+#: Pages that may have tables made of rows.
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
+#: A table of a page: its name and the file, below the results, that it is made of.
 MARKED = re.compile(
-    r"(<!-- table: ([\w ]+), (the code|[\w/.-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL
+    r"(<!-- table: ([\w ]+), (the code|the ledger|[\w/.-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL
 )
 
 
@@ -161,6 +165,24 @@ def extend(rows: Rows) -> Section:
     )
 
 
+def claims() -> Section:
+    """What papers claim, and what all rows below bench/results say of it."""
+    found = ledger.entries()
+    parts = {entry.paper.name: entry.paper for entry in found}
+    below = "".join(
+        f"<h3>{escape(paper.title)}</h3><p class=note>arXiv {escape(paper.arxiv)}. "
+        f"{escape(paper.source)}</p>"
+        + ledger.table([entry for entry in found if entry.paper is paper]).html()
+        for paper in parts.values()
+    )
+    return Section(
+        "Claims of the papers",
+        "<p>Verdicts are computed by one rule from these rows; (mini) is a small experiment, which "
+        "supports or weakens a claim and does not settle it.</p>",
+        below=below + details("The rule", (verdict.__doc__ or "").strip()),
+    )
+
+
 #: By the kind of its rows, in the order of the page.
 SECTIONS: dict[str, Callable[[Rows], Section]] = {
     "perplexity": perplexity,
@@ -190,6 +212,8 @@ def sections(rows: Rows, folder: Path) -> Iterator[Section]:
             continue
         section = make(own)
         yield section._replace(below=section.below + provenance(own))
+    if folder.resolve().parent == RESULTS:
+        yield claims()
     drawn = sorted(folder.glob("*-mechanism.png"))
     if drawn:
         images = "".join(image(path.read_bytes(), path.stem) for path in drawn)
@@ -299,40 +323,46 @@ def write(folder: Path) -> list[Path]:
 
 
 def readme(text: str) -> str:
-    """The README with its tables made anew.
+    """The README, or another page, with its tables made anew.
 
     Raises:
         ValueError: a marker names no table, or a file that is missing or damaged.
     """
 
-    def filled(found: re.Match[str]) -> str:
+    def table(found: re.Match[str]) -> str:
         begin, name, file, _, end = found.groups()
+        if file == "the ledger":
+            return begin + ledger.table(ledger.entries(name)).markdown() + "\n" + end
         if name in tables.OF_CODE and file == "the code":
             return begin + tables.OF_CODE[name]().markdown() + "\n" + end
         path = RESULTS / file
         if name not in tables.TABLES or not path.is_file():
             known = ", ".join((*tables.OF_CODE, *tables.TABLES))
             raise ValueError(
-                f"the README asks for the table {name!r} of {file}; there are {known}, and files "
+                f"a page asks for the table {name!r} of {file}; there are {known}, and files "
                 f"below {RESULTS.relative_to(ROOT)}."
             )
         return begin + tables.TABLES[name](read(path)).markdown() + "\n" + end
 
-    return MARKED.sub(filled, text)
+    return MARKED.sub(table, text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the page, and the README's tables if asked."""
+    """Write the page, and the tables of README and guides if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS / "cpu",
                         help="of rows, bench/results/cpu if not given")  # fmt: skip
-    parser.add_argument("--readme", action="store_true", help="also fill the README's tables")
+    parser.add_argument(
+        "--readme", action="store_true", help="also fill the tables of README and guides"
+    )
     args = parser.parse_args(arguments)
     try:
         written = write(args.folder)
         if args.readme:
-            text = readme(README.read_text(encoding="utf-8"))
-            README.write_text(text, encoding="utf-8")
+            for path in PAGES:
+                text = path.read_text(encoding="utf-8")
+                if MARKED.search(text):
+                    path.write_text(readme(text), encoding="utf-8")
     except (OSError, ValueError) as error:
         sys.exit(str(error))
     print(*written, sep="\n")

@@ -21,6 +21,14 @@ def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
         exec(compile(block, page.name, "exec"), names)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_tables_of_a_page_are_made_of_the_committed_rows(page: Path) -> None:
+    from bench.report import readme
+
+    text = page.read_text(encoding="utf-8")
+    assert readme(text) == text, "stale; python -m bench.report --readme"
+
+
 def test_the_list_of_pages_is_whole() -> None:
     listed = re.findall(r"\]\(([\w-]+\.md)\)", (DOCS / "README.md").read_text(encoding="utf-8"))
     assert sorted(listed) == [page.name for page in PAGES]

@@ -1,0 +1,1 @@
+"""What papers claim, and what rows measured here say of it: `python -m bench.claims`."""
