@@ -101,15 +101,34 @@ def look(
         torch.manual_seed(seed)
         layer = posenc.attention(name, embed_dim, heads, **options).double()
         x = torch.randn(texts, length, embed_dim, dtype=torch.float64)
+    return look_at(layer, x, title_of(name, options))
+
+
+@torch.no_grad()
+def look_at(
+    layer: Attention, x: Tensor, title: str, enter: Callable[[Tensor], Tensor] | None = None
+) -> Seen | Image:
+    """Measure a layer, whose keys are then projected like its queries.
+
+    Args:
+        x: texts of tokens (B, T, C) in the layer's dtype; of two axes the squares in them.
+        enter: what a model makes of its tokens before the layer, a table of positions for example;
+            None is nothing.
+
+    Raises:
+        ValueError: for more axes than two.
+    """
     match_keys(layer)
     if layer.encoding.axes_count is not None:
-        return image_of(title_of(name, options), layer, x)
+        return image_of(title, layer, x)
     same = x[:, :1].expand_as(x)
+    if enter is not None:
+        x, same = enter(x), enter(same)
     random = layer.logits(x)
     met = by_distance(random)
     met[:, 0] = math.nan
     return Seen(
-        title_of(name, options),
+        title,
         by_distance(layer.logits(same)),
         met,
         random[0, 0].masked_fill(random[0, 0].isinf(), math.nan),

@@ -37,6 +37,16 @@ def test_without_position_equal_tokens_are_equal() -> None:
     assert seen.turns is None
 
 
+def test_what_tokens_become_before_the_layer_is_drawn() -> None:
+    layer, x = posenc.attention("nope", 24, 4).double(), torch.randn(2, 9, 24).double()
+    first = torch.zeros(9, 1).double()
+    first[0] = 1
+    seen = show.look_at(layer, x, "first", lambda tokens: tokens * first)
+    assert seen.title == "first"
+    assert (seen.equal[:, 0] > 0).all()  # token 0 beside itself
+    close(seen.equal[:, 1:], torch.zeros(4, 8))
+
+
 @pytest.mark.parametrize("pairing", ["half", "interleaved"])
 def test_pairs_turn_at_their_frequencies(pairing: str) -> None:
     seen = show.look("rope", {"pairing": pairing}, **{**SMALL, "embed_dim": 32})
