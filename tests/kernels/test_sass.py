@@ -1,0 +1,82 @@
+"""posenc.kernels.sass, and the committed table of what a tile costs."""
+
+import math
+from pathlib import Path
+
+import pytest
+import triton
+
+from posenc.kernels import inspect_sm90
+from posenc.kernels.sass import Loop, loops, tile
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;  /* 0x0000000000000000 */
+        /*0010*/                   LDG.E R2, [R4.64] ;
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8] ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R9], [R4.64] ;
+        /*0040*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0050*/              @!P0 BRA 0x20 ;
+        /*0060*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0070*/                   STG.E [R2.64], R4 ;
+        /*0080*/               @P1 BRA 0x60 ;
+        /*0090*/               @P2 BRA `(.L_x_3) ;
+        /*00a0*/                   BRA 0x10 ;
+        /*00b0*/                   BRA 0xc0 ;
+        /*00c0*/                   EXIT ;
+"""
+
+
+def loop(instructions: int, wgmma: int = 0, mma: int = 0) -> Loop:
+    return Loop(instructions, wgmma, mma, 0, 0, 0, 0)
+
+
+def test_innermost_loops_are_counted() -> None:
+    assert loops(SASS) == [
+        Loop(4, wgmma=1, mma=0, copies=1, loads=0, stores=0, barriers=1),
+        Loop(3, wgmma=0, mma=1, copies=0, loads=0, stores=1, barriers=0),
+    ]
+    assert loops("") == []
+
+
+def test_a_tile_passes_one_of_two_that_do_the_same_and_all_others() -> None:
+    masked, whole, before, copy = loop(50, 8), loop(40, 8), loop(30, 4), loop(20)
+    assert tile([before, copy, masked, whole]) == [whole, before]
+    assert tile([copy]) == []
+    assert tile([]) == []
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "shared", "held"),
+    [
+        (128, 8, 65_536, 2),  # by registers: 65,536 / (128 * 256)
+        (129, 8, 65_536, 1),  # by eights
+        (166, 4, 57_344, 3),
+        (32, 4, 0, 16),  # 64 warps
+        (32, 1, 0, 32),
+        (64, 4, 115_712, 2),  # by shared memory: 2 * (113 + 1) of 228 kB
+        (64, 4, 116_736, 1),
+    ],
+)
+def test_programs_of_a_processor(registers: int, warps: int, shared: int, held: int) -> None:
+    assert inspect_sm90.programs(registers, warps, shared) == held
+
+
+TABLE = Path(inspect_sm90.__file__).with_name("sm90.md").read_text().splitlines()
+
+
+def test_the_table_holds_every_family_that_multiplies() -> None:
+    named = {line.split()[1] for line in TABLE if "bfloat16" in line}
+    assert named >= {"flash", "relative", "routed", "rope_attention", "carope_attention"}
+    for name, launch in inspect_sm90.launches("flash"):
+        if "bfloat16 D=64" in name and "delta" not in launch.kernel.__name__:
+            assert any(f"| flash {name} | {launch.kernel.__name__} |" in line for line in TABLE)
+
+
+@pytest.mark.skipif(triton.__version__ != "3.7.1", reason="the table is of triton 3.7.1")
+@pytest.mark.parametrize("family", ["flash", "relative", "routed"])
+def test_the_table_is_what_is_compiled(family: str) -> None:
+    found = list(inspect_sm90.tiles(family, dims=(64,), skip="masked"))
+    assert found
+    for line in inspect_sm90.rows_of(found):
+        assert line in TABLE, "stale; python -m posenc.kernels.inspect_sm90 --instructions"
+    assert all(math.isfinite(tile.ratio) for tile in found)
