@@ -55,6 +55,8 @@ SUITES: Mapping[str, Suite] = {"full": FULL, "mini": MINI}
 WARMUP = 0.05  # of the steps
 BETAS = (0.9, 0.98)
 CLIP = 1.0
+#: Of every recipe: the first two as shares of --steps and --lr.
+FIXED = {"warmup": WARMUP, "min_lr": MIN_SHARE, "beta2": BETAS[1], "grad_clip": CLIP}
 #: Streams of random numbers, apart from each other.
 TRAIN, TEST, LOOK = range(3)
 #: Steps between looks at the loss, and tokens scored at once.
@@ -141,7 +143,8 @@ class Cell:
     def asked(self) -> dict[str, Any]:
         """All that the result depends on, as plain values."""
         own = {"method": str(self.method), "task": self.task, "seed": self.seed}
-        return own | asdict(self.recipe) | {"data": fingerprint(self.recipe.suite, self.task)}
+        data = fingerprint(self.recipe.suite, self.task)
+        return own | asdict(self.recipe) | FIXED | {"data": data}
 
     def __str__(self) -> str:
         return str(self.path.with_suffix(""))
@@ -286,7 +289,7 @@ def rows_of(cell: Cell, found: Mapping[str, Any]) -> Iterator[tuple[Row, dict[st
     """The rows of a result, each with where it was measured."""
     where = dict(found["environment"])
     dtype, lengths = where.pop("dtype"), cell.setting.lengths
-    recipe = asdict(cell.recipe) | {"dtype": dtype, "data": cell.asked["data"]}
+    recipe = asdict(cell.recipe) | FIXED | {"dtype": dtype, "data": cell.asked["data"]}
     recipe |= {"train": f"{min(lengths)}..{max(lengths)}"}
     for score in found["scores"]:
         for metric in scores.METRICS:

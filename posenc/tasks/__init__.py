@@ -1,4 +1,4 @@
-"""Synthetic tasks with one right answer, at lengths beyond those of training (needs numpy)."""
+"""Synthetic tasks with one right answer, also beyond the training length (needs posenc[train])."""
 
 from posenc.tasks.addition import Addition
 from posenc.tasks.base import (

@@ -16,7 +16,7 @@ both splits repeat theirs.
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -49,9 +49,6 @@ class Sample(NamedTuple):
 class Task(ABC):
     """Examples of any length, drawn from a generator that is given: the same one, the same data."""
 
-    #: The shortest length that has examples.
-    least: ClassVar[int] = 1
-
     @property
     @abstractmethod
     def vocab_size(self) -> int:
@@ -67,11 +64,8 @@ class Task(ABC):
 
     def check(self, length: int) -> None:
         """Raise ValueError for a length of which there are no examples."""
-        if length < self.least:
-            raise ValueError(
-                f"{type(self).__name__} has examples from length {self.least} on; got {length}. "
-                "Choose a longer one."
-            )
+        if length < 1:
+            raise ValueError(f"length must be at least 1; got {length}. Choose a longer one.")
 
     def sample(
         self, generator: np.random.Generator, length: int, batch: int, split: Split = "train"

@@ -358,7 +358,7 @@ def test_scores_count_what_is_asked_alone() -> None:
         (lambda: draw(FlipFlop(), 5), "even length from 4; got 5"),
         (lambda: draw(Passkey(TEXT), 30), "a length from 60 to 519"),
         (lambda: draw(Passkey(TEXT), 520), "a length from 60 to 519"),
-        (lambda: draw(Parity(), 0), "Parity has examples from length 1 on; got 0"),
+        (lambda: draw(Parity(), 0), "length must be at least 1; got 0"),
         (lambda: draw(Parity(), 9, batch=0), "batch must be at least 1; got 0"),
         (lambda: draw(Parity(), 9, split="trian"), "Did you mean 'train'"),
     ],
