@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,6 +11,8 @@ from matplotlib.ticker import MaxNLocator
 
 import posenc
 from bench.comparison import label
+from bench.rows import row_of
+from bench.scores import scores_of
 from bench.tables import (
     Rows,
     baseline,
@@ -289,4 +291,39 @@ def extended(rows: Rows) -> Figure:
     axes.axvline(original_length(rows), color="0.4", linewidth=1, linestyle=":")
     axes.set(xlabel="position, up to (dotted: the training length)", ylabel="loss, nats")
     legend_beside(figure, axes)
+    return figure
+
+
+def tasks(rows: Rows) -> Figure:
+    """Exact match against the length: a panel a task, a line through the medians of the seeds, and
+    a point for every seed; dotted is the longest length of training.
+    """
+    found = scores_of([row_of(row) for row in rows], "exact match")
+    across = min(3, len(found))
+    down = math.ceil(len(found) / across)
+    figure = Figure(figsize=(4 * across + 2, 3.2 * down), layout="constrained", dpi=DPI)
+    grid = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
+    for axes in grid[len(found) :]:
+        axes.set_axis_off()
+    for axes, (asked, scores) in zip(grid, found.items(), strict=False):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        for name, by_length in scores.items():
+            at, look = sorted(by_length), style(name)
+            middle = [median(by_length[n].values()) for n in at]
+            axes.plot(at, middle, label=name, color=look["color"], linewidth=1.5)
+            points = [(n, share) for n in at for share in by_length[n].values()]
+            axes.plot(*zip(*points, strict=True), linestyle="none", alpha=0.6, **look)
+        axes.axvline(asked.longest, color="0.4", linewidth=1, linestyle=":")
+        axes.set(title=asked.task, ylim=(-0.05, 1.05))
+        ticks(axes, sorted({n for by_length in scores.values() for n in by_length}))
+    for axes in grid[: len(found)][-across:]:
+        axes.set_xlabel("length")
+    for axes in grid[::across]:
+        axes.set_ylabel("exact match")
+    known: dict[str, Any] = {}
+    for axes in grid[: len(found)]:
+        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
+            known.setdefault(text, handle)
+    figure.legend(known.values(), known, loc="outside right center", frameon=False)
     return figure

@@ -9,24 +9,19 @@ with a checkpoint goes on from it. RUNS is one grid's at a time.
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import re
-import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from bench import pool
 from bench.comparison import label
 from bench.losses import Losses, Question, losses, read_losses
 from bench.rows import written
@@ -34,10 +29,8 @@ from posenc.cost import model_cost, model_flops_per_token
 from posenc.models.gpt import GPT
 from posenc.training.cli import check_flags, parse
 from posenc.training.config import TrainConfig, flag, format_options, from_mapping, parse_options
-from posenc.training.lock import hold
 from posenc.training.precision import autocast, choose_device, choose_dtype
 from posenc.training.run_folder import CONFIG, SUMMARY, RunFolder
-from posenc.training.signals import StopSignals
 
 CLOSE = 1e-3  # relative: what counts as matched
 #: Of a cell where the user says nothing else: it is scored by this benchmark, not by the trainer.
@@ -313,24 +306,43 @@ def check_one_recipe(cells: Sequence[Cell]) -> None:
             )
 
 
-def work(cell: Cell, question: Question, threads: int) -> None:
-    """Train a cell if it is not trained, then ask it. Runs in a process of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the grid, which hears it too, says when to stop
-    torch.set_num_threads(threads)
-    cell.log.parent.mkdir(parents=True, exist_ok=True)
-    with cell.log.open("a", encoding="utf-8") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    if not cell.trained:
-        import train
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A cell that is to answer a question: a job of `bench.pool`."""
 
-        assert cell.argv is not None
-        resumed = ["--resume", str(cell), "--device", cell.config.device]
-        resumed += ["--tracker", cell.config.tracker]  # which a launch does not inherit
-        started = (cell.folder.path / CONFIG).exists()
-        if code := train.main(resumed if started else cell.argv):
-            sys.exit(code)
-    answer(cell, question)
+    cell: Cell
+    question: Question
+
+    @property
+    def log(self) -> Path:
+        return self.cell.log
+
+    @property
+    def total(self) -> int:
+        return self.cell.config.steps
+
+    def __str__(self) -> str:
+        return str(self.cell)
+
+    def steps(self) -> int:
+        return self.cell.steps()
+
+    def done(self) -> bool:
+        return self.cell.losses(self.question) is not None
+
+    def work(self) -> None:
+        """Train the cell if it is not trained, then ask it."""
+        cell = self.cell
+        if not cell.trained:
+            import train
+
+            assert cell.argv is not None
+            resumed = ["--resume", str(cell), "--device", cell.config.device]
+            resumed += ["--tracker", cell.config.tracker]  # which a launch does not inherit
+            started = (cell.folder.path / CONFIG).exists()
+            if code := train.main(resumed if started else cell.argv):
+                sys.exit(code)
+        answer(cell, self.question)
 
 
 def answer(cell: Cell, question: Question) -> None:
@@ -351,53 +363,6 @@ def answer(cell: Cell, question: Question) -> None:
     cell.folder.write_json(f"{question.name}.json", values)
 
 
-class Progress:
-    """One bar over the steps of all cells; plain lines now and then where there is no terminal."""
-
-    def __init__(self, total: int, done: int, every: float = 30.0) -> None:
-        self._total, self._done, self._every = total, done, every
-        self._start = self._last = time.perf_counter()
-        self._bar = tqdm(
-            total=total, initial=done, unit="step", smoothing=0, disable=not sys.stderr.isatty()
-        )
-
-    def show(self, steps: int, what: str) -> None:
-        """So many steps are done, and this is going on."""
-        now = time.perf_counter()
-        if not self._bar.disable:
-            self._bar.n = steps
-            self._bar.set_postfix_str(what)
-        elif now - self._last >= self._every:
-            self._last = now
-            sizes = {"n": steps, "total": self._total, "initial": self._done}
-            elapsed = now - self._start
-            line = tqdm.format_meter(elapsed=elapsed, unit="step", postfix=what, ncols=0, **sizes)
-            print(line.strip(), file=sys.stderr, flush=True)
-
-    def say(self, line: str) -> None:
-        """A line above the bar."""
-        self._bar.write(line, file=sys.stderr)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-class Stopped(Exception):
-    """A signal, whose number it holds."""
-
-
-@contextmanager
-def held(runs: Path) -> Iterator[None]:
-    """The folder of all cells, made where it is new, and no other grid's meanwhile.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    runs.mkdir(parents=True, exist_ok=True)
-    with hold(runs):
-        yield
-
-
 def run(cells: Sequence[Cell], question: Question, *, jobs: int, threads: int) -> list[Cell]:
     """Train and score the cells that are not yet; those that failed.
 
@@ -407,55 +372,5 @@ def run(cells: Sequence[Cell], question: Question, *, jobs: int, threads: int) -
     """
     for cell in cells:
         cell.check()
-    waiting = [cell for cell in cells if cell.losses(question) is None]
-    running: dict[Cell, BaseProcess] = {}
-    begins: dict[Cell, int] = {}  # where in its log
-    failed: list[Cell] = []
-    settled = {cell: cell.config.steps for cell in cells if cell not in waiting}
-    total = sum(cell.config.steps for cell in cells)
-    context = multiprocessing.get_context("spawn")
-    with StopSignals() as signals:
-        bar = Progress(total, sum(settled.values()) + sum(cell.steps() for cell in waiting))
-        try:
-            while running or (waiting and not signals.received):
-                while len(running) < jobs and waiting and not signals.received:
-                    cell = waiting.pop(0)
-                    begins[cell] = cell.log.stat().st_size if cell.log.exists() else 0
-                    running[cell] = context.Process(target=work, args=(cell, question, threads))
-                    running[cell].start()
-                if signals.received:
-                    for process in running.values():
-                        process.terminate()
-                wait([process.sentinel for process in running.values()], timeout=0.5)
-                for cell, process in list(running.items()):
-                    if process.exitcode is not None:
-                        del running[cell]
-                        settled[cell] = cell.steps()
-                        if process.exitcode and not signals.received:
-                            failed.append(cell)
-                            why = reason(cell.log, begins[cell], process.exitcode)
-                            bar.say(f"{cell} failed: {why}")
-                now = sum(settled.values()) + sum(cell.steps() for cell in [*running, *waiting])
-                done = len(cells) - len(waiting) - len(running) - len(failed)
-                bar.show(now, f"{done} of {len(cells)} runs")
-        finally:
-            bar.close()
-            for process in running.values():
-                process.terminate()
-                process.join()
-        if signals.received and any(cell.losses(question) is None for cell in cells):
-            raise Stopped(signals.received)
-    return failed
-
-
-def reason(log: Path, begin: int, code: int) -> str:
-    """Why a process ended whose log begins at a byte.
-
-    That is its last error: a trainer that outlived its grid may still draw its bar there.
-    """
-    text = log.read_bytes()[begin:].decode(errors="replace") if log.exists() else ""
-    lines = [line.strip() for line in re.split(r"[\r\n]", text)]
-    lines = [line for line in lines if line and not re.match(r"\d+%\|", line)]
-    errors = [line for line in lines if line.startswith("error: ")]
-    why = (errors or lines or [f"exit code {code}"])[-1] if code > 0 else f"ended by signal {-code}"
-    return f"{why} (all of it: {log})"
+    asked = [Asked(cell, question) for cell in cells]
+    return [job.cell for job in pool.run(asked, at_once=jobs, threads=threads)]

@@ -29,7 +29,6 @@ import argparse
 import dataclasses
 import importlib.util
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -40,9 +39,10 @@ import numpy as np
 
 import posenc
 from bench.comparison import MATCHES, gap_of, match_of, recipe, tables
-from bench.grid import Cell, Plan, Stopped, finished, held, method, run
+from bench.grid import Cell, Plan, finished, method, run
 from bench.losses import Losses, Question, ask
-from bench.rows import Row, RowFile, read, row_of, written
+from bench.pool import Stopped, cores, held
+from bench.rows import Row, RowFile, read, row_of, single, written
 from bench.statistics import paired_bootstrap
 from bench.tuning import Tuning, tune
 from posenc.cost import model_flops_per_token
@@ -141,11 +141,6 @@ def shared_columns(result: Result, compared: Comparison) -> dict[str, Any]:
         "H": config.heads,
         "D": config.embed_dim // config.heads,
     }
-
-
-def single(mode: str, metric: str, unit: str, value: float, **about: Any) -> Row:
-    """A row of one value."""
-    return Row(mode=mode, metric=metric, unit=unit, p20=value, p50=value, p80=value, **about)
 
 
 def cell_rows(result: Result, compared: Comparison) -> list[Row]:
@@ -289,11 +284,6 @@ def parser() -> argparse.ArgumentParser:
     add("--finished", type=Path, nargs="+", metavar="RUN", help="score these, train nothing")
     add("--rows", type=Path, nargs="+", metavar="FILE", help="print the tables of these rows")
     return made
-
-
-def cores() -> int:
-    """Of the processor, that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_args(args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from bench import comparison, figures, tables
+from bench import comparison, figures, scores, tables
 from bench.claims import ledger, verdict
 from bench.rows import read, row_of
 from bench.tables import Rows, where
@@ -183,9 +183,22 @@ def claims() -> Section:
     )
 
 
+def tasks(rows: Rows) -> Section:
+    """Tasks with one right answer, beyond the training length."""
+    return Section(
+        "Synthetic tasks",
+        "<p>Trained on short texts, asked longer ones; a point is a seed, a line goes through the "
+        "medians, dotted is the longest length of training.</p>",
+        {"tasks": figures.tasks(rows)},
+        tables.tasks_table(rows).html()
+        + details("All tables", "\n".join(scores.tables([row_of(row) for row in rows]))),
+    )
+
+
 #: By the kind of its rows, in the order of the page.
 SECTIONS: dict[str, Callable[[Rows], Section]] = {
     "perplexity": perplexity,
+    "tasks": tasks,
     "throughput": throughput,
     "memory": memory,
     "routing": savings,

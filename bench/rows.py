@@ -60,6 +60,11 @@ class Environment:
     time: str  # ISO 8601, UTC
 
 
+def single(mode: str, metric: str, unit: str, value: float, **about: Any) -> Row:
+    """A row of one value."""
+    return Row(mode=mode, metric=metric, unit=unit, p20=value, p50=value, p80=value, **about)
+
+
 def written(values: Mapping[str, Any]) -> str:
     """Options or a recipe as a row holds them: KEY=VALUE KEY=VALUE .."""
     return " ".join(f"{key}={value}" for key, value in values.items())

@@ -16,6 +16,7 @@ from bench import routing
 from bench.comparison import Gap, gaps_of, label, losses_of, match_of, recipe
 from bench.roofline import percent_of_roofline
 from bench.rows import Row, row_of
+from bench.scores import fewer, scores_of, seeds_of, spread
 from bench.statistics import MOST_SEEDS
 from posenc.cache import Stream
 from posenc.encodings.learned import Learned
@@ -384,6 +385,33 @@ def steps_table(rows: Rows) -> Table:
     return Table(["model", "by", "ms, median", "p20"], lines, note)
 
 
+def tasks_table(rows: Rows) -> Table:
+    """Exact match on every task by method and multiple of the training length, over seeds."""
+    found = scores_of([row_of(row) for row in rows], "exact match")
+    at = sorted({
+        length / asked.longest
+        for asked, scores in found.items()
+        for by_length in scores.values()
+        for length in by_length
+    })  # fmt: skip
+    lines = []
+    for asked, scores in found.items():
+        for name, by_length in scores.items():
+            shares = (list(by_length.get(round(times * asked.longest), {}).values())
+                      if (times * asked.longest).is_integer() else [] for times in at)  # fmt: skip
+            cells = (spread(each) if each else "" for each in shares)
+            lines.append([str(asked), f"`{name}`{fewer(name, scores)}", *cells])
+    seeds = max(map(seeds_of, found.values()))
+    first = recipe(row_of(rows[0]))
+    note = (
+        f"The share of examples whose every asked token is right: median of "
+        f"{seeds} {'seed' if seeds == 1 else 'seeds (least..greatest)'}, by the length over the "
+        f"longest of training; {first['layers']} layers of width {first['embed_dim']}, "
+        f"{int(first['steps']):,} steps; {measured_on(rows)}."
+    )
+    return Table(["task", "method", *(f"{times:g}x" for times in at)], lines, note)
+
+
 #: The README's, by the name in its markers.
 TABLES: dict[str, Callable[[Rows], Table]] = {
     "perplexity": perplexity_table,
@@ -393,6 +421,7 @@ TABLES: dict[str, Callable[[Rows], Table]] = {
     "shapes": shapes_table,
     "extend": extend_table,
     "steps": steps_table,
+    "tasks": tasks_table,
 }
 
 

@@ -18,9 +18,10 @@ import pytest
 
 import posenc
 from bench import grid, perplexity
-from bench.grid import Cell, Method, Plan, matched, method, reason
+from bench.grid import Cell, Method, Plan, matched, method
 from bench.losses import Question, choose_text
 from bench.perplexity import Comparison, Result, cell_rows, gap_rows
+from bench.pool import held, reason
 from bench.rows import read
 from bench.statistics import paired_bootstrap, student
 from grids import SCORING, SEEDS, command, plan
@@ -405,7 +406,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(
 def test_a_second_grid_in_the_same_folder_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with grid.held(tmp_path / "grid"):
+    with held(tmp_path / "grid"):
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
         words = command(tmp_path)
         assert perplexity.main(words) == 1
