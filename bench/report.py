@@ -1,7 +1,8 @@
 """Measured rows as a page to look at: `python -m bench.report [FOLDER]`.
 
     python -m bench.report                          bench/results/cpu: report.html and plots/*.png
-    python -m bench.report --readme                 also the README's tables, between their markers
+    python -m bench.report --readme                 also the tables of README.md and docs/, between
+                                                    their markers
 
 The page is one file that needs no network; its figures are the PNGs beside it. All that it shows is
 read from the folder: rows, and the NAME-mechanism.png that `bench.mechanisms` drew there.
@@ -28,8 +29,9 @@ from posenc.files import atomic_file
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
-#: A table of the README: its name and the file, below the results, that it is made of.
+#: What is read and holds tables: the README and the site.
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+#: A table of a page: its name and the file, below the results, that it is made of.
 MARKED = re.compile(
     r"(<!-- table: ([\w ]+), (the code|[\w/.-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL
 )
@@ -299,7 +301,7 @@ def write(folder: Path) -> list[Path]:
 
 
 def readme(text: str) -> str:
-    """The README with its tables made anew.
+    """The text of a page, the README or one of docs/, with its tables made anew.
 
     Raises:
         ValueError: a marker names no table, or a file that is missing or damaged.
@@ -313,7 +315,7 @@ def readme(text: str) -> str:
         if name not in tables.TABLES or not path.is_file():
             known = ", ".join((*tables.OF_CODE, *tables.TABLES))
             raise ValueError(
-                f"the README asks for the table {name!r} of {file}; there are {known}, and files "
+                f"a page asks for the table {name!r} of {file}; there are {known}, and files "
                 f"below {RESULTS.relative_to(ROOT)}."
             )
         return begin + tables.TABLES[name](read(path)).markdown() + "\n" + end
@@ -322,17 +324,17 @@ def readme(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the page, and the README's tables if asked."""
+    """Write the page, and the tables of README.md and docs/ if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS / "cpu",
                         help="of rows, bench/results/cpu if not given")  # fmt: skip
-    parser.add_argument("--readme", action="store_true", help="also fill the README's tables")
+    parser.add_argument("--readme", action="store_true",
+                        help="also fill the tables of README.md and docs/")  # fmt: skip
     args = parser.parse_args(arguments)
     try:
         written = write(args.folder)
-        if args.readme:
-            text = readme(README.read_text(encoding="utf-8"))
-            README.write_text(text, encoding="utf-8")
+        for path in PAGES if args.readme else ():
+            path.write_text(readme(path.read_text(encoding="utf-8")), encoding="utf-8")
     except (OSError, ValueError) as error:
         sys.exit(str(error))
     print(*written, sep="\n")

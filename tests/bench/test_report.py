@@ -320,7 +320,7 @@ def test_an_empty_folder_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asked", ["nothing, cpu/routing.jsonl", "memory, cpu/nothing.jsonl"])
 def test_markers_of_what_is_not_there_are_refused(asked: str) -> None:
-    with pytest.raises(ValueError, match="the README asks for the table"):
+    with pytest.raises(ValueError, match="a page asks for the table"):
         report.readme(f"<!-- table: {asked} -->\nold\n<!-- end -->")
 
 
