@@ -1,7 +1,7 @@
 """Measured rows as a page to look at: `python -m bench.report [FOLDER]`.
 
     python -m bench.report                          bench/results/cpu: report.html and plots/*.png
-    python -m bench.report --readme                 also the tables of README and guides, between
+    python -m bench.report --readme                 also the tables of README.md and docs/, between
                                                     their markers
 
 The page is one file that needs no network; its figures are the PNGs beside it. All that it shows is
@@ -30,9 +30,8 @@ from posenc.files import atomic_file
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
-#: Pages that may have tables made of rows.
-PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
+#: What is read and holds tables: the README and the site.
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 #: A table of a page: its name and the file, below the results, that it is made of.
 MARKED = re.compile(
     r"(<!-- table: ([\w ]+), (the code|the ledger|[\w/.-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL
@@ -336,7 +335,7 @@ def write(folder: Path) -> list[Path]:
 
 
 def readme(text: str) -> str:
-    """The README, or another page, with its tables made anew.
+    """The text of a page, the README or one of docs/, with its tables made anew.
 
     Raises:
         ValueError: a marker names no table, or a file that is missing or damaged.
@@ -361,21 +360,17 @@ def readme(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the page, and the tables of README and guides if asked."""
+    """Write the page, and the tables of README.md and docs/ if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS / "cpu",
                         help="of rows, bench/results/cpu if not given")  # fmt: skip
-    parser.add_argument(
-        "--readme", action="store_true", help="also fill the tables of README and guides"
-    )
+    parser.add_argument("--readme", action="store_true",
+                        help="also fill the tables of README.md and docs/")  # fmt: skip
     args = parser.parse_args(arguments)
     try:
         written = write(args.folder)
-        if args.readme:
-            for path in PAGES:
-                text = path.read_text(encoding="utf-8")
-                if MARKED.search(text):
-                    path.write_text(readme(text), encoding="utf-8")
+        for path in PAGES if args.readme else ():
+            path.write_text(readme(path.read_text(encoding="utf-8")), encoding="utf-8")
     except (OSError, ValueError) as error:
         sys.exit(str(error))
     print(*written, sep="\n")

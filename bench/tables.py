@@ -1,4 +1,4 @@
-"""Tables made of rows, as Markdown for the README and as HTML for the report."""
+"""Tables made of rows, as Markdown for the README and the site, and as HTML for the report."""
 
 import math
 import re
@@ -18,6 +18,8 @@ from bench.roofline import percent_of_roofline
 from bench.rows import Row, row_of
 from bench.scores import fewer, scores_of, seeds_of, spread
 from bench.statistics import MOST_SEEDS
+from posenc.backends import fused
+from posenc.backends.case import consecutive
 from posenc.cache import Stream
 from posenc.encodings.learned import Learned
 from posenc.zoo import ZOO
@@ -38,7 +40,7 @@ class Table(NamedTuple):
     words: bool = False  # cells of text, not of numbers
 
     def markdown(self) -> str:
-        """As the README shows it."""
+        """As the README and the site show it."""
         rule = ["---", *["---" if self.words else "---:"] * (len(self.header) - 1)]
         lines = [f"| {' | '.join(line)} |" for line in (self.header, rule, *self.lines)]
         return "\n".join([*lines, "", self.note])
@@ -412,7 +414,7 @@ def tasks_table(rows: Rows) -> Table:
     return Table(["task", "method", *(f"{times:g}x" for times in at)], lines, note)
 
 
-#: The README's, by the name in its markers.
+#: Of rows, by the name in the markers of a page.
 TABLES: dict[str, Callable[[Rows], Table]] = {
     "perplexity": perplexity_table,
     "throughput": throughput_table,
@@ -464,5 +466,30 @@ def paper(source: str) -> str:
     return f"[{source}](https://arxiv.org/abs/{source})"
 
 
-#: Tables of the README that are made of the code alone.
-OF_CODE: dict[str, Callable[[], Table]] = {"methods": methods}
+def names() -> Table:
+    """Every name of the zoo in short: where it acts, what decoding remembers, if by kernels."""
+    lines = []
+    for name, row in ZOO.items():
+        layer = posenc.attention(name, 768, 12)
+        kept = [stream for stream in layer.streams() if stream not in ("k", "v")]
+        what = f"{row.summary}, {paper(row.paper)}"
+        fused = "yes" if has_kernels(layer) else "-"
+        lines.append((f"`{name}`", what, row.acts, ", ".join(kept) or "-", fused))
+    header = ("name", "method", "acts on", "state beside k, v", "fused")
+    note = 'Fused: `impl="fused"` computes it by Triton kernels, forward and backward.'
+    return Table(header, lines, note, words=True)
+
+
+def has_kernels(layer: posenc.Attention) -> bool:
+    """Whether `impl="fused"` computes a causal layer."""
+    heads = (1, layer.num_heads, 2, layer.head_dim)
+    q, k, v = (torch.zeros(heads) for _ in range(3))
+    x = torch.zeros(1, 2, layer.embed_dim)
+    case = consecutive(q, k, v)
+    rotation = layer.encoding.describe_rotation(case.place, x)
+    case = case._replace(rotation=rotation, scores=layer.encoding.scores(case.place, x))
+    return fused.reason(case) is None
+
+
+#: Of the code alone, by the name in the markers of a page.
+OF_CODE: dict[str, Callable[[], Table]] = {"methods": methods, "names": names}
