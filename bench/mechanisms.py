@@ -61,7 +61,7 @@ class Rates(NamedTuple):
 
 
 class PolarParameters(NamedTuple):
-    """CMHA's parameters, (L, H, D/2) each; RoPE is delta = 1, b = 0."""
+    """CMHA's parameters, (L, H, D/2) each, H = 1 if shared; RoPE is delta = 1, b = 0."""
 
     delta: Tensor
     b: Tensor
@@ -119,10 +119,10 @@ def carope_rates(model: posenc.GPT, ids: Tensor) -> Rates:
 def polar_parameters(model: posenc.GPT) -> PolarParameters:
     """Of every layer."""
     parts = [block.attn.encoding for block in model.blocks]
-    return PolarParameters(*(
-        torch.stack([getattr(part, name) for part in parts]).double().cpu()
-        for name in PolarParameters._fields
-    ))  # fmt: skip
+    none = torch.zeros_like(parts[0].delta)  # the b of a model without
+    delta = [part.delta for part in parts]
+    b = [none if part.b is None else part.b for part in parts]
+    return PolarParameters(*(torch.stack(values).double().cpu() for values in (delta, b)))
 
 
 @torch.no_grad()

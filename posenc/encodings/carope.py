@@ -77,6 +77,7 @@ class CARoPE(RunningRotation):
         source: "layer" reads the attention module's own input. "token" reads the token embeddings:
             inside GPT one CARoPE serves all layers; alone, the module's input is all there is, and
             both read it.
+        shared: one rate a token for all heads, W (C, 1) and one bias.
 
     Raises:
         ValueError: for an odd head dim, heads that do not divide, or an unknown option.
@@ -95,6 +96,7 @@ class CARoPE(RunningRotation):
         init: Literal["rope", "paper"] = "rope",
         first_power: int = 0,
         source: Literal["layer", "token"] = "layer",
+        shared: bool = False,
     ) -> None:
         super().__init__()
         head_dim = check_heads(embed_dim, num_heads) if head_dim is None else head_dim
@@ -111,8 +113,10 @@ class CARoPE(RunningRotation):
         self.num_kv_heads = check_kv_heads(num_heads, num_kv_heads)
         self.init, self.first_power, self.source = init, first_power, source
         self.embed_dim = embed_dim
-        self.weight = self.float32_parameter(embed_dim, self.num_kv_heads)
-        self.bias = self.float32_parameter(self.num_kv_heads) if init == "rope" else None
+        self.shared = shared
+        rates = 1 if shared else self.num_kv_heads
+        self.weight = self.float32_parameter(embed_dim, rates)
+        self.bias = self.float32_parameter(rates) if init == "rope" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -129,15 +133,15 @@ class CARoPE(RunningRotation):
         self, place: Placement, x: Tensor | None = None, state: Cache | None = None
     ) -> ByRates:
         x = check_tokens("CARoPE", x, place.length, self.embed_dim)
-        log_f = log_rates(x, self.weight, self.bias)
+        log_f = log_rates(x, self.weight, self.bias).expand(-1, self.num_kv_heads, -1)
         return ByRates(log_f, self.head_dim // 2, self.first_power, place.here, state)
 
     def streams(self) -> dict[str, Stream]:
         return {"phase": Stream((self.num_kv_heads, self.head_dim // 2), torch.float64, history=1)}
 
     def cost(self, s: Sizes) -> Part:
-        """z = x W: C G (+ G) parameters, N C G multiply-adds; then for every token, key head and
-        pair an exponential, an addition, a sine and a cosine; and the rotation.
+        """z = x W: C G (+ G) parameters, N C G multiply-adds, of one head if shared; then for every
+        token, key head and pair an exponential, an addition, a sine and a cosine; and the rotation.
 
         Its parameters are never below fp32; state the phase, G D/2 in fp64.
         """
@@ -146,9 +150,10 @@ class CARoPE(RunningRotation):
 
     def phase_cost(self, s: Sizes) -> Part:
         """The same without turning q and k."""
+        rates = self.weight.shape[1]
         return (
-            weights(s.C * s.G + (s.G if self.bias is not None else 0), s.precise)
-            + product(s.N * s.C * s.G)
+            weights((s.C + (self.bias is not None)) * rates, s.precise)
+            + product(s.N * s.C * rates)
             + Part(elementwise=s.N * s.G * s.D)  # exponential, addition
             + state(self.streams().values(), s, read=1)
         )
@@ -160,7 +165,7 @@ class CARoPE(RunningRotation):
         return (
             f"embed_dim={self.weight.shape[0]}, num_heads={self.num_heads}, "
             f"head_dim={self.head_dim}, base={self.base}, init={self.init!r}, "
-            f"first_power={self.first_power}, source={self.source!r}"
+            f"first_power={self.first_power}, source={self.source!r}, shared={self.shared}"
         )
 
 

@@ -43,6 +43,8 @@ class Polar(Float32Parameters, Encoding):
         base: of RoPE's frequencies.
         init: "rope" (delta = 1, b = 0, scale 1/sqrt(D): exactly RoPE) or "authors" (delta ~ N(0,
             std (D/2)^-1/2), b = 0, scale 1, Xavier-uniform projections).
+        shared: one delta and one b for all heads, as EulerFormer has them (arXiv 2403.17729).
+        offset: whether there is a b; without one it is 0.
 
     Raises:
         ValueError: for an odd head dim or an unknown init.
@@ -58,6 +60,8 @@ class Polar(Float32Parameters, Encoding):
         num_kv_heads: int | None = None,
         base: float = 10000.0,
         init: Literal["rope", "authors"] = "rope",
+        shared: bool = False,
+        offset: bool = True,
     ) -> None:
         super().__init__()
         check_sizes("Polar (CMHA)", num_heads=num_heads)
@@ -67,12 +71,15 @@ class Polar(Float32Parameters, Encoding):
         check_base(base)
         self.num_heads, self.head_dim, self.base, self.init = num_heads, head_dim, base, init
         self.num_kv_heads = check_kv_heads(num_heads, num_kv_heads)
-        self.delta = self.float32_parameter(self.num_kv_heads, head_dim // 2)
-        self.b = self.float32_parameter(num_heads, head_dim // 2)
+        self.shared = shared
+        pairs = head_dim // 2
+        self.delta = self.float32_parameter(1 if shared else self.num_kv_heads, pairs)
+        self.b = self.float32_parameter(1 if shared else num_heads, pairs) if offset else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.b)
+        if self.b is not None:
+            nn.init.zeros_(self.b)
         if self.init == "rope":
             nn.init.ones_(self.delta)
         else:
@@ -87,7 +94,10 @@ class Polar(Float32Parameters, Encoding):
     def rotation(
         self, place: Placement, x: Tensor | None = None, state: Cache | None = None
     ) -> ByContent:
-        return ByContent(place, plain_spectrum(self.head_dim, self.base), self.delta, self.b)
+        delta = self.delta.expand(self.num_kv_heads, -1)
+        b = self.delta.new_zeros(1, delta.shape[1]) if self.b is None else self.b
+        b = b.expand(self.num_heads, -1)
+        return ByContent(place, plain_spectrum(self.head_dim, self.base), delta, b)
 
     def scores(
         self, place: Placement, x: Tensor | None = None, state: Cache | None = None
@@ -95,12 +105,15 @@ class Polar(Float32Parameters, Encoding):
         return Scores(scale=1.0 if self.init == "authors" else None)
 
     def cost(self, s: Sizes) -> Part:
-        """delta and b: (G + H) D/2 parameters, never below fp32. For each pair of q and of k an
-        arctangent, a sine and a cosine; and the rotation.
+        """delta and b: (G + H) D/2 parameters, D if shared, fewer without b; never below fp32.
+
+        For each pair of q and of k an arctangent, a sine and a cosine; and the rotation.
         """
-        pairs = s.turned // 2
-        return weights(pairs, s.precise) + Part(elementwise=3 * s.N * pairs) + rotation(s, s.D)
+        sines = Part(elementwise=3 * s.N * s.turned // 2)
+        size = self.delta.numel() + (0 if self.b is None else self.b.numel())
+        return weights(size, s.precise) + sines + rotation(s, s.D)
 
     def extra_repr(self) -> str:
         sizes = f"num_heads={self.num_heads}, head_dim={self.head_dim}"
-        return f"{sizes}, base={self.base}, init={self.init!r}"
+        options = f"base={self.base}, init={self.init!r}, shared={self.shared}"
+        return f"{sizes}, {options}, offset={self.b is not None}"
