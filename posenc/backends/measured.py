@@ -78,29 +78,30 @@ class Question(NamedTuple):
     sizes: dict[str, int]
 
 
-class Ranks(NamedTuple):
-    """The rows of one op, direction and dtype.
-
-    Attributes:
-        bounds: of each size by name: low, past the high, and what was measured between them.
-        ways: by the measured sizes, in the order of `bounds`.
-    """
-
-    bounds: Mapping[str, Sequence[tuple[int, int, int]]]
-    ways: Mapping[tuple[int, ...], tuple[Way, ...]]
-
-    def nearest(self, sizes: Mapping[str, int]) -> tuple[Way, ...]:
-        """Those of the nearest sizes, () beyond a factor of two."""
-        key: tuple[int, ...] = ()
-        for name, bounds in self.bounds.items():
-            size = sizes[name]
-            for low, high, measured in bounds:
-                if low <= size < high:
-                    key = (*key, measured)
-        return self.ways.get(key, ())
-
-
+Settings = tuple[tuple[str, int], ...]
+#: Of one op, direction and dtype: by each size's name low, past the high, and what was measured
+#: between them; by the measured sizes, in that order, the ways. Nothing but tuples: these a
+#: compiler takes as constants.
+Ranks = tuple[
+    tuple[tuple[str, tuple[tuple[int, int, int], ...]], ...],
+    tuple[tuple[tuple[int, ...], tuple[tuple[str, Settings], ...]], ...],
+]
 Table = dict[tuple[str, str, torch.dtype], Ranks]
+
+
+def nearest(ranks: Ranks, sizes: Mapping[str, int]) -> tuple[Way, ...]:
+    """The ways of the nearest sizes, () beyond a factor of two."""
+    bounds, found = ranks
+    key: tuple[int, ...] = ()
+    for name, of_name in bounds:
+        size = sizes[name]
+        for low, high, measured in of_name:
+            if low <= size < high:
+                key = (*key, measured)
+    for sizes_of_row, ways in found:
+        if sizes_of_row == key:
+            return tuple([Way(backend, dict(settings)) for backend, settings in ways])
+    return ()
 
 
 # What a case asks
@@ -204,7 +205,7 @@ def ways(case: Case) -> tuple[Way, ...]:
     if asked is None:
         return ()
     found = ranks(device.type, device.index, asked.op, asked.direction, asked.dtype)
-    return () if found is None else found.nearest(asked.sizes)
+    return () if found is None else nearest(found, asked.sizes)
 
 
 @torch.compiler.assume_constant_result
@@ -344,11 +345,14 @@ def _ranks(rows: Sequence[Mapping[str, Any]]) -> Ranks:
     names = sorted(rows[0]["sizes"])
     if any(sorted(row["sizes"]) != names for row in rows):
         raise ValueError("rows of one op have the same sizes")
-    bounds = {name: between(sorted({row["sizes"][name] for row in rows})) for name in names}
-    ways = {
-        tuple(row["sizes"][name] for name in names): tuple(map(_way, row["ways"])) for row in rows
-    }
-    return Ranks(bounds, ways)
+    bounds = tuple(
+        [(name, tuple(between(sorted({row["sizes"][name] for row in rows})))) for name in names]
+    )
+    ways = [
+        (tuple([row["sizes"][name] for name in names]), tuple(map(_way, row["ways"])))
+        for row in rows
+    ]
+    return bounds, tuple(ways)
 
 
 def between(sizes: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -362,8 +366,8 @@ def between(sizes: Sequence[int]) -> list[tuple[int, int, int]]:
     return list(zip(lows, highs, sizes, strict=True))
 
 
-def _way(stored: Mapping[str, Any]) -> Way:
+def _way(stored: Mapping[str, Any]) -> tuple[str, Settings]:
     backend, settings = stored["backend"], stored["settings"]
     if unknown := set(settings) - set(SETTINGS[backend]):
         raise ValueError(f"{backend} has no setting {', '.join(sorted(unknown))}")
-    return Way(backend, dict(settings))
+    return backend, tuple(settings.items())
