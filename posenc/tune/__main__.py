@@ -113,6 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"posenc.tune shows a bar: {error}. pip install 'posenc[train]'")
     except (OSError, ValueError) as error:
         sys.exit(str(error))
+    except (KeyError, TypeError) as error:
+        if not args.show:
+            raise
+        sys.exit(f"{file} is damaged ({error!r}). Measure anew: {measured.COMMAND}.")
 
 
 if __name__ == "__main__":

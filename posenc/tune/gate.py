@@ -1,6 +1,8 @@
 """What a way must compute before it is timed: outputs and gradients of the definition in fp64.
 
-Its errors may be twice those of the definition in the inputs' own dtype, and one rounding.
+Its errors may be twice those of the definition in the inputs' own dtype, two roundings to that
+dtype (the definition makes them in fp32: one of a result between, one of what comes out) and, for
+sums over S keys in another order, S roundings in fp32.
 """
 
 from collections.abc import Callable
@@ -90,7 +92,8 @@ class Gate:
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
         self.exact = results(definition, asked, precise(asked.case))
-        rounding = max(torch.finfo(asked.case.q.dtype).eps, 1e-6)  # fp32 sums in another order
+        dtype, keys = asked.case.q.dtype, asked.case.mask.key_length
+        rounding = 2 * torch.finfo(dtype).eps + keys * torch.finfo(torch.float32).eps
         plain = errors(results(definition, asked), self.exact)
         self.allowed = [2 * error + rounding for error in plain]
 

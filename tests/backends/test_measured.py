@@ -1,4 +1,4 @@
-"""What auto takes of measurements: the life of the file, the nearest row, outputs that are right."""
+"""What auto takes of measurements: the life of the file, the nearest row, right outputs."""
 
 import json
 import warnings
