@@ -7,9 +7,8 @@ dtype, or there is no row. A provider that is not installed or does not fit is l
 reason.
 """
 
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,8 +18,6 @@ from torch import Tensor
 from bench.rows import Row
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
-#: Short calls are repeated up to so many times as often as long ones.
-MORE = 20
 #: Calls timed on CPU where candidates take no turns.
 ROUNDS = 3
 
@@ -114,39 +111,6 @@ def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float, f
         taken.append((time.perf_counter() - start) * 1e3)
     taken.sort()
     return taken[0], taken[len(taken) // 2], taken[-1]
-
-
-def take_turns(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, seconds: float = 0.0
-) -> dict[str, tuple[float, float, float]]:
-    """p20, p50 and p80 in milliseconds over rounds, on CPU.
-
-    The candidates take turns within every round, so that a slow moment of the machine hits all of
-    them, in an order drawn anew: a call after one that runs the same code finds it cached, which
-    makes a step of decoding 15% faster.
-
-    Args:
-        seconds: to go on for, where the rounds take less, up to `MORE` times as many.
-    """
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(2):  # warm-up
-        begin = time.perf_counter()
-        for run in runs.values():
-            run()
-    once = time.perf_counter() - begin
-    order, draw = list(runs), random.Random(0)
-    for _ in range(max(rounds, min(int(seconds / once), MORE * rounds))):
-        draw.shuffle(order)
-        for name in order:
-            run = runs[name]
-            start = time.perf_counter()
-            run()
-            taken[name].append((time.perf_counter() - start) * 1e3)
-    found = {}
-    for name, values in taken.items():
-        low, middle, high = (sorted(values)[int(len(values) * p)] for p in (0.2, 0.5, 0.8))
-        found[name] = (low, middle, high)
-    return found
 
 
 def modes(function: Function, inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], Any]]:

@@ -41,7 +41,6 @@ from bench.measure import (
     modes,
     one_head,
     peak_mib,
-    take_turns,
     timed,
     timing,
 )
@@ -50,6 +49,7 @@ from posenc.backends import choice
 from posenc.backends import skipping as skipping_on_cpu
 from posenc.backends.case import consecutive
 from posenc.routing.gates import Gates, weigh
+from posenc.tune.clock import take_turns
 
 #: Shared and selected heads of eight; the share of active heads.
 SPLITS = {(2, 6): 1.0, (2, 4): 0.75, (2, 2): 0.5, (0, 3): 0.375, (0, 2): 0.25}

@@ -24,11 +24,12 @@ from torch import Tensor
 
 import posenc
 from bench.arguments import check_least
-from bench.measure import modes, take_turns, timing
+from bench.measure import modes, timing
 from bench.peers import grouped_llama
 from bench.rows import Row, RowFile, collect
 from posenc.checks import check_heads
 from posenc.errors import unknown
+from posenc.tune.clock import take_turns
 
 MODES = ("fwd", "fwd+bwd")
 #: Largest difference in fp64, relative to the largest entry.

@@ -38,7 +38,6 @@ from bench.measure import (
     graphed,
     modes,
     reason,
-    take_turns,
     timed,
     timing,
 )
@@ -47,6 +46,7 @@ from bench.rows import Row, RowFile
 from posenc.checks import check_heads
 from posenc.cost import attention_cost
 from posenc.errors import unknown
+from posenc.tune.clock import take_turns
 
 MODES = ("train", "prefill", "decode", "recompute")
 IMPLS: dict[str, tuple[str, Compile]] = {

@@ -33,18 +33,19 @@ from posenc.backends.skipping import runs_eagerly
 from posenc.routing.gates import weighed
 from posenc.scores import Bias, ByDistance, Decay, Scores, add_per_head, falling_table, skew
 
-#: Rows of a block of logits; of 64, 128, 256 and 512 the fastest on CPU.
+#: Rows of a block of logits where nothing was measured; of 64 to 512 the fastest on CPU.
 ROWS = 128
 #: Blocks that meet this many keys are recomputed in the backward pass: memory linear in T.
 RECOMPUTE_FROM = 1024
-#: Rows of a block where a window or padding calls for blocks.
+#: Rows of a block where a window or padding calls for blocks, and nothing was measured.
 BAND_ROWS = 256
-#: From so many queries on a padded text goes in blocks: below, one dense mask is as fast.
+#: From so many queries on a padded text goes in blocks where nothing was measured: below, one dense
+#: mask is as fast.
 PADDED_FROM = 1024
 
 
 def reason(case: Case) -> str | None:
-    """None where it can and pays, else why not."""
+    """None where it can, else why not."""
     if torch.compiler.is_compiling():
         return "a traced loop over pieces would make a graph of its own for every length"
     mask, term = case.mask, case.scores.relative
@@ -56,21 +57,34 @@ def reason(case: Case) -> str | None:
         return "a single query has no blocks"
     if term is not None and (term.distances is not None or term.two_sided):
         return "takes relative terms of consecutive keys, causal"
-    if mask.segments is not None and not runs_eagerly(case.q):
+    by_numbers = case.q.device.type == "cpu" and runs_eagerly(case.q)
+    if mask.segments is not None and not by_numbers:
         return "packed documents are cut by their numbers, which are not to be had here"
     if _forms_logits(case):
         return None
     if mask.segments is not None or mask.window is not None:
         return None if runs_eagerly(case.q) else "pieces are cut by numbers not to be had here"
-    if mask.real is not None and mask.length >= PADDED_FROM:
-        return None
-    return "T x S is full: one piece"
+    return "T x S is full: one piece" if mask.real is None else None
 
 
-def attend(case: Case) -> Tensor:
-    """(B, H, T, D) in q's dtype."""
-    by_logits = _forms_logits(case) and not _fixed_bias(case)
-    one, rows = (_by_logits, ROWS) if by_logits else (_plain, _band_rows(case))
+def pays(case: Case) -> bool:
+    """Whether it is the faster way where nothing was measured."""
+    mask = case.mask
+    cut = mask.segments is not None or mask.window is not None
+    return cut or _forms_logits(case) or mask.length >= PADDED_FROM
+
+
+def attend(case: Case, rows: int | None = None) -> Tensor:
+    """(B, H, T, D) in q's dtype.
+
+    Args:
+        rows: of a block; None is `ROWS`, or `BAND_ROWS` where torch's attention takes the blocks.
+    """
+    one: Callable[[Case, slice, list[Piece]], Tensor]
+    if _forms_logits(case) and not _fixed_bias(case):
+        one, rows = _by_logits, rows or ROWS
+    else:
+        one, rows = _plain, _band_rows(case, rows or BAND_ROWS)
     parts = groupby(case.mask.pieces(rows), key=lambda piece: piece.batch)
     outputs = [one(case, batch, list(pieces)) for batch, pieces in parts]
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -99,12 +113,12 @@ def _fixed_bias(case: Case) -> bool:
     return mask.only_order and mask.causal and not bias(one, one).requires_grad
 
 
-def _band_rows(case: Case) -> int | None:
+def _band_rows(case: Case, least: int) -> int | None:
     """None where documents alone cut the rows."""
     mask = case.mask
     if mask.window is not None:
-        return max(BAND_ROWS, mask.window // 2)
-    return None if mask.real is None and case.scores.bias is None else BAND_ROWS
+        return max(least, mask.window // 2)
+    return None if mask.real is None and case.scores.bias is None else least
 
 
 def _plain(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
@@ -124,7 +138,8 @@ def _plain(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
     )
     queries = q.split([piece.rows.stop - piece.rows.start for piece in pieces], dim=-2)
     # Of the last rows, and as far as distances reach: a mask a block would be T x S.
-    last = slice(max(case.mask.length - BAND_ROWS, 0), case.mask.length)
+    longest = max(piece.rows.stop - piece.rows.start for piece in pieces)
+    last = slice(max(case.mask.length - longest, 0), case.mask.length)
     by_distance = case.scores.added(last)
     if by_distance is not None:
         by_distance = by_distance.masked_fill(~case.mask.dense(rows=last), -math.inf)
@@ -184,7 +199,8 @@ def _by_logits(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
         columns, offset = falling_table(term, widest, precise)
     else:
         on_keys = on_keys * scale
-    above = torch.ones(ROWS, ROWS, dtype=torch.bool, device=q.device).triu(1)
+    longest = max(piece.rows.stop - piece.rows.start for piece in pieces)
+    above = torch.ones(longest, longest, dtype=torch.bool, device=q.device).triu(1)
 
     def relative(piece: Piece) -> Tensor:
         """The relative term (H * B, rows, keys)."""

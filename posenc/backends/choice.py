@@ -3,13 +3,15 @@
     reference   materialises the definition, in fp32 or better
     sdpa        torch's scaled_dot_product_attention; a dense bias only where the logits need one
     fused       Triton kernels
-    auto        the first of an ordered list that can and pays: `reflected` for products of
-                reflections; on CPU `skipping` where gates drop enough, `contextual` for positions
-                that gates count, `blockwise` for relative terms, packed documents and windows,
-                `short` in half precision; else sdpa
+    auto        what `python -m posenc.tune` found the fastest for such a case on this machine;
+                where it has not measured any (`posenc.backends.measured`), the first of an ordered
+                list that can and pays: `reflected` for products of reflections; on CPU `skipping`
+                where gates drop enough, `contextual` for positions that gates count, `blockwise`
+                for relative terms, packed documents and windows, `short` in half precision; else
+                sdpa
 Features that fade with the distance (xPos) are folded into q and k before, but for `reference`.
-An explicit choice never falls back: a back end's `reason` is the error. The kernels have been timed
-on no GPU yet, so `auto` leaves them out.
+An explicit choice never falls back: a back end's `reason` is the error; nor is it touched by what
+was measured. Kernels that were not measured where they are to run are left out of `auto`.
 """
 
 from functools import partial
@@ -23,6 +25,7 @@ from posenc.backends import (
     contextual,
     faded,
     fused,
+    measured,
     reference,
     reflected,
     sdpa,
@@ -30,6 +33,7 @@ from posenc.backends import (
     skipping,
 )
 from posenc.backends.case import Case
+from posenc.backends.measured import APART, Way
 from posenc.cache import Cache
 from posenc.convolution import DepthwiseConv
 from posenc.errors import unknown
@@ -38,11 +42,23 @@ from posenc.rotations import Rotation
 
 IMPLS = ("auto", "reference", "sdpa", "fused")
 EXPLICIT: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "fused": fused}
-#: Tried in this order.
+#: Those that can be measured: all but the definition, which holds T x S.
+MEASURABLE: dict[str, ModuleType] = {
+    "sdpa": sdpa,
+    "short": short,
+    "reflected": reflected,
+    "blockwise": blockwise,
+    "contextual": contextual,
+    "skipping": skipping,
+    "fused": fused,
+}
+#: Tried in this order where nothing was measured.
 ON_CPU = (reflected, skipping, contextual, blockwise, short, sdpa)
 #: Those of them that a case of nothing but its order may concern: most calls are one.
 ON_CPU_PLAIN = (short, sdpa)
 ELSEWHERE = (reflected, sdpa)
+#: Those of them that can where they do not pay.
+PAYING = (skipping, blockwise, short)
 
 
 def check_impl(impl: str, dropout: float = 0.0, conv: DepthwiseConv | None = None) -> str:
@@ -58,16 +74,46 @@ def check_impl(impl: str, dropout: float = 0.0, conv: DepthwiseConv | None = Non
 
 
 def choose(case: Case, impl: str) -> ModuleType:
-    """The back end, or ValueError where the explicit one cannot."""
+    """The back end where nothing was measured, or ValueError where the explicit one cannot."""
     if impl == "auto":
         candidates: tuple[ModuleType, ...] = ELSEWHERE
         if case.q.device.type == "cpu":
             candidates = ON_CPU_PLAIN if case.plain else ON_CPU
-        return next(backend for backend in candidates if backend.reason(case) is None)
+        return next(
+            backend
+            for backend in candidates
+            if backend.reason(case) is None and (backend not in PAYING or backend.pays(case))
+        )
     backend = EXPLICIT[check_impl(impl)]
     if why := backend.reason(case):
         raise ValueError(f"impl={impl!r} {why}. {fused.REMEDY}")
     return backend
+
+
+def chosen(case: Case) -> Way | None:
+    """The fastest way that was measured for such a case and can compute it; None: none was."""
+    return next((way for way in measured.ways(case) if can(way, case)), None)
+
+
+def can(way: Way, case: Case) -> bool:
+    """Whether it computes the case."""
+    if way.backend == APART:
+        return True
+    if way.backend == "fused" and fused.too_large(case):
+        return False
+    return MEASURABLE[way.backend].reason(case) is None
+
+
+def by(way: Way, case: Case) -> Tensor:
+    """Attention of q and k that are turned, but for `fused`, which turns them inside; of any case
+    where q and k turn first.
+    """
+    if way.backend == APART:
+        return attend(case.turned(), "auto")
+    if way.backend == "skipping":
+        return skipping.attend(case, partial(attend, impl="auto"), **way.settings)
+    y: Tensor = MEASURABLE[way.backend].attend(case, **way.settings)
+    return y
 
 
 def attend(case: Case, impl: str = "auto") -> Tensor:
@@ -84,6 +130,10 @@ def attend(case: Case, impl: str = "auto") -> Tensor:
             f"S={mask.key_length}. Pass the whole key sequence, the queries being its last tokens."
         )
     fading = case.scores.fading is not None and impl != "reference"
+    # Compiled, a rotation is part of what surrounds it, which was not measured.
+    whole = case.rotation is not None and not fading and not torch.compiler.is_compiling()
+    if whole and impl == "auto" and (way := chosen(case)) and way.backend != APART:
+        return by(way, case)
     if case.rotation is not None and (fading or impl != "fused"):
         # Kernels turn inside; other back ends are chosen by what comes of it.
         q, k = turn(case.rotation, case.q, case.k, impl)
@@ -91,6 +141,8 @@ def attend(case: Case, impl: str = "auto") -> Tensor:
     if fading:
         outputs = [attend(part, impl) for part in faded.parts(case)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
+    if impl == "auto" and (way := chosen(case)):
+        return by(way, case)
     backend = choose(case, impl)
     if backend is skipping:
         return skipping.attend(case, partial(attend, impl="auto"))

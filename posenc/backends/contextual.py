@@ -35,15 +35,20 @@ def reason(case: Case) -> str | None:
         return "a single query has no blocks"
     if scores.bias is not None or scores.relative is not None or not mask.causal:
         return "takes contextual positions without a further term, causal"
-    if mask.segments is not None and not runs_eagerly(case.q):
+    by_numbers = case.q.device.type == "cpu" and runs_eagerly(case.q)
+    if mask.segments is not None and not by_numbers:
         return "packed documents are cut by their numbers, which are not to be had here"
     return None
 
 
-def attend(case: Case) -> Tensor:
-    """(B, H, T, D) in q's dtype."""
+def attend(case: Case, rows: int | None = None) -> Tensor:
+    """(B, H, T, D) in q's dtype.
+
+    Args:
+        rows: of a block; None is `posenc.backends.blockwise.ROWS`.
+    """
     case = case.turned().repeated()
-    parts = groupby(case.mask.pieces(ROWS), key=lambda piece: piece.batch)
+    parts = groupby(case.mask.pieces(rows or ROWS), key=lambda piece: piece.batch)
     outputs = [_rows(case, batch, list(pieces)) for batch, pieces in parts]
     return weighed(outputs[0] if len(outputs) == 1 else torch.cat(outputs), case.gates)
 
@@ -61,7 +66,8 @@ def _rows(case: Case, batch: slice, pieces: list[Piece]) -> Tensor:
     query = add_per_head(query, content).flatten(0, 1)
     keys, values = (z.flip(-2).flatten(0, 1) for z in (k.to(precise), v))
     keys = keys.mT
-    later = torch.ones(ROWS, ROWS, dtype=torch.bool, device=q.device).triu(1)
+    longest = max(piece.rows.stop - piece.rows.start for piece in pieces)
+    later = torch.ones(longest, longest, dtype=torch.bool, device=q.device).triu(1)
 
     def block(piece: Piece) -> Tensor:
         rows = piece.rows.stop - piece.rows.start

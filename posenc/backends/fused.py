@@ -38,6 +38,15 @@ def check_available() -> None:
         )
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels run on tensors of a device."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from posenc.kernels.common import INTERPRETED
+
+    return INTERPRETED if device.type == "cpu" else device.type == "cuda"
+
+
 def check_parts(dropout: float, conv: DepthwiseConv | None) -> None:
     """Raise ValueError for parts of a module that no kernel computes. Needs Triton."""
     if dropout:
@@ -56,6 +65,9 @@ def check_parts(dropout: float, conv: DepthwiseConv | None) -> None:
                 f"it holds up to {MAX_TAPS} taps. {REMEDY}"
             )
 
+
+#: Features of a head that a tile holds.
+MAX_DIM = 256
 
 NO_DROPOUT = "drops no attention weights; got dropout"
 
@@ -87,6 +99,13 @@ def reason(case: Case) -> str | None:
     return None
 
 
+def too_large(case: Case) -> bool:
+    """Whether the kernels' tiles do not reach: another back end is then to be found."""
+    dim = case.q.shape[-1]
+    widest = 2 * dim if case.scores.relative is not None else max(dim, case.k.shape[-1])
+    return widest > MAX_DIM
+
+
 def _is_dense(scores: Scores) -> bool:
     """Whether the logits have a bias that no kernel makes."""
     bias = scores.bias
@@ -95,8 +114,12 @@ def _is_dense(scores: Scores) -> bool:
     return bias is not None and not (made and scores.relative is None)
 
 
-def attend(case: Case) -> Tensor:
-    """(B, H, T, D) in q's dtype. What gates drop is skipped, but with a bias or relative term."""
+def attend(case: Case, deterministic: bool | None = None) -> Tensor:
+    """(B, H, T, D) in q's dtype. What gates drop is skipped, but with a bias or relative term.
+
+    Args:
+        deterministic: of those kernels that take it, see `posenc.kernels.flash.flash_attention`.
+    """
     from posenc.kernels.biased_attention import biased_attention
     from posenc.kernels.relative import relative_attention
 
@@ -107,28 +130,28 @@ def attend(case: Case) -> Tensor:
     rotation = case.rotation
     plain = scores.plain and scores.content is None and scores.scale is None
     if rotation is not None and not drops and plain:
-        whole = _turn_and_attend(rotation, q, k, v, mask)
+        whole = _turn_and_attend(rotation, q, k, v, mask, deterministic)
         if whole is not None:
             return weighed(whole, case.gates)
     if rotation is not None:
         q, k = turn(rotation, q, k)
-    term = scores.relative
+    term, options = scores.relative, {"scale": scale, "mask": mask, "deterministic": deterministic}
     query = add_per_head(q, scores.content)
     if scores.bias is not None:
         decay, table = _parts(scores.bias)
-        y = biased_attention(query, k, v, decay, table, scale=scale, mask=mask)
+        y = biased_attention(query, k, v, decay, table, **options)
         return weighed(y, case.gates)
     if term is None:
-        return _plain(query, k, v, case.gates, scale, mask)
+        return _plain(query, k, v, case.gates, options)
     if _joins(case, term):
         assert term.factors is not None
         on_query, on_key = term.factors(add_per_head(q, term.query))
         queries = torch.cat((query, on_query), dim=-1)
         keys = torch.cat((k, on_key.expand(*k.shape[:-1], on_query.shape[-1])), dim=-1)
-        return _plain(queries, keys, v, case.gates, scale, mask)
+        return _plain(queries, keys, v, case.gates, options)
     table = term.rows(k.shape[-2])
     biases = (term.offset, scores.content, term.query)
-    y = relative_attention(q, k, v, table, *biases, scale=scale, mask=mask)
+    y = relative_attention(q, k, v, table, *biases, **options)
     return weighed(y, case.gates)
 
 
@@ -154,24 +177,28 @@ def _joins(case: Case, term: RelativeTerm) -> bool:
     return term.factors is not None and term.width <= case.q.shape[-1] and whole
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, gates: Gates | None, scale: float, mask: Any) -> Tensor:
+def _plain(q: Tensor, k: Tensor, v: Tensor, gates: Gates | None, options: dict[str, Any]) -> Tensor:
     """Attention without terms in the logits, dense or of what the gates keep."""
     if k.shape[-1] > v.shape[-1]:  # kernels take equal widths
         padded = F.pad(v, (0, k.shape[-1] - v.shape[-1]))
-        return _plain(q, k, padded, gates, scale, mask)[..., : v.shape[-1]]
+        return _plain(q, k, padded, gates, options)[..., : v.shape[-1]]
     from posenc.kernels.flash import flash_attention
     from posenc.kernels.routed import routed_attention
 
     if gates is None or gates.kept == 1:
-        return weighed(flash_attention(q, k, v, scale=scale, mask=mask), gates)
-    every = gates.need_every_output
-    options = {"scale": scale, "mask": mask, "straight_through": every}
-    y: Tensor = routed_attention(q, k, v, gates.values, **options)
+        return weighed(flash_attention(q, k, v, **options), gates)
+    every, whole = gates.need_every_output, {key: options[key] for key in ("scale", "mask")}
+    y: Tensor = routed_attention(q, k, v, gates.values, straight_through=every, **whole)
     return y
 
 
 def _turn_and_attend(
-    rotation: Rotation, q: Tensor, k: Tensor, v: Tensor, mask: Any
+    rotation: Rotation,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    deterministic: bool | None,
 ) -> Tensor | None:
     """Rotation and attention in one kernel where there is one, else None."""
     if isinstance(rotation, ByPosition) and _has_kernel(rotation):
@@ -181,12 +208,14 @@ def _turn_and_attend(
         positions = _positions(rotation)
         pairing = str(rotation.pairing)
         options = {"factor": factor, "pairing": pairing, "mask": mask}
+        options["deterministic"] = deterministic
         return rope_attention(q, k, v, frequencies, positions, **options)
     if isinstance(rotation, ByRates) and rotation.state is None:
         from posenc.kernels.carope_attention import carope_attention
 
         log_f, power = _still_at_padding(rotation), rotation.first_power
-        return carope_attention(q, k, v, log_f, first_power=power, mask=mask)
+        options = {"first_power": power, "mask": mask, "deterministic": deterministic}
+        return carope_attention(q, k, v, log_f, **options)
     return None
 
 

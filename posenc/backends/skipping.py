@@ -23,7 +23,7 @@ from posenc.backends.case import Case
 from posenc.routing.gates import Gates, weigh
 from posenc.scores import Scores, add_per_head
 
-#: Kept rows of a block; of 64, 96 and 128 the fastest on CPU.
+#: Kept rows of a block where nothing was measured; of 64, 96 and 128 the fastest on CPU.
 ROWS = 96
 #: Logits of a block, over all of its heads: 4 MB in fp32.
 SPACE = 1 << 20
@@ -32,8 +32,9 @@ SPACE = 1 << 20
 ROW_STEP, KEY_STEP = 16, 192
 
 
-#: Skipping what gates drop pays on CPU from so many queries x features of a head on, or so many
-#: keys of a single query, and up to this share of kept rows in the heads that may be dropped.
+#: Where nothing was measured, skipping what gates drop pays from so many queries x features of a
+#: head on, or so many keys of a single query, and up to this share of kept rows in the heads that
+#: may be dropped.
 #: Routed heads at B=1 T=1024 D=64 fp32, a third kept: 7.4 ms dense, 4.6 skipping; two thirds kept,
 #: a tie. T=512 D=32, half kept: 0.92 of the dense speed. One query of 4096 keys, half of 8 heads
 #: kept: 205 us dense, 105 skipping.
@@ -41,7 +42,7 @@ SKIP_FROM, SKIP_TOKEN_FROM, SKIP_UP_TO = 512 * 64, 2048, 0.4
 
 
 def reason(case: Case) -> str | None:
-    """None where it can and pays, else why not."""
+    """None where it can, else why not."""
     q, gates, mask = case.q, case.gates, case.mask
     if gates is None:
         return "no gates drop anything"
@@ -49,19 +50,32 @@ def reason(case: Case) -> str | None:
         return "takes causal attention of whole rows, without a term in the logits or dropout"
     if q.shape[1] != case.k.shape[1]:
         return "takes as many key heads as query heads"
-    if not runs_eagerly(q):
+    if q.device.type != "cpu" or not runs_eagerly(q):
         return "lists of kept rows are not to be had here"
-    if mask.length == 1:
-        pays = mask.key_length >= SKIP_TOKEN_FROM and not torch.is_grad_enabled()
-    else:
-        pays = mask.length * q.shape[-1] >= SKIP_FROM
-    if not pays or gates.kept > SKIP_UP_TO or gates.need_every_output:
-        return "dense attention is as fast"
+    if mask.length == 1 and torch.is_grad_enabled():
+        return "a single query has its few views of the keys in inference alone"
+    if gates.need_every_output:
+        return "gradients of gates read what they drop"
     return None
 
 
-def attend(case: Case, dense: Callable[[Case], Tensor]) -> Tensor:
-    """(B, H, T, D) in q's dtype; `dense` computes heads that nothing drops."""
+def pays(case: Case) -> bool:
+    """Whether it is the faster way where nothing was measured."""
+    assert case.gates is not None
+    if case.gates.kept > SKIP_UP_TO:
+        return False
+    if case.mask.length == 1:
+        return case.mask.key_length >= SKIP_TOKEN_FROM
+    return case.mask.length * case.q.shape[-1] >= SKIP_FROM
+
+
+def attend(case: Case, dense: Callable[[Case], Tensor], rows: int | None = None) -> Tensor:
+    """(B, H, T, D) in q's dtype.
+
+    Args:
+        dense: computes heads that nothing drops.
+        rows: of a block; None is `ROWS`.
+    """
     assert case.gates is not None
     plain = Case(case.q, case.k, case.v, case.mask, scores=Scores(scale=case.scale))
 
@@ -69,7 +83,7 @@ def attend(case: Case, dense: Callable[[Case], Tensor]) -> Tensor:
         return dense(plain._replace(q=q, k=k, v=v))
 
     q = add_per_head(case.q, case.scores.content)
-    return attend_kept(q, case.k, case.v, case.gates, case.scale, some)
+    return attend_kept(q, case.k, case.v, case.gates, case.scale, some, rows)
 
 
 def runs_eagerly(x: Tensor) -> bool:
@@ -92,6 +106,7 @@ def attend_kept(
     gates: Gates,
     scale: float,
     dense: Callable[[Tensor, Tensor, Tensor], Tensor],
+    rows: int | None = None,
 ) -> Tensor:
     """Causal attention over consecutive keys, weighed.
 
@@ -99,6 +114,7 @@ def attend_kept(
         q: (B, H, T, D). k, v: (B, H, S, D), T <= S. v may be narrower.
         gates: where one is 0 nothing is computed, and its own gradient is 0.
         dense: attention of some heads without gates.
+        rows: of a block; None is `ROWS`.
 
     Returns:
         (B, H, T, D), v's width, in q's dtype.
@@ -110,7 +126,7 @@ def attend_kept(
     if n:
         shared = weigh(dense(q[:, :n], k[:, :n], v[:, :n]), gates.values[:, :n])
     routed = (x[:, n:] for x in (q, k, v, gates.values))
-    return _Kept.apply(shared, *routed, scale)
+    return _Kept.apply(shared, *routed, scale, rows or ROWS)
 
 
 def _attend_token(
@@ -240,13 +256,13 @@ class _Group:
         for (h, rows), own in zip(self.rows.items(), made.to(x.dtype), strict=True):
             x[h].index_copy_(0, rows, own[: len(rows)])
 
-    def blocks(self, space: Tensor) -> Iterator[tuple[Part, Part, Tensor]]:
-        """Heads and rows, heads and the keys that they see between them, and the weights, which lie
-        in `space` until the next block.
+    def blocks(self, space: Tensor, most: int) -> Iterator[tuple[Part, Part, Tensor]]:
+        """Heads and at `most` so many rows, heads and the keys that they see between them, and the
+        weights, which lie in `space` until the next block.
         """
-        for start in range(0, self.counts[0], ROWS):
+        for start in range(0, self.counts[0], most):
             heads = slice(0, sum(count > start for count in self.counts))
-            rows = slice(start, min(start + ROWS, self.query.shape[1]))
+            rows = slice(start, min(start + most, self.query.shape[1]))
             first = min(ends[start] for ends in self.ends[heads])
             last = max(ends[rows.stop - 1] for ends in self.ends[heads])
             seen = (heads, slice(0, min(-(-last // KEY_STEP) * KEY_STEP, self.keys.shape[1])))
@@ -257,11 +273,11 @@ class _Group:
 
 
 def _groups(
-    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float, most: int
 ) -> Iterator[tuple[int, _Group]]:
     """The heads that keep a row, of each sequence: those that keep as many go together."""
     columns = torch.arange(k.shape[2], dtype=torch.int32)
-    together = _heads_at_once(k)
+    together = _heads_at_once(k, most)
     for b in range(q.shape[0]):
         rows = {h: gates[b, h].nonzero().flatten() for h in range(q.shape[1])}
         falling = sorted((h for h in rows if len(rows[h])), key=lambda h: -len(rows[h]))
@@ -270,13 +286,13 @@ def _groups(
             yield b, _Group(own, q[b], k[b], v[b], gates[b], columns, scale)
 
 
-def _heads_at_once(k: Tensor) -> int:
-    return max(1, SPACE // (ROWS * k.shape[2]))
+def _heads_at_once(k: Tensor, most: int) -> int:
+    return max(1, SPACE // (most * k.shape[2]))
 
 
-def _spaces(k: Tensor, count: int) -> tuple[Tensor, ...]:
+def _spaces(k: Tensor, count: int, most: int) -> tuple[Tensor, ...]:
     """Room for blocks of logits, which would otherwise be fresh memory each."""
-    size = min(_heads_at_once(k), k.shape[1]) * ROWS * k.shape[2]
+    size = min(_heads_at_once(k, most), k.shape[1]) * most * k.shape[2]
     return _precise(k.new_empty(0)).new_empty(count, size).unbind()
 
 
@@ -293,36 +309,43 @@ class _Kept(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, shared: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float
+        ctx: Any,
+        shared: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Tensor,
+        scale: float,
+        most: int,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, gates)
-        ctx.scale, n = scale, shared.shape[1]
+        ctx.scale, ctx.most, n = scale, most, shared.shape[1]
         batch, heads, length, _ = q.shape
         # Laid out (B, T, H, D): merging the heads then copies nothing.
         y = q.new_zeros(batch, length, n + heads, v.shape[-1]).transpose(1, 2)
         y[:, :n] = shared
-        (space,) = _spaces(k, 1)
+        (space,) = _spaces(k, 1, most)
         with no_autocast(q.device):
-            for b, group in _groups(q, k, v, gates, scale):
+            for b, group in _groups(q, k, v, gates, scale, most):
                 made = group.query.new_empty(*group.query.shape[:-1], v.shape[-1])
-                for block, seen, weights in group.blocks(space):
+                for block, seen, weights in group.blocks(space, most):
                     made[block] = weights @ group.values[seen]
                 group.put(y[b, n:], made.mul_(group.gates))
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, gates = ctx.saved_tensors
         to_shared, dy = dy.split((dy.shape[1] - q.shape[1], q.shape[1]), dim=1)
         dq, dk, dv, d_gates = (torch.zeros_like(x) for x in (q, k, v, gates))
-        space, other, third = _spaces(k, 3)
+        space, other, third = _spaces(k, 3, ctx.most)
         with no_autocast(q.device):
-            for b, group in _groups(q, k, v, gates, ctx.scale):
+            for b, group in _groups(q, k, v, gates, ctx.scale, ctx.most):
                 grads = group.take(dy[b])
                 to_keys, to_values = (torch.zeros_like(x) for x in (group.keys, group.values))
                 to_queries, to_gates = (torch.empty_like(x) for x in (group.query, group.gates))
-                for block, seen, weights in group.blocks(space):
+                for block, seen, weights in group.blocks(space, ctx.most):
                     products = _product(grads[block], group.values[seen].mT, other)
                     both = third[: weights.numel()].view_as(weights)
                     torch.mul(weights, products, out=both)
@@ -337,7 +360,7 @@ class _Kept(torch.autograd.Function):
                 dv[b].index_copy_(0, group.heads, to_values.to(v.dtype))
                 group.put(dq[b], to_queries.mul_(ctx.scale))
                 group.put(d_gates[b], to_gates.squeeze(-1))
-        return to_shared, dq, dk, dv, d_gates, None
+        return to_shared, dq, dk, dv, d_gates, None, None
 
 
 def _precise(x: Tensor) -> Tensor:

@@ -9,13 +9,12 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import posenc
+from posenc.machine import device_name, package_version
 from posenc.training.parallel import Parallel
 
 PACKAGES = ("torch", "numpy", "einops", "triton", "tokenizers", "datasets", "safetensors")
@@ -35,7 +34,7 @@ def environment(
         "versions": {
             "posenc": posenc.__version__,
             "python": platform.python_version(),
-            **{name: installed for name in PACKAGES if (installed := _version(name))},
+            **{name: installed for name in PACKAGES if (installed := package_version(name))},
         },
         "system": platform.system(),
         "threads": torch.get_num_threads(),
@@ -52,26 +51,6 @@ def launch(parallel: Parallel, dtype: torch.dtype) -> dict[str, Any]:
         "parallel": parallel.mode,
         "processes": parallel.world_size,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def device_name(device: torch.device) -> str:
-    """The model of GPU or processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -11,9 +11,10 @@ from torch import Tensor
 import posenc
 from bench import throughput
 from bench.layers import Layer, as_is, zoo_case
-from bench.measure import Gate, take_turns
+from bench.measure import Gate
 from bench.peers import PEERS
 from bench.rows import read, row_of
+from posenc.tune.clock import take_turns
 
 #: x-transformers scripts functions when it is imported.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
