@@ -66,7 +66,8 @@ def check_parts(dropout: float, conv: DepthwiseConv | None) -> None:
             )
 
 
-#: Features of a head that a tile holds, and programs of a grid's second dimension.
+#: Features of a head that a tile holds, and programs of a grid's second dimension: beyond them
+#: impl="fused" fails, and "auto" goes elsewhere.
 MAX_DIM, MAX_ROWS = 256, 65_535
 
 NO_DROPOUT = "drops no attention weights; got dropout"
