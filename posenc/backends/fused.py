@@ -66,7 +66,7 @@ def check_parts(dropout: float, conv: DepthwiseConv | None) -> None:
             )
 
 
-#: Features of a head that a tile holds.
+#: Features of a head that a tile holds: beyond them impl="fused" fails, and "auto" goes elsewhere.
 MAX_DIM = 256
 
 NO_DROPOUT = "drops no attention weights; got dropout"

@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,8 +34,7 @@ from posenc.machine import device_name, driver_version, package_version
 from posenc.rotations import ByContent, ByPosition, ByRates
 from posenc.scores import Bias, ByDistance, Decay, Scores
 
-P = ParamSpec("P")
-R = TypeVar("R")
+T = TypeVar("T")
 
 FORMAT = 1
 COMMAND = "python -m posenc.tune"
@@ -190,6 +189,14 @@ def of_bias(bias: Bias) -> str | None:
 # What the file answers
 
 
+def as_constant(function: Callable[..., T]) -> Callable[..., T]:
+    """`torch.compiler.assume_constant_result`: called while tracing, not traced. That one imports
+    the compiler, and with it seconds and numpy.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def ways(case: Case) -> tuple[Way, ...]:
     """Those that were right for such a case, the first to be taken first; () where nothing says.
 
@@ -211,25 +218,17 @@ def ways(case: Case) -> tuple[Way, ...]:
     return () if found is None else nearest(found, asked.sizes)
 
 
-def _constant(function: Callable[P, R]) -> Callable[P, R]:
-    """Called while a compiler traces, not traced: `torch.compiler.assume_constant_result`, which
-    would load the whole compiler at `import posenc`.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@_constant
+@as_constant
 def anything(kind: str, index: int | None) -> bool:
     """Whether there are rows of the device."""
     return bool(table(kind, index))
 
 
-@_constant
+@as_constant
 def ranks(
     kind: str, index: int | None, op: str, direction: str, dtype: torch.dtype
 ) -> Ranks | None:
-    """The device's rows of an op; read while tracing, not traced."""
+    """The device's rows of an op."""
     return table(kind, index).get((op, direction, dtype))
 
 

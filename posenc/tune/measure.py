@@ -45,7 +45,7 @@ def candidates(case: Case) -> list[Way]:
     if case.rotation is not None:
         found = []
     else:
-        linear = first.backend not in ("sdpa", "short")
+        linear = first.backend in ("blockwise", "contextual", "reflected")
         long = case.mask.length > 1 and case.mask.key_length >= blockwise.RECOMPUTE_FROM
         left_out = ("sdpa", "short") if linear and long else ()
         names = (name for name in choice.MEASURABLE if name not in (*left_out, "fused"))
