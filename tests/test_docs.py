@@ -72,6 +72,9 @@ def flags_of(module: str) -> str:
     """The source in which a command's flags are named."""
     found = importlib.util.find_spec(module)
     assert found is not None, f"no module {module}"
+    if found.submodule_search_locations is not None:  # a package: its command stands apart
+        found = importlib.util.find_spec(f"{module}.__main__")
+        assert found is not None, f"{module} is no command"
     assert found.origin is not None
     return Path(found.origin).read_text(encoding="utf-8")
 
