@@ -42,7 +42,7 @@ from bench.comparison import MATCHES, gap_of, match_of, recipe, tables
 from bench.grid import Cell, Plan, finished, method, run
 from bench.losses import Losses, Question, ask
 from bench.pool import Stopped, cores, held
-from bench.rows import Row, RowFile, read, row_of, single, written
+from bench.rows import Row, RowFile, rows_of_kind, single, written
 from bench.statistics import paired_bootstrap
 from bench.tuning import Tuning, tune
 from posenc.cost import model_flops_per_token
@@ -242,14 +242,9 @@ def compare(compared: Comparison, resamples: int) -> list[tuple[Row, dict[str, A
 
 
 def read_rows(path: Path, *kinds: str) -> list[Row]:
-    """The rows of a file. Raises ValueError for one that is none, or of another kind."""
-    rows = [row_of(values) for values in read(path)]
+    """The rows of a file of comparisons. Raises ValueError for any other."""
+    rows = rows_of_kind(path, *kinds)
     for number, row in enumerate(rows, start=1):
-        if row.kind not in kinds:
-            raise ValueError(
-                f"{path}:{number} is a row of kind {row.kind!r}; expected {' or '.join(kinds)}. "
-                "Choose another file."
-            )
         if match_of(row) not in MATCHES or "targets" not in recipe(row):
             raise ValueError(
                 f"{path}:{number} has no recipe of a comparison: {row.recipe!r}. "

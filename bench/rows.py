@@ -172,6 +172,18 @@ def read(*paths: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def rows_of_kind(path: Path, *kinds: str) -> list[Row]:
+    """The rows of a file. Raises ValueError for one that is none, or of another kind."""
+    rows = [row_of(values) for values in read(path)]
+    for number, row in enumerate(rows, start=1):
+        if row.kind not in kinds:
+            raise ValueError(
+                f"{path}:{number} is a row of kind {row.kind!r}; expected {' or '.join(kinds)}. "
+                "Choose another file."
+            )
+    return rows
+
+
 def checked(values: Any) -> dict[str, Any]:
     """The row itself; ValueError for missing or unknown columns and values of another type."""
     if not isinstance(values, dict):

@@ -38,7 +38,7 @@ import posenc
 from bench import pool, scores
 from bench.arguments import check_least
 from bench.grid import MIN_SHARE, Method, method
-from bench.rows import Row, RowFile, environment, read, row_of, single, written
+from bench.rows import Row, RowFile, environment, rows_of_kind, single, written
 from posenc.errors import unknown
 from posenc.files import atomic_file
 from posenc.models.config import GPTConfig
@@ -312,18 +312,6 @@ def rows_of(cell: Cell, found: Mapping[str, Any]) -> Iterator[tuple[Row, dict[st
             yield row, where
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file. Raises ValueError for one that is none, or of another kind."""
-    rows = [row_of(values) for values in read(path)]
-    for number, row in enumerate(rows, start=1):
-        if row.kind != scores.KIND:
-            raise ValueError(
-                f"{path}:{number} is a row of kind {row.kind!r}; expected {scores.KIND}. "
-                "Choose another file."
-            )
-    return rows
-
-
 def parser() -> argparse.ArgumentParser:
     """The flags."""
     made = argparse.ArgumentParser(
@@ -400,7 +388,7 @@ def train_and_ask(args: argparse.Namespace) -> int:
     check_least(0, first_seed=args.first_seed)
     device = choose_device(args.device)
     if args.out is not None and args.out.exists():
-        read_rows(args.out)  # it is written anew: not over rows of others
+        rows_of_kind(args.out, scores.KIND)  # it is written anew: not over rows of others
     cells = cells_of(args)
     jobs = args.jobs or (1 if device.type == "cuda" else min(pool.cores(), len(cells)))
     print(f"{len(cells)} models, {jobs} at a time", flush=True)
@@ -433,7 +421,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.rows:
             if args.out is not None:
                 raise ValueError("--rows only prints. Leave --out out.")
-            print(*scores.tables([row for path in args.rows for row in read_rows(path)]), sep="\n")
+            print(
+                *scores.tables(
+                    [row for path in args.rows for row in rows_of_kind(path, scores.KIND)]
+                ),
+                sep="\n",
+            )
             return 0
         return train_and_ask(args)
     except pool.Stopped as stop:

@@ -171,6 +171,12 @@ def shape(launch: Launch) -> tuple[int, int]:
     return rows // launch.kwargs["num_warps"], columns
 
 
+def cost(launch: Launch, turn: Sequence[sass.Loop]) -> float:
+    """Instructions of a warp for 16 rows and 64 columns, of the loops that a tile passes."""
+    rows, columns = shape(launch)
+    return sum(loop.instructions for loop in turn) * (16 / rows) * (64 / columns)
+
+
 def tiles(family: str, dims: Sequence[int] = (64, 128), skip: str | None = None) -> Iterator[Tile]:
     """Of the half-precision examples of a family with these head dims, `skip` not in their name."""
     for name, launch in launches(family):
@@ -184,10 +190,8 @@ def tiles(family: str, dims: Sequence[int] = (64, 128), skip: str | None = None)
         turn = sass.tile(sass.loops(disassembled(result.asm["cubin"])))
         if not turn:
             continue
-        rows, columns = shape(launch)
         registers, _ = resources(result.asm["cubin"])
-        meta = result.metadata
-        each = sum(loop.instructions for loop in turn) * (16 / rows) * (64 / columns)
+        meta, each = result.metadata, cost(launch, turn)
         kinds = [kind for kind in ("wgmma", "mma") if any(getattr(x, kind) for x in turn)]
         yield Tile(
             f"{family} {name}", launch.kernel.__name__, each,
@@ -203,9 +207,7 @@ def plain_flash(dim: int, kernel: str) -> float:
     """Instructions for 16 rows and 64 columns of the plain kernel of that name; NaN without one."""
     for name, launch in launches("flash"):
         if (name, launch.kernel.__name__) == (f"bfloat16 D={dim}", kernel):
-            turn = sass.tile(sass.loops(disassembled(compiled(launch).asm["cubin"])))
-            rows, columns = shape(launch)
-            return sum(loop.instructions for loop in turn) * (16 / rows) * (64 / columns)
+            return cost(launch, sass.tile(sass.loops(disassembled(compiled(launch).asm["cubin"]))))
     return math.nan
 
 
