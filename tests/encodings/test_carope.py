@@ -271,8 +271,9 @@ def test_phases_ignore_autocast_and_low_precision_inputs(autocast: bool) -> None
 
 def test_every_argument_changes_the_rotation() -> None:
     changes: dict[str, Any] = {"base": 500.0, "init": "paper", "first_power": 1, "head_dim": 12}
-    # "token" differs inside a model, where it is tested; the sizes change shapes
-    elsewhere = {"source", "embed_dim", "num_heads", "num_kv_heads"}
+    # "token" differs inside a model, where it is tested; "shared" starts as one rate a head does
+    # (test_shared_parameters.py); the sizes change shapes
+    elsewhere = {"source", "shared", "embed_dim", "num_heads", "num_kv_heads"}
     assert set(inspect.signature(CARoPE).parameters) == changes.keys() | elsewhere
     x, plain = randn(B, T, WIDTH), CARoPE(WIDTH, HEADS).double()
     for name, value in changes.items():

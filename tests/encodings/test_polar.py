@@ -157,9 +157,9 @@ def test_authors_scale_is_one() -> None:
 
 def test_every_argument_changes_the_rotation() -> None:
     changes = {"base": 100.0, "init": "authors"}
-    assert set(inspect.signature(Polar).parameters) == changes.keys() | {
-        "num_heads", "num_kv_heads", "head_dim",
-    }  # fmt: skip
+    # "shared" and "offset" start where others do, and are tested in test_shared_parameters.py
+    elsewhere = {"num_heads", "num_kv_heads", "head_dim", "shared", "offset"}
+    assert set(inspect.signature(Polar).parameters) == changes.keys() | elsewhere
     q, k = queries_keys()
     plain = Polar(HEADS, HEAD_DIM).double().rotate(q, k)[0]
     for name, value in changes.items():

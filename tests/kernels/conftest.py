@@ -19,11 +19,11 @@ import pytest
 import torch
 
 import posenc
+from helpers import COMPILED_ONLY
 
 #: Names that impl="fused" refuses.
 WITHOUT_KERNEL = frozenset({"cope", "fire", "path"})
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-COMPILED_ONLY = ["test_compile_sm90.py", "test_grids.py", "test_interpreter.py", "test_sass.py"]
 
 if INTERPRETED:
     collect_ignore = COMPILED_ONLY

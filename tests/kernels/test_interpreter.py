@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from helpers import COMPILED_ONLY
+
 FOLDER = Path(__file__).parent
-NATIVE = {"test_interpreter.py", "test_compile_sm90.py"}
 #: The longest first, which take minutes.
 PATHS = sorted(FOLDER.glob("test_*.py"), key=lambda path: -path.stat().st_size)
-FILES = [path.name for path in PATHS if path.name not in NATIVE]
+FILES = [path.name for path in PATHS if path.name not in COMPILED_ONLY]
 
 
 @pytest.mark.parametrize("name", FILES)
