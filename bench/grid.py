@@ -322,7 +322,7 @@ def work(cell: Cell, question: Question, threads: int) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     if not cell.trained:
-        import train
+        from posenc.training import main as train  # the program, as `python train.py` runs it
 
         assert cell.argv is not None
         resumed = ["--resume", str(cell), "--device", cell.config.device]

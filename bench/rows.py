@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import torch
 
-from posenc.training.environment import device_name
+from posenc.machine import device_name
 
 
 @dataclass(frozen=True, kw_only=True)

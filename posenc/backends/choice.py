@@ -70,6 +70,22 @@ def choose(case: Case, impl: str) -> ModuleType:
     return backend
 
 
+def explain(case: Case) -> tuple[str, dict[str, str]]:
+    """The back end that "auto" takes, and why it passes over those before it in its list, by name;
+    of a long text whose features fade, for its first rows.
+    """
+    case = case.turned()
+    if case.scores.fading is not None:
+        case = faded.parts(case)[0]
+    passed: dict[str, str] = {}
+    for backend in ON_CPU if case.q.device.type == "cpu" else ELSEWHERE:
+        name = backend.__name__.rpartition(".")[2]
+        if (why := backend.reason(case)) is None:
+            return name, passed
+        passed[name] = why
+    raise AssertionError("sdpa computes every case")
+
+
 def attend(case: Case, impl: str = "auto") -> Tensor:
     """Softmax attention: (B, H, T, D) in q's dtype.
 

@@ -3,19 +3,16 @@
 No host names and no paths but those that the user typed.
 """
 
-import os
 import platform
-import shlex
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import posenc
+from posenc.machine import cxx_compilers, device_name, package_version
+from posenc.training.invocation import command
 from posenc.training.parallel import Parallel
 
 PACKAGES = ("torch", "numpy", "einops", "triton", "tokenizers", "datasets", "safetensors")
@@ -31,11 +28,11 @@ def environment(
         corpus: the corpus's description.
     """
     return {
-        "command": shlex.join(["python", "train.py", *argv]),
+        "command": command(*argv),
         "versions": {
             "posenc": posenc.__version__,
             "python": platform.python_version(),
-            **{name: installed for name in PACKAGES if (installed := _version(name))},
+            **{name: installed for name in PACKAGES if (installed := package_version(name))},
         },
         "system": platform.system(),
         "threads": torch.get_num_threads(),
@@ -54,26 +51,6 @@ def launch(parallel: Parallel, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def device_name(device: torch.device) -> str:
-    """The model of GPU or processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def peak_memory(device: torch.device) -> int | None:
     """Most bytes held so far: by tensors on a GPU, by this process on a CPU. None: not known."""
     if device.type == "cuda":
@@ -88,8 +65,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 def check_compiler() -> None:
     """Raise ValueError where torch.compile finds no C++ compiler."""
-    names = (os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl")
-    if not any(name and shutil.which(name) for name in names):
+    if not cxx_compilers():
         raise ValueError(
             "--compile needs a C++ compiler; found none of g++, clang++ on the PATH, nor CXX. "
             "Install one, or leave --compile out."
