@@ -26,7 +26,7 @@ from bench.rows import read, row_of
 from bench.tables import Rows, where
 from posenc.files import atomic_file
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 #: A table of the README: its name and the file, below the results, that it is made of.

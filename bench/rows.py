@@ -70,7 +70,9 @@ COLUMNS = {field.name: field.type for kind in (Row, Environment) for field in
 
 
 def _git(*command: str) -> str:
-    root = Path(__file__).parent.parent
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # installed, any repository around it is another's
+        return ""
     found = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True)
     return found.stdout.strip()
 
