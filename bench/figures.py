@@ -10,8 +10,9 @@ from matplotlib.figure import Figure  # without pyplot there is no display to lo
 from matplotlib.ticker import MaxNLocator
 
 import posenc
-from bench.comparison import label
-from bench.tables import (
+
+from .comparison import label
+from .tables import (
     Rows,
     baseline,
     gaps,

@@ -27,9 +27,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.comparison import label
-from bench.losses import Losses, Question, losses, read_losses
-from bench.rows import written
 from posenc.cost import model_cost, model_flops_per_token
 from posenc.models.gpt import GPT
 from posenc.training.cli import check_flags, parse
@@ -38,6 +35,10 @@ from posenc.training.lock import hold
 from posenc.training.precision import autocast, choose_device, choose_dtype
 from posenc.training.run_folder import CONFIG, SUMMARY, RunFolder
 from posenc.training.signals import StopSignals
+
+from .comparison import label
+from .losses import Losses, Question, losses, read_losses
+from .rows import written
 
 CLOSE = 1e-3  # relative: what counts as matched
 #: Of a cell where the user says nothing else: it is scored by this benchmark, not by the trainer.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.rows import Row
+from .rows import Row
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 #: Short calls are repeated up to so many times as often as long ones.

@@ -21,10 +21,11 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from bench import comparison, figures, tables
-from bench.rows import read, row_of
-from bench.tables import Rows, where
 from posenc.files import atomic_file
+
+from . import comparison, figures, tables
+from .rows import read, row_of
+from .tables import Rows, where
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -96,7 +97,7 @@ def runs(rows: Rows) -> Section:
 
 def throughput(rows: Rows) -> Section:
     """What an attention layer costs in time, beside other libraries' layers."""
-    from bench.throughput import checks
+    from .throughput import checks
 
     return Section(
         "Throughput",
@@ -121,7 +122,7 @@ def memory(rows: Rows) -> Section:
 
 def savings(rows: Rows) -> Section:
     """What dropping heads saves."""
-    from bench.routing import figure, report
+    from .routing import figure, report
 
     return Section(
         "Heads that a router drops",
@@ -134,7 +135,7 @@ def savings(rows: Rows) -> Section:
 
 def kernels(rows: Rows) -> Section:
     """Triton kernels beside their peers, and the share of the roofline that they reach."""
-    from bench.kernels import ratios
+    from .kernels import ratios
 
     return Section(
         "Kernels",

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 import posenc
-from bench.arguments import check_least
-from bench.measure import modes, take_turns, timing
-from bench.peers import grouped_llama
-from bench.rows import Row, RowFile, collect
 from posenc.checks import check_heads
 from posenc.errors import unknown
+
+from .arguments import check_least
+from .measure import modes, take_turns, timing
+from .peers import grouped_llama
+from .rows import Row, RowFile, collect
 
 MODES = ("fwd", "fwd+bwd")
 #: Largest difference in fp64, relative to the largest entry.

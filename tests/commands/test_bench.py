@@ -1,5 +1,6 @@
 """posenc bench: which benchmarks there are, and that they run as they do in a clone."""
 
+import ast
 import sys
 from pathlib import Path
 
@@ -35,3 +36,21 @@ def test_a_benchmark_runs_with_its_words(
     assert "--readme" in capsys.readouterr().out
     assert bench.main(["report", "--no-such"]) == 2
     assert sys.argv == before
+
+
+def test_bench_is_in_the_package_under_one_name() -> None:
+    """In a wheel its modules are `posenc.bench`'s: one that imported `bench` would not be found."""
+    inside = Path(__file__).parents[2] / "posenc/bench"
+    if (BENCH.parent / ".git").exists():  # an sdist holds copies
+        assert inside.readlink() == Path("../bench")
+    modules = sorted(BENCH.glob("*.py"))
+    assert [path.read_bytes() for path in modules] == [
+        (inside / path.name).read_bytes() for path in modules
+    ]
+    for path in modules:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            absolute = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            level = node.level if isinstance(node, ast.ImportFrom) else 0
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in (absolute, *names):
+                assert level or name.partition(".")[0] != "bench", f"{path.name}: from .x import y"
