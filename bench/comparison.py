@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
-from bench.rows import Row
-from bench.statistics import MOST_SEEDS, Interval, holm, p_value, seeds_needed, student
+from .rows import Row
+from .statistics import MOST_SEEDS, Interval, holm, p_value, seeds_needed, student
 
 #: Keys of a recipe in which a match lets methods differ.
 TURNED = {"parameters": {"mlp_dim"}, "flops": {"steps", "warmup"}}

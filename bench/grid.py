@@ -21,16 +21,17 @@ from typing import Any
 
 import torch
 
-from bench import pool
-from bench.comparison import label
-from bench.losses import Losses, Question, losses, read_losses
-from bench.rows import written
 from posenc.cost import model_cost, model_flops_per_token
 from posenc.models.gpt import GPT
 from posenc.training.cli import check_flags, parse
 from posenc.training.config import TrainConfig, flag, format_options, from_mapping, parse_options
 from posenc.training.precision import autocast, choose_device, choose_dtype
 from posenc.training.run_folder import CONFIG, SUMMARY, RunFolder
+
+from . import pool
+from .comparison import label
+from .losses import Losses, Question, losses, read_losses
+from .rows import written
 
 CLOSE = 1e-3  # relative: what counts as matched
 #: Of a cell where the user says nothing else: it is scored by this benchmark, not by the trainer.
@@ -334,7 +335,7 @@ class Asked:
         """Train the cell if it is not trained, then ask it."""
         cell = self.cell
         if not cell.trained:
-            import train
+            from posenc.training import main as train  # the program, as `python train.py` runs it
 
             assert cell.argv is not None
             resumed = ["--resume", str(cell), "--device", cell.config.device]

@@ -23,9 +23,6 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import posenc
-from bench.layers import Compile, as_is, zoo_case
-from bench.measure import Case, Function, measure, one_head, timed
-from bench.rows import Row, RowFile
 from posenc.backends.case import consecutive
 from posenc.backends.choice import attend
 from posenc.convolution import depthwise_conv
@@ -49,6 +46,10 @@ from posenc.scores import (
     add_per_head,
     relative_logits,
 )
+
+from .layers import Compile, as_is, zoo_case
+from .measure import Case, Function, measure, one_head, timed
+from .rows import Row, RowFile
 
 #: Batch, heads, length, head dim. GPT-2's layer at three lengths, 16,384 tokens each.
 SHAPES = {"S1": (16, 12, 1024, 64), "S2": (4, 12, 4096, 64), "S3": (1, 12, 16384, 64)}

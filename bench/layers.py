@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import posenc
-from bench.measure import Case
+
+from .measure import Case
 
 Compile = Callable[[nn.Module], nn.Module]
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.rows import Row
+from .rows import Row
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 #: Calls timed on CPU where candidates take no turns.

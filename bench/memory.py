@@ -36,11 +36,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import posenc
-from bench.arguments import check_device, check_least
-from bench.measure import bytes_saved, peak_mib, timing
-from bench.rows import Row, RowFile, written
 from posenc.backends.blockwise import RECOMPUTE_FROM
 from posenc.show import option
+
+from .arguments import check_device, check_least
+from .measure import bytes_saved, peak_mib, timing
+from .rows import Row, RowFile, written
 
 QUANTITIES = ("activations", "state", "peak")
 #: A prediction further off is marked.

@@ -15,11 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import posenc
-from bench import method_pictures as pictures
-from bench import tables
-from bench.report import RESULTS
-from bench.rows import read
-from bench.tables import Rows, Table, count_parameters, paper, row_bytes
 from posenc.accounting import Part
 from posenc.attention import Attention
 from posenc.convolution import DepthwiseConv
@@ -28,7 +23,13 @@ from posenc.files import atomic_file
 from posenc.routing.moh import MoH
 from posenc.zoo import EMBEDDING_DEFAULTS, MODULE_OPTIONS, ZOO, Recipe, options_of, sort_options
 
-FOLDER = Path(__file__).parent.parent / "docs" / "methods"
+from . import method_pictures as pictures
+from . import tables
+from .clone import DOCS, RESULTS, check_clone
+from .rows import read
+from .tables import Rows, Table, count_parameters, paper, row_bytes
+
+FOLDER = DOCS / "methods"
 CPU = RESULTS / "cpu"
 BLOCK = re.compile(r"(<!-- made: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 #: The shape of every cost: a layer of GPT-2 small, one text.
@@ -392,6 +393,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         sys.exit(f"bench.method_pages takes no arguments; got {sys.argv[1:]}.")
     try:
+        check_clone("bench.method_pages")
         made = {path: filled(path) for path in pages()}
         for path, text in made.items():
             with atomic_file(path) as temporary:

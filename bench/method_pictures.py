@@ -8,7 +8,6 @@ with. The same numbers give the same bytes, on one version of matplotlib.
 import io
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import matplotlib
 import torch
@@ -24,7 +23,9 @@ from posenc.encodings.sinusoidal import Sinusoidal
 from posenc.files import atomic_file
 from posenc.zoo import EMBEDDING_DEFAULTS, ZOO
 
-FOLDER = Path(__file__).parent.parent / "docs" / "methods" / "img"
+from .clone import DOCS, check_clone
+
+FOLDER = DOCS / "methods" / "img"
 WIDTH, HEADS, LENGTH, TEXTS = 256, 4, 128, 16
 #: Standard deviation of a GPT's token embeddings and of a learned table.
 EMBEDDING_STD = 0.02
@@ -122,6 +123,10 @@ def main() -> None:
     """Draw all names."""
     if len(sys.argv) > 1:
         sys.exit(f"bench.method_pictures takes no arguments; got {sys.argv[1:]}.")
+    try:
+        check_clone("bench.method_pictures")
+    except ValueError as error:
+        sys.exit(str(error))
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in posenc.names():
         seen = look(name)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import posenc
-from bench.layers import Layer, Reference
-from bench.measure import Function
+
+from .layers import Layer, Reference
+from .measure import Function
 
 Built = tuple[nn.Module, Function]
 Rotation = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]  # q, k, the first position

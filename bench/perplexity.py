@@ -38,13 +38,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import posenc
-from bench.comparison import MATCHES, gap_of, match_of, recipe, tables
-from bench.grid import Cell, Plan, finished, method, run
-from bench.losses import Losses, Question, ask
-from bench.pool import Stopped, cores, held
-from bench.rows import Row, RowFile, rows_of_kind, single, written
-from bench.statistics import paired_bootstrap
-from bench.tuning import Tuning, tune
 from posenc.cost import model_flops_per_token
 from posenc.data import Corpus
 from posenc.errors import unknown
@@ -53,6 +46,14 @@ from posenc.training.config import TrainConfig
 from posenc.training.precision import choose_device
 from posenc.training.run_folder import ENVIRONMENT, SUMMARY
 from posenc.training.text import corpus_of
+
+from .comparison import MATCHES, gap_of, match_of, recipe, tables
+from .grid import Cell, Plan, finished, method, run
+from .losses import Losses, Question, ask
+from .pool import Stopped, cores, held
+from .rows import Row, RowFile, rows_of_kind, single, written
+from .statistics import paired_bootstrap
+from .tuning import Tuning, tune
 
 KIND = "perplexity"
 RECIPE = ("layers", "heads", "embed_dim", "mlp_dim", "context", "batch_size", "grad_accum", "steps",

@@ -22,16 +22,16 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from bench import comparison, figures, scores, tables
-from bench.claims import ledger, verdict
-from bench.rows import read, row_of
-from bench.tables import Rows, where
 from posenc.files import atomic_file
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
+from . import comparison, figures, scores, tables
+from .claims import ledger, verdict
+from .clone import DOCS, RESULTS, ROOT, check_clone
+from .rows import read, row_of
+from .tables import Rows, where
+
 #: What is read and holds tables: the README and the site.
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))
 #: A table of a page: its name and the file, below the results, that it is made of.
 MARKED = re.compile(
     r"(<!-- table: ([\w ]+), (the code|the ledger|[\w/.-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL
@@ -99,7 +99,7 @@ def runs(rows: Rows) -> Section:
 
 def throughput(rows: Rows) -> Section:
     """What an attention layer costs in time, beside other libraries' layers."""
-    from bench.throughput import checks
+    from .throughput import checks
 
     return Section(
         "Throughput",
@@ -124,7 +124,7 @@ def memory(rows: Rows) -> Section:
 
 def savings(rows: Rows) -> Section:
     """What dropping heads saves."""
-    from bench.routing import figure, report
+    from .routing import figure, report
 
     return Section(
         "Heads that a router drops",
@@ -137,7 +137,7 @@ def savings(rows: Rows) -> Section:
 
 def kernels(rows: Rows) -> Section:
     """Triton kernels beside their peers, and the share of the roofline that they reach."""
-    from bench.kernels import ratios
+    from .kernels import ratios
 
     return Section(
         "Kernels",
@@ -368,6 +368,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help="also fill the tables of README.md and docs/")  # fmt: skip
     args = parser.parse_args(arguments)
     try:
+        if args.readme:
+            check_clone("--readme")
         written = write(args.folder)
         for path in PAGES if args.readme else ():
             path.write_text(readme(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -32,8 +32,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import posenc
-from bench.arguments import check_device, check_least
-from bench.measure import (
+from posenc.backends import choice
+from posenc.backends import skipping as skipping_on_cpu
+from posenc.backends.case import consecutive
+from posenc.routing.gates import Gates, weigh
+from posenc.tune.clock import take_turns
+
+from .arguments import check_device, check_least
+from .measure import (
     Case,
     Function,
     Gate,
@@ -44,12 +50,7 @@ from bench.measure import (
     timed,
     timing,
 )
-from bench.rows import Row, RowFile, read, written
-from posenc.backends import choice
-from posenc.backends import skipping as skipping_on_cpu
-from posenc.backends.case import consecutive
-from posenc.routing.gates import Gates, weigh
-from posenc.tune.clock import take_turns
+from .rows import Row, RowFile, read, written
 
 #: Shared and selected heads of eight; the share of active heads.
 SPLITS = {(2, 6): 1.0, (2, 4): 0.75, (2, 2): 0.5, (0, 3): 0.375, (0, 2): 0.25}

@@ -18,6 +18,8 @@ import torch
 
 from posenc.machine import device_name
 
+from .clone import ROOT
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -75,8 +77,9 @@ COLUMNS = {field.name: field.type for kind in (Row, Environment) for field in
 
 
 def _git(*command: str) -> str:
-    root = Path(__file__).parent.parent
-    found = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True)
+    if not (ROOT / ".git").exists():  # installed, any repository around it is another's
+        return ""
+    found = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
     return found.stdout.strip()
 
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from bench.comparison import label, recipe
-from bench.rows import Row
+from .comparison import label, recipe
+from .rows import Row
 
 KIND = "tasks"
 METRICS = ("exact match", "accuracy")

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 import posenc
-from bench.arguments import check_least
-from bench.measure import modes, timing
-from bench.peers import grouped_llama
-from bench.rows import Row, RowFile, collect
 from posenc.checks import check_heads
 from posenc.errors import unknown
 from posenc.tune.clock import take_turns
+
+from .arguments import check_least
+from .measure import modes, timing
+from .peers import grouped_llama
+from .rows import Row, RowFile, collect
 
 MODES = ("fwd", "fwd+bwd")
 #: Largest difference in fp64, relative to the largest entry.

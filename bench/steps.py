@@ -24,15 +24,16 @@ import torch
 from torch import Tensor
 
 import posenc
-from bench.arguments import check_least
-from bench.measure import reason, timing
-from bench.rows import Row, RowFile, collect
 from posenc.checks import check_heads
 from posenc.errors import unknown
 from posenc.models.gpt import compiled_step
 from posenc.placement import Placement
 from posenc.step_cache import StepModelCache
 from posenc.tune.clock import take_turns
+
+from .arguments import check_least
+from .measure import reason, timing
+from .rows import Row, RowFile, collect
 
 VOCABULARY = 1024
 #: Largest difference of logits in fp32, relative to the largest; sums over another order.

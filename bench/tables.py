@@ -12,17 +12,18 @@ import torch
 from torch import nn
 
 import posenc
-from bench import routing
-from bench.comparison import Gap, gaps_of, label, losses_of, match_of, recipe
-from bench.roofline import percent_of_roofline
-from bench.rows import Row, row_of
-from bench.scores import fewer, scores_of, seeds_of, spread
-from bench.statistics import MOST_SEEDS
 from posenc.backends import fused
 from posenc.backends.case import consecutive
 from posenc.cache import Stream
 from posenc.encodings.learned import Learned
 from posenc.zoo import ZOO
+
+from . import routing
+from .comparison import Gap, gaps_of, label, losses_of, match_of, recipe
+from .roofline import percent_of_roofline
+from .rows import Row, row_of
+from .scores import fewer, scores_of, seeds_of, spread
+from .statistics import MOST_SEEDS
 
 Rows = Sequence[dict[str, Any]]  # as they lie in a file
 GPT_2 = (

@@ -1,4 +1,4 @@
-"""Position schemes on tasks with one right answer, beyond the training length: `bench.tasks`.
+"""Position schemes on tasks with one right answer, beyond the training length.
 
     python -m bench.tasks --mini --attention nope alibi rope:rotary_dim=4 --tasks cmc mc --seeds 5
     python -m bench.tasks --rows rows.jsonl                     the same tables from their rows
@@ -35,10 +35,6 @@ import numpy as np
 import torch
 
 import posenc
-from bench import pool, scores
-from bench.arguments import check_least
-from bench.grid import MIN_SHARE, Method, method
-from bench.rows import Row, RowFile, environment, rows_of_kind, single, written
 from posenc.errors import unknown
 from posenc.files import atomic_file
 from posenc.models.config import GPTConfig
@@ -50,6 +46,11 @@ from posenc.training.parallel import Parallel
 from posenc.training.precision import autocast, choose_device, choose_dtype
 from posenc.training.schedule import learning_rate
 from posenc.training.step import train_step
+
+from . import pool, scores
+from .arguments import check_least
+from .grid import MIN_SHARE, Method, method
+from .rows import Row, RowFile, environment, rows_of_kind, single, written
 
 SUITES: Mapping[str, Suite] = {"full": FULL, "mini": MINI}
 WARMUP = 0.05  # of the steps

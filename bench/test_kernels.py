@@ -6,8 +6,8 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("the kernels are timed on a CUDA device", allow_module_level=True)
 
-from bench.kernels import PARTS, SHAPES
-from bench.measure import Gate, modes
+from .kernels import PARTS, SHAPES
+from .measure import Gate, modes
 
 CASES = {
     case.name: case

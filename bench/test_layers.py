@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import posenc
-from bench.layers import as_is, zoo_case
-from bench.throughput import call
 from posenc.phase import inverse_frequencies, position_phases, sines, turn
 from posenc.rotations import running_phase
+
+from .layers import as_is, zoo_case
+from .throughput import call
 
 WIDTH, HEADS = 256, 4
 

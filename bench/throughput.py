@@ -27,9 +27,14 @@ import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 
 import posenc
-from bench.arguments import check_device, check_least
-from bench.layers import Compile, Layer, Reference, as_is, one_row, zoo_case
-from bench.measure import (
+from posenc.checks import check_heads
+from posenc.cost import attention_cost
+from posenc.errors import unknown
+from posenc.tune.clock import take_turns
+
+from .arguments import check_device, check_least
+from .layers import Compile, Layer, Reference, as_is, one_row, zoo_case
+from .measure import (
     Case,
     Function,
     Gate,
@@ -41,12 +46,8 @@ from bench.measure import (
     timed,
     timing,
 )
-from bench.peers import CUDA_PEERS, PEERS
-from bench.rows import Row, RowFile
-from posenc.checks import check_heads
-from posenc.cost import attention_cost
-from posenc.errors import unknown
-from posenc.tune.clock import take_turns
+from .peers import CUDA_PEERS, PEERS
+from .rows import Row, RowFile
 
 MODES = ("train", "prefill", "decode", "recompute")
 IMPLS: dict[str, tuple[str, Compile]] = {

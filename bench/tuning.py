@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.grid import Cell, Method, Plan
-from bench.losses import Question
+from .grid import Cell, Method, Plan
+from .losses import Question
 
 
 class Trial(NamedTuple):

@@ -34,7 +34,7 @@ from posenc.routing.moh import MoH
 from posenc.routing.stats import record_routing
 from posenc.zoo import attention, names
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # `attention` is the function; the module of that name is reached as posenc.attention only by its
 # import statement.

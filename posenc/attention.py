@@ -287,6 +287,26 @@ class Attention(nn.Module):
         case, _, _ = self._case(x, shared, None, "reference")
         return reference.logits(case.turned().repeated())
 
+    def explain(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[str, dict[str, str]]:
+        """What `impl="auto"` takes for this call, a module of `posenc.backends`, and why it passes
+        over those before it in its list, by name. Arguments and errors as those of `forward`; the
+        cache is not extended.
+        """
+        self._check_input(x)
+        if cache is not None:
+            self._check_cache(cache, x, segments)
+        shared = Shared(self._place(x, positions, mask, segments, cache))
+        case, _, _ = self._case(x, shared, cache, "auto")
+        return choice.explain(case)
+
     def _case(
         self, x: Tensor, shared: Shared, cache: Cache | None, impl: str
     ) -> tuple[Case, Tensor | None, Gates | None]:

@@ -1,7 +1,9 @@
 """The machine and what is installed on it, by the names that files of measurements give them."""
 
+import os
 import platform
 import re
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -39,3 +41,17 @@ def package_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 natively: a GPU, or a CPU with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+
+
+def cxx_compilers() -> list[str]:
+    """The C++ compilers that torch.compile may take: $CXX, and those on the PATH."""
+    names = (os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl")
+    return [name for name in names if name and shutil.which(name)]

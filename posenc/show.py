@@ -1,7 +1,7 @@
-"""What a scheme does to the logits, drawn: `python -m posenc.show NAME [KEY=VALUE ..]`.
+"""What a scheme does to the logits, drawn: `posenc show NAME [KEY=VALUE ..]`.
 
-    python -m posenc.show rope --out rope.png
-    python -m posenc.show kerple kind=power --heads 8 --length 256
+    posenc show rope --out rope.png
+    posenc show kerple kind=power --heads 8 --length 256
 
 Logits are those of a new layer of NAME (`Attention.logits`) whose keys are projected like its
 queries, so that equal tokens match:
@@ -11,7 +11,7 @@ queries, so that equal tokens match:
     one head         the logits of one text, query by key
     by position      the bias alone, or how far each pair turns a token, where there is such
 
-    python -m posenc.show rope axes=[32,32] base=100
+    posenc show rope axes=[32,32] base=100
 
 draws a scheme of two axes: the logits of equal tokens, from the middle of an image to all of it.
 
@@ -294,7 +294,7 @@ def option(text: str) -> tuple[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw one name into a file."""
     parser = argparse.ArgumentParser(
-        prog="python -m posenc.show", description=(__doc__ or "").splitlines()[0]
+        prog="posenc show", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("name", metavar="NAME", help=", ".join(posenc.names()))
     parser.add_argument("options", metavar="KEY=VALUE", nargs="*", type=option)

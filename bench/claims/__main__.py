@@ -15,8 +15,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.claims.ledger import RESULTS, SCALES, entries, lines, table
 from posenc.training.console import say
+
+from ..clone import RESULTS
+from .ledger import SCALES, entries, lines, table
 
 
 def parser() -> argparse.ArgumentParser:

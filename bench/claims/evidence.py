@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.claims.reading import Buckets, Loss, OfRows, Ratio
-from bench.comparison import bounds_of, gap_of, label, losses_of, match_of, recipe, shown
-from bench.rows import Row, read, row_of
-from bench.statistics import Interval, student
+from ..comparison import bounds_of, gap_of, label, losses_of, match_of, recipe, shown
+from ..rows import Row, read, row_of
+from ..statistics import Interval, student
+from .reading import Buckets, Loss, OfRows, Ratio
 
 #: What rows call otherwise.
 PROTOCOLS = {"evaluate": "windows", "sliding": "sliding windows", "tail": "tail after a context"}

@@ -14,7 +14,7 @@ import posenc
 from posenc.encodings.carope import log_rates
 
 if TYPE_CHECKING:
-    from bench.claims.reading import Published
+    from .reading import Published
 
 CLOSE = 1e-10  # of an identity in fp64
 

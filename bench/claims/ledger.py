@@ -5,9 +5,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.claims.evidence import Evidence, Measured, named
-from bench.claims.exact import EXACT, Found
-from bench.claims.reading import (
+from posenc.errors import unknown
+
+from ..clone import RESULTS
+from ..statistics import MOST_SEEDS
+from ..tables import Table
+from .evidence import Evidence, Measured, named
+from .exact import EXACT, Found
+from .reading import (
     Buckets,
     Check,
     Claim,
@@ -19,7 +24,7 @@ from bench.claims.reading import (
     read_commands,
     read_papers,
 )
-from bench.claims.verdict import (
+from .verdict import (
     CONTRADICTED,
     NOT_RUNNABLE,
     OPEN,
@@ -28,11 +33,7 @@ from bench.claims.verdict import (
     combine,
     judge,
 )
-from bench.statistics import MOST_SEEDS
-from bench.tables import Table
-from posenc.errors import unknown
 
-RESULTS = Path(__file__).parent.parent / "results"
 SCALES = ("mini", "full")
 
 

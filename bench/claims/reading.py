@@ -27,10 +27,11 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-from bench.claims.exact import EXACT
-from bench.comparison import MATCHES
-from bench.rows import COLUMNS
 from posenc.errors import unknown
+
+from ..comparison import MATCHES
+from ..rows import COLUMNS
+from .exact import EXACT
 
 FOLDER = Path(__file__).parent
 COMMANDS = "commands.toml"

@@ -13,7 +13,7 @@ A claim of several comparisons holds where all of them do.
 
 from collections.abc import Sequence
 
-from bench.statistics import Interval
+from ..statistics import Interval
 
 REPRODUCED = "reproduced"
 WITHIN_NOISE = "within noise"

@@ -33,7 +33,7 @@ from posenc.backends import (
     skipping,
 )
 from posenc.backends.case import Case
-from posenc.backends.measured import APART, Way
+from posenc.backends.measured import APART, COMMAND, Way
 from posenc.cache import Cache
 from posenc.convolution import DepthwiseConv
 from posenc.errors import unknown
@@ -73,17 +73,25 @@ def check_impl(impl: str, dropout: float = 0.0, conv: DepthwiseConv | None = Non
     return impl
 
 
+def candidates(case: Case) -> tuple[ModuleType, ...]:
+    """What "auto" tries in this order where nothing was measured."""
+    if case.q.device.type != "cpu":
+        return ELSEWHERE
+    return ON_CPU_PLAIN if case.plain else ON_CPU
+
+
+def why_not(backend: ModuleType, case: Case) -> str | None:
+    """Why "auto" passes over a back end where nothing was measured; None where it takes it."""
+    why: str | None = backend.reason(case)
+    if why is None and backend in PAYING and not backend.pays(case):
+        return "another is faster at these sizes"
+    return why
+
+
 def choose(case: Case, impl: str) -> ModuleType:
     """The back end where nothing was measured, or ValueError where the explicit one cannot."""
     if impl == "auto":
-        candidates: tuple[ModuleType, ...] = ELSEWHERE
-        if case.q.device.type == "cpu":
-            candidates = ON_CPU_PLAIN if case.plain else ON_CPU
-        return next(
-            backend
-            for backend in candidates
-            if backend.reason(case) is None and (backend not in PAYING or backend.pays(case))
-        )
+        return next(backend for backend in candidates(case) if why_not(backend, case) is None)
     backend = EXPLICIT[check_impl(impl)]
     if why := backend.reason(case):
         raise ValueError(f"impl={impl!r} {why}. {fused.REMEDY}")
@@ -114,6 +122,31 @@ def by(way: Way, case: Case) -> Tensor:
         return skipping.attend(case, partial(attend, impl="auto"), **way.settings)
     y: Tensor = MEASURABLE[way.backend].attend(case, **way.settings)
     return y
+
+
+def explain(case: Case) -> tuple[str, dict[str, str]]:
+    """The back end that "auto" takes, and why it passes over others of its list, by name: those
+    before it, or all where it was measured. Of a long text whose features fade, for its first rows.
+    """
+    if case.scores.fading is not None:
+        case = faded.parts(case.turned())[0]
+    way = chosen(case)
+    if way is None or way.backend == APART:
+        case = case.turned()
+        way = chosen(case)
+    backend = choose(case, "auto") if way is None else MEASURABLE[way.backend]
+    passed: dict[str, str] = {}
+    for other in candidates(case):
+        if other is not backend:
+            passed[name_of(other)] = why_not(other, case) or f"{COMMAND} found {way} faster here"
+        elif way is None:
+            break
+    return name_of(backend), passed
+
+
+def name_of(backend: ModuleType) -> str:
+    """Of its module in `posenc.backends`."""
+    return backend.__name__.rpartition(".")[2]
 
 
 def attend(case: Case, impl: str = "auto") -> Tensor:

@@ -41,7 +41,7 @@ def reason(case: Case) -> str | None:
     """None where it can and pays, else why not."""
     scores = case.scores
     if scores.reflections is None:
-        return "computes products of reflections"
+        return "computes products of reflections alone"
     if torch.compiler.is_compiling():
         return "a traced loop over chunks would make a graph of its own for every length"
     if not (scores._replace(reflections=None).plain and case.mask.causal):

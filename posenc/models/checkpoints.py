@@ -61,7 +61,7 @@ def read(path_or_hub_id: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     elif "model_type" not in raw and (folder / "checkpoints").is_dir():
         raise ValueError(
             f"{folder} is a run that has not ended: it holds no model/. "
-            f"End it by python train.py --resume {folder}"
+            f"End it by posenc train --resume {folder}"
         )
     kind = raw.get("model_type")
     if kind not in ("posenc", "gpt2"):

@@ -13,6 +13,7 @@ import tyro
 from posenc.errors import unknown
 from posenc.training import initial
 from posenc.training.config import TrainConfig, flag, from_mapping, preset_values
+from posenc.training.invocation import program
 from posenc.training.parallel import under_torchrun
 from posenc.training.run_folder import RunFolder
 
@@ -143,7 +144,7 @@ def _flags(argv: Sequence[str], default: TrainConfig) -> TrainConfig:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(TrainConfig, args=list(argv), default=default, prog="train.py")
+            return tyro.cli(TrainConfig, args=list(argv), default=default, prog=program())
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

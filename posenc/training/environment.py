@@ -3,10 +3,7 @@
 No host names and no paths but those that the user typed.
 """
 
-import os
 import platform
-import shlex
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +11,8 @@ from typing import Any
 import torch
 
 import posenc
-from posenc.machine import device_name, package_version
+from posenc.machine import cxx_compilers, device_name, package_version
+from posenc.training.invocation import command
 from posenc.training.parallel import Parallel
 
 PACKAGES = ("torch", "numpy", "einops", "triton", "tokenizers", "datasets", "safetensors")
@@ -30,7 +28,7 @@ def environment(
         corpus: the corpus's description.
     """
     return {
-        "command": shlex.join(["python", "train.py", *argv]),
+        "command": command(*argv),
         "versions": {
             "posenc": posenc.__version__,
             "python": platform.python_version(),
@@ -67,8 +65,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 def check_compiler() -> None:
     """Raise ValueError where torch.compile finds no C++ compiler."""
-    names = (os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl")
-    if not any(name and shutil.which(name) for name in names):
+    if not cxx_compilers():
         raise ValueError(
             "--compile needs a C++ compiler; found none of g++, clang++ on the PATH, nor CXX. "
             "Install one, or leave --compile out."

@@ -20,6 +20,7 @@ from posenc.training.console import say
 from posenc.training.environment import launch
 from posenc.training.errors import Diverged
 from posenc.training.evaluate import Evaluation, evaluate
+from posenc.training.invocation import command
 from posenc.training.parallel import Parallel
 from posenc.training.precision import autocast
 from posenc.training.run_folder import RunFolder
@@ -182,4 +183,4 @@ class Job:
         """One line for a user whose run has stopped."""
         if self.saved < 0:
             return "There is no checkpoint yet."
-        return f"Checkpoint at step {self.saved}: python train.py --resume {self.folder.path}"
+        return f"Checkpoint at step {self.saved}: {command('--resume', self.folder.path)}"

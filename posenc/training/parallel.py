@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from posenc.models.gpt import GPT
 from posenc.training.errors import PeerFailed
+from posenc.training.invocation import torchrun_target
 from posenc.training.precision import choose_device
 
 Result = TypeVar("Result")
@@ -141,7 +142,7 @@ def connect(mode: str, device: str) -> Iterator[Parallel]:
     if not under_torchrun():
         raise ValueError(
             f"--parallel {mode} needs torchrun. "
-            f"Start it with: torchrun --nproc-per-node N train.py --parallel {mode} ..."
+            f"Start it with: torchrun --nproc-per-node N {torchrun_target()} --parallel {mode} ..."
         )
     own = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if own.type == "cuda":

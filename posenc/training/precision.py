@@ -4,6 +4,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from posenc.machine import has_bfloat16
+
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device that `--device` names; "auto" is a GPU where there is one.
@@ -28,14 +30,6 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
                 f"--device {device}: torch sees {torch.cuda.device_count()} GPUs, from cuda:0 on."
             )
     return device
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 natively: a GPU, or a CPU with AMX or AVX512-BF16."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

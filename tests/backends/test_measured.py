@@ -69,6 +69,21 @@ def test_auto_takes_the_first_way_of_the_file(file: Path, monkeypatch: pytest.Mo
     assert taken == [torch.bfloat16]  # short would have come with fp32
 
 
+def test_what_was_measured_is_explained(file: Path) -> None:
+    layer = posenc.attention("alibi", 16, 2, window=4).eval().requires_grad_(False)
+    x = randn(1, 16, 16, dtype=torch.float32)
+    assert layer.explain(x)[0] == "blockwise"
+    sizes = {"S": 16, "D": 8, "window": 4}
+    write(
+        file, here=entry(row("bias of distances, window", "forward", "float32", sizes, Way("sdpa")))
+    )
+    measured.forget()
+    taken, passed = layer.explain(x)
+    assert taken == "sdpa"
+    assert passed["blockwise"] == "python -m posenc.tune found sdpa faster here"
+    assert passed["skipping"] == "no gates drop anything"
+
+
 def test_the_file_is_read_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
     original = measured.entries

@@ -342,7 +342,7 @@ def test_a_run_folder_is_its_model(saved: Path) -> None:
     assert same_weights(GPT.from_pretrained(run), state)
     (run / "checkpoints").mkdir()
     shutil.rmtree(saved)
-    with pytest.raises(ValueError, match=f"run that has not ended.*train.py --resume {run}$"):
+    with pytest.raises(ValueError, match=f"run that has not ended.*posenc train --resume {run}$"):
         GPT.from_pretrained(run)
 
 

@@ -376,7 +376,7 @@ def test_the_environment_names_no_host_and_no_paths():
     import platform
 
     values = environment(["--lr", "1"], ALONE, torch.bfloat16, {"data": "stdlib"})
-    assert values["command"] == "python train.py --lr 1"
+    assert values["command"] == "posenc train --lr 1"
     assert values["versions"]["torch"] == torch.__version__
     assert values["dtype"] == "bfloat16"
     text = str(values)

@@ -309,7 +309,7 @@ def test_divergence_stops_and_keeps_the_last_sound_checkpoint(folder, capsys, ev
     assert train.main([*resumed(folder), *words, "--save-every", str(every)]) == 1
     error = last_line(capsys)
     assert ("after step 3. " if every == 1 else "at step 4. ") in error
-    assert f"Checkpoint at step 2: python train.py --resume {folder / 'run'}" in error
+    assert f"Checkpoint at step 2: posenc train --resume {folder / 'run'}" in error
     assert same(stored(folder), before)
     assert len(losses(folder)) == 3
 
@@ -454,8 +454,7 @@ def test_a_signal_saves_after_the_step(folder, capsys, monkeypatch, number):
     assert len(losses(folder)) == 4
     shown = capsys.readouterr().out
     assert (
-        f"stopped at step 4. Checkpoint at step 4: python train.py --resume {folder / 'run'}"
-        in shown
+        f"stopped at step 4. Checkpoint at step 4: posenc train --resume {folder / 'run'}" in shown
     )
     assert not (folder / "run/summary.json").exists()
     resume(folder)
