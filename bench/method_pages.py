@@ -23,8 +23,8 @@ from posenc.files import atomic_file
 from posenc.routing.moh import MoH
 from posenc.zoo import EMBEDDING_DEFAULTS, MODULE_OPTIONS, ZOO, Recipe, options_of, sort_options
 
+from . import answer, tables
 from . import method_pictures as pictures
-from . import tables
 from .clone import DOCS, RESULTS, check_clone
 from .rows import read
 from .tables import Rows, Table, count_parameters, paper, row_bytes
@@ -295,62 +295,17 @@ def shared() -> str:
     return table(("option", "default", "meaning"), lines)
 
 
-def findings(rows: Rows) -> Iterator[str]:
-    """What the intervals say of all names: a sentence a match, and for equal tokens a length."""
-    base = tables.baseline(rows)
-    for match in tables.matches(rows):
-        for length in tables.lengths(rows, "windows")[: None if match == "tokens" else 1]:
-            gaps = tables.gaps(rows, match, "windows", length)
-            order = sorted(gaps, key=lambda name, gaps=gaps: gaps[name].seeds.mean)
-            groups = {
-                f"clearly better than {base}": [n for n in order if gaps[n].verdict == "lower"],
-                f"clearly worse than {base}": [n for n in order if gaps[n].verdict == "higher"],
-                "below it by an interval of its own": [n for n in order if gaps[n].seeds.high < 0],
-                "above it by one": [n for n in order if gaps[n].seeds.low > 0],
-            }
-            said = (
-                f"{what}: {', '.join(map(name_of, names)) or 'none'}"
-                for what, names in groups.items()
-            )
-            yield f"Equal {match}, windows of {length}, {len(gaps)} methods: {'; '.join(said)}."
-
-
 def choose() -> str:
-    """What the committed rows say of all names: the findings, then a table, the lowest first."""
-    rows = tables.where(rows_of("perplexity.jsonl"), kind="perplexity")
-    base = tables.baseline(rows)
-    perplexity, throughput = measured()
-    lengths = [f"perplexity {title}" for title in perplexity.header if title.startswith("at ")]
-    gap = next(title for title in perplexity.header if title.endswith("equal tokens"))
-    speeds = [title for title in throughput.header if title.startswith(("training", "decoding"))]
-    cells = {name: of_name(perplexity, name) | of_name(throughput, name) for name in ZOO}
-
-    def speed(name: str, title: str) -> str:
-        own, other = (cells[who].get(title) for who in (name, base))
-        return f"{number(own) / number(other):.2f}" if own and other else ""
-
-    lines = []
-    for name in sorted(ZOO, key=lambda name: number(cells[name].get(lengths[0], "inf"))):
-        layer = posenc.attention(name, WIDTH, HEADS)
-        state = posenc.attention_cost(layer, 1, 1).total.state_bytes
-        shown = (cells[name].get(title, "") for title in (*lengths, gap))
-        rates = (speed(name, title) for title in speeds)
-        lines.append([f"[{name_of(name)}]({name}.md)", *shown, *rates, f"{state:,}"])
-    header = (
-        "name", *lengths, gap, *(f"{title.split(',')[0]}, {base}'s speed = 1" for title in speeds),
-        "decoding state, bytes a token",
-    )  # fmt: skip
-    note = (
-        f"{perplexity.note} Speeds: {throughput.note[0].lower()}{throughput.note[1:]} "
-        f"State: C = {WIDTH}, {HEADS} heads, fp32, with k, v and the position."
+    """What the committed rows say of all names: the answer, the verdicts, and what each costs."""
+    rows = [*rows_of("perplexity.jsonl"), *rows_of("throughput.jsonl")]
+    linked = {name: f"[{name_of(name)}]({name}.md)" for name in ZOO}
+    return "\n\n".join(
+        [
+            "\n".join(f"- {line}" for line in answer.sentences(rows)),
+            answer.cost_table(rows, linked).markdown(),
+            answer.verdict_table(rows).markdown(),
+        ]
     )
-    listed = "\n".join(f"- {line}" for line in findings(rows))
-    return f"{listed}\n\n{Table(header, lines, note).markdown()}"
-
-
-def number(text: str) -> float:
-    """Of a cell with commas."""
-    return float(text.replace(",", ""))
 
 
 OF_NAME: dict[str, Callable[[str], str]] = {

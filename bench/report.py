@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from posenc.files import atomic_file
 
-from . import comparison, figures, scores, tables
+from . import answer, comparison, figures, scores, tables
 from .claims import ledger, verdict
 from .clone import DOCS, RESULTS, ROOT, check_clone
 from .rows import read, row_of
@@ -47,43 +47,31 @@ class Section(NamedTuple):
     below: str = ""  # HTML
 
 
+def which(rows: Rows) -> Section:
+    """The answer before its evidence."""
+    said = (tables.html_of(line) for line in answer.sentences(rows))
+    return Section(
+        "Which scheme for a small model?",
+        f"<ul>{''.join(f'<li>{line}</li>' for line in said)}</ul>",
+        below=answer.cost_table(rows).html(),
+    )
+
+
 def perplexity(rows: Rows) -> Section:
     """Which encoding predicts best."""
     return Section(
         "Perplexity",
-        "".join(f"<p>{escape(line)}</p>" for line in verdicts(rows)),
+        "<p>Every method beside the baseline, at every length and under every match.</p>",
         {
             "perplexity": figures.perplexity(rows),
             "differences": figures.differences(rows),
             "context": figures.by_context(rows),
             "pareto": figures.pareto(rows),
         },
-        tables.perplexity_table(rows).html() + details("All tables", printed(rows)),
+        answer.verdict_table(rows).html()
+        + tables.perplexity_table(rows).html()
+        + details("All tables", printed(rows)),
     )
-
-
-def verdicts(rows: Rows) -> Iterator[str]:
-    """What the intervals say, in words: a sentence a match and length."""
-    of = tables.baseline(rows)
-    for match in tables.matches(rows):
-        for length in tables.lengths(rows, "windows"):
-            found = tables.gaps(rows, match, "windows", length)
-            lower = [name for name, gap in found.items() if gap.verdict == "lower"]
-            higher = [name for name, gap in found.items() if gap.verdict == "higher"]
-            single = [name for name, gap in found.items() if gap.needed is None]
-            rest = [name for name in found if name not in (*lower, *higher, *single)]
-            parts = [
-                f"{what}: {', '.join(names)}"
-                for what, names in (
-                    (f"better than {of}", lower),
-                    (f"worse than {of}", higher),
-                    ("no difference seen", rest),
-                    ("one seed only, which says nothing of the method", single),
-                )
-                if names
-            ]
-            if parts:
-                yield f"Equal {match}, windows of {length} tokens: {'; '.join(parts)}."
 
 
 def printed(rows: Rows) -> str:
@@ -214,7 +202,10 @@ def details(title: str, text: str) -> str:
 
 
 def sections(rows: Rows, folder: Path) -> Iterator[Section]:
-    """One for every kind that has rows, and the mechanisms."""
+    """The answer, one for every kind that has rows, and the mechanisms."""
+    trained = where(rows, kind="perplexity")
+    if trained and "tokens" in tables.matches(trained):
+        yield which(rows)
     for kind, make in SECTIONS.items():
         own = where(rows, kind=kind)
         if kind == "kernel":

@@ -50,7 +50,7 @@ class Table(NamedTuple):
         """As the report shows it."""
         head = "".join(f"<th>{escape(cell)}</th>" for cell in self.header)
         body = "".join(
-            "<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in line) + "</tr>"
+            "<tr>" + "".join(f"<td>{html_of(cell)}</td>" for cell in line) + "</tr>"
             for line in self.lines
         )
         return (
@@ -59,8 +59,8 @@ class Table(NamedTuple):
         )
 
 
-def _cell(text: str) -> str:
-    """Markdown of the cells above as HTML."""
+def html_of(text: str) -> str:
+    """Markdown of cells and of sentences as HTML."""
     html = re.sub(r"`(.*?)`", r"<code>\1</code>", escape(text))
     return re.sub(r"\*\*(.*?)\*\*", r"<b>\1</b>", html)
 
@@ -116,13 +116,20 @@ def matches(rows: Rows) -> list[str]:
 
 def lengths(rows: Rows, mode: str) -> list[int]:
     """At which the loss of a mode was measured."""
-    return sorted({row["T"] for row in where(rows, mode=mode, metric="loss")})
+    return sorted({row["T"] for row in where(rows, kind="perplexity", mode=mode, metric="loss")})
 
 
 def of_match(rows: Rows, match: str) -> list[Row]:
     """The perplexity rows of one match."""
     own = [row_of(row) for row in where(rows, kind="perplexity")]
     return [row for row in own if match_of(row) == match]
+
+
+def mean_losses(rows: Rows, match: str, mode: str, length: int) -> dict[str, float]:
+    """Of every method that was scored at the length, over its seeds."""
+    own = [row for row in of_match(rows, match) if (row.mode, row.metric) == (mode, "loss")]
+    losses = losses_of([row for row in own if length == row.T])
+    return {name: fmean(by_seed.values()) for name, by_seed in losses.items()}
 
 
 def gap_cell(gap: Gap | None) -> str:
@@ -154,24 +161,19 @@ def perplexity_table(rows: Rows) -> Table:
             "Measure with --match tokens too."
         )
     own, at = of_match(rows, "tokens"), lengths(rows, "windows")
-    losses = {
-        length: losses_of(
-            [row for row in own if (row.mode, row.metric, row.T) == ("windows", "loss", length)]
-        )
-        for length in at
-    }
+    losses = {length: mean_losses(rows, "tokens", "windows", length) for length in at}
     sizes = {label(row.name, row.options): row.p50 for row in own if row.metric == "parameters"}
     found = {match: gaps(rows, match, "windows", at[0]) for match in matches(rows)}
     lines = []
     for name in losses[at[0]]:
         cells = [f"`{name}`", f"{sizes[name]:,.0f}"]
         for length in at:
-            each = losses[length].get(name, {}).values()
-            cells.append(f"{math.exp(fmean(each)):.2f}" if each else "-")
+            loss = losses[length].get(name)
+            cells.append("-" if loss is None else f"{math.exp(loss):.2f}")
         lines.append([*cells, *(gap_cell(by_name.get(name)) for by_name in found.values())])
     of = baseline(rows)
     titles = [f"loss - {of}'s at {at[0]}, equal {match}" for match in found]
-    seeds = max(len(by_seed) for by_seed in losses[at[0]].values())
+    seeds = len({row.seed for row in own if (row.mode, row.metric) == ("windows", "loss")})
     note = (
         f"Windows side by side; perplexity = exp(mean loss of {seeds} seeds); trained at {at[0]} "
         f"tokens, - where a table of positions ends there. Differences in nats, paired by seed, "
@@ -182,13 +184,14 @@ def perplexity_table(rows: Rows) -> Table:
     return Table(["method", "parameters", *(f"at {n}" for n in at), *titles], lines, note)
 
 
+TIMED_AT = 1024  # tokens
 THROUGHPUT = {"train": "training", "prefill": "prefill", "decode": "decoding",
               "recompute": "without cache"}  # fmt: skip
 
 
 def throughput_table(rows: Rows) -> Table:
     """Thousands of tokens a second of the layers chosen by auto, of those by kernels and of all
-    peers, at 1024 tokens or the nearest length.
+    peers, at `TIMED_AT` tokens or the nearest length.
 
     Raises:
         ValueError: none of them was timed.
@@ -200,7 +203,7 @@ def throughput_table(rows: Rows) -> Table:
             "rows of kind throughput hold no layer by auto, and no peer's. Measure with "
             "--impls auto."
         )
-    at = min({row["S"] for row in rows}, key=lambda length: abs(length - 1024))
+    at = min({row["S"] for row in rows}, key=lambda length: abs(length - TIMED_AT))
     order = {name: place for place, name in enumerate(posenc.names())}
     shown = where(rows, S=at)
     shown.sort(key=lambda row: (is_peer(row), order.get(row["name"], len(order))))

@@ -11,8 +11,6 @@ from PIL import Image, ImageChops
 
 import posenc
 from bench import method_pages, method_pictures, tables
-from bench.comparison import Gap
-from bench.statistics import Interval
 from helpers import NAMES
 from posenc.zoo import ZOO, Recipe
 
@@ -105,26 +103,6 @@ def test_the_index_says_what_the_readme_says() -> None:
         assert f"| [{name}]({name.strip('`')}.md) | {perplexity} |" in chosen
     shown = re.findall(r"^\| \[`\w+`\]\(\w+\.md\) \| ([\d.]+) \|", chosen, re.MULTILINE)
     assert shown == sorted(lengths, key=float)
-
-
-def gap(mean: float, half: float, p: float) -> Gap:
-    return Gap(Interval(mean, mean - half, mean + half), 3, None, 4.0, p)
-
-
-def test_findings_are_the_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
-    gaps = {"fox": gap(-0.2, 0.1, 0.01), "moh": gap(-0.3, 0.1, 0.2), "nope": gap(0.1, 0.2, 0.9)}
-    monkeypatch.setattr(tables, "baseline", lambda rows: "rope")
-    monkeypatch.setattr(tables, "matches", lambda rows: ["tokens", "flops"])
-    monkeypatch.setattr(tables, "lengths", lambda rows, mode: [8, 16])
-    monkeypatch.setattr(tables, "gaps", lambda *given: gaps)
-    said = list(method_pages.findings([]))
-    assert [line.partition(", 3 methods")[0] for line in said] == [
-        "Equal tokens, windows of 8", "Equal tokens, windows of 16", "Equal flops, windows of 8",
-    ]  # fmt: skip
-    assert said[0].endswith(
-        "clearly better than rope: `fox`; clearly worse than rope: none; below it by an interval "
-        "of its own: `moh`, `fox`; above it by one: none."
-    )
 
 
 class Said(posenc.Encoding):

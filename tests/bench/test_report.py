@@ -3,96 +3,25 @@
 import base64
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 
-from bench import figures, report, tables
+from bench import answer, figures, report, tables
 from bench.roofline import percent_of_roofline, work
-from bench.rows import Row, RowFile, read
+from bench.rows import read
 from bench.statistics import student
-
-SEEDS, LENGTHS = (0, 1, 2), (8, 16)
-#: Loss minus rope's: mha has no second length, carope is clearly better, nope is not.
-GAPS = {"rope": (0.0, 0.0, 0.0), "carope": (-0.2, -0.21, -0.19), "nope": (0.1, -0.1, 0.02),
-        "mha": (0.3, 0.31, 0.29)}  # fmt: skip
-
-
-def one(value: float) -> dict[str, float]:
-    return {"p20": value, "p50": value, "p80": value}
-
-
-def perplexity_rows() -> Iterator[Row]:
-    for match in ("tokens", "flops"):
-        for name, gaps in GAPS.items():
-            recipe = f"steps=9 match={match} baseline=rope targets=1024 units=4 unit=block"
-            about = {"kind": "perplexity", "name": name, "implementation": "auto"}
-            about |= {"dtype": "float32", "recipe": recipe, "H": 4, "D": 6}
-            for seed, gap in zip(SEEDS, gaps, strict=True):
-                own = about | {"seed": seed}
-                for T in LENGTHS[: 1 if name == "mha" else 2]:
-                    for mode in ("windows", "sliding", "positions", "tail"):
-                        loss = 3 + gap + 0.1 * seed + T / 100
-                        yield Row(mode=mode, metric="loss", unit="nats", T=T, **one(loss), **own)
-                for metric, value in (("parameters", 1234.0), ("throughput", 100.0 - 90 * gap)):
-                    yield Row(mode="train", metric=metric, unit="1", T=8, **one(value), **own)
-            if name == "rope":
-                continue
-            for mode in ("windows", "sliding"):
-                for T in LENGTHS[: 1 if name == "mha" else 2]:
-                    for side, bound in (("2.5%", min(gaps)), ("97.5%", max(gaps))):
-                        yield Row(mode=mode, metric=f"gap {side}", unit="nats", T=T,
-                                  **one(bound), **about)  # fmt: skip
-
-
-def throughput_rows() -> Iterator[Row]:
-    for name, by, speed in (("rope", "auto", 9e4), ("rope", "sdpa", 8e4), ("nope", "auto", 1e5),
-                            ("rope", "x-transformers", 7e4)):  # fmt: skip
-        for mode in ("train", "prefill", "decode", "recompute"):
-            for length in (64, 512):
-                yield Row(kind="throughput", name=name, implementation=by, mode=mode,
-                          metric="throughput", unit="tokens/s", dtype="float32", B=1, H=4, D=6,
-                          T=1 if mode == "decode" else length, S=length,
-                          **one(speed / (length if mode == "recompute" else 1)))  # fmt: skip
-
-
-def memory_rows() -> Iterator[Row]:
-    for name, each in (("rope", 700.0), ("carope", 900.0)):
-        about = {"kind": "memory", "dtype": "float32", "B": 1, "H": 4, "D": 6, "T": 64}
-        yield Row(name=name, implementation="fused", mode="train", metric="activations",
-                  unit="B/token", **one(each), **about)  # fmt: skip
-        yield Row(name=name, implementation="fused", mode="train", unit="1",
-                  metric="activations over predicted", **one(1.02), **about)  # fmt: skip
-        yield Row(name=name, implementation="cache", mode="decode", metric="decoding state",
-                  unit="B/token", **one(each / 2), **about)  # fmt: skip
-        yield Row(name=f"{name} layer", implementation="auto", mode="fwd+bwd", metric="memory",
-                  unit="MiB", **one(each / 10), **about)  # fmt: skip
-
-
-def kernel_row(p50: float, **changes: object) -> Row:
-    about: dict[str, object] = {"kind": "kernel", "name": "rope", "implementation": "posenc"}
-    about |= {"mode": "fwd", "metric": "time", "unit": "ms", "dtype": "bfloat16"}
-    about |= {"B": 2, "H": 3, "T": 5, "D": 8}
-    return Row(**about | one(p50) | changes)  # type: ignore[arg-type]
-
-
-def kernel_rows() -> Iterator[Row]:
-    yield kernel_row(1.0)
-    ceiling = {"kind": "ceiling", "metric": "rate", "B": None, "H": None, "T": None, "D": None}
-    yield kernel_row(500.0, name="product", implementation="cublas", unit="TFLOP/s", **ceiling)
-    yield kernel_row(2.0, name="copy", implementation="64 MiB", unit="TB/s", **ceiling)
-
-
-def write(folder: Path, **kinds: Iterator[Row]) -> Path:
-    for name, rows in kinds.items():
-        file = RowFile(folder / f"{name}.jsonl", torch.device("cpu"))
-        for row in rows:
-            file.add(row)
-    return folder
+from measured_rows import (
+    GAPS,
+    kernel_row,
+    kernel_rows,
+    memory_rows,
+    perplexity_rows,
+    throughput_rows,
+    write,
+)
 
 
 @pytest.fixture
@@ -144,16 +73,20 @@ def test_the_page_is_whole_and_needs_no_network(
     assert str(folder / "report.html") in capsys.readouterr().out
 
 
-def test_the_page_says_what_the_intervals_say(folder: Path) -> None:
-    rows = read(folder / "perplexity.jsonl")
-    sentences = list(report.verdicts(rows))
-    assert sentences[0] == (
-        "Equal tokens, windows of 8 tokens: better than rope: carope; worse than rope: mha; "
-        "no difference seen: nope."
+def test_the_page_begins_with_the_answer(folder: Path) -> None:
+    report.main([str(folder)])
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    first = html[html.index("<h2") : html.index("<h2", html.index("<h2") + 1)]
+    rows = read(folder / "perplexity.jsonl", folder / "throughput.jsonl")
+    for line in answer.sentences(rows):
+        assert f"<li>{tables.html_of(line)}</li>" in first
+    assert answer.verdict_table(rows).html() in html.replace("<div class=wide>", "").replace(
+        "</table></div>", "</table>"
     )
-    assert sentences[1].endswith("better than rope: carope; no difference seen: nope.")
-    assert len(sentences) == 4
-    found = tables.gaps(rows, "flops", "windows", 8)
+
+
+def test_gaps_are_those_of_seeds_and_text(folder: Path) -> None:
+    found = tables.gaps(read(folder / "perplexity.jsonl"), "flops", "windows", 8)
     assert found["carope"].seeds == pytest.approx(student(GAPS["carope"]))
     assert found["carope"].text == (-0.21, -0.19)
 
@@ -268,15 +201,6 @@ def test_the_context_is_drawn_for_seeds_in_any_order(of: str, tmp_path: Path) ->
 def test_methods_of_one_name_look_unlike() -> None:
     assert figures.style("moh") != figures.style("moh:top_k=1")
     assert figures.style("moh")["color"] == figures.style("moh:top_k=1")["color"]
-
-
-def test_one_seed_is_no_verdict(tmp_path: Path) -> None:
-    rows = [row for row in perplexity_rows() if row.seed in (0, None)]
-    found = read(write(tmp_path, perplexity=iter(rows)) / "perplexity.jsonl")
-    assert next(iter(report.verdicts(found))) == (
-        "Equal tokens, windows of 8 tokens: one seed only, which says nothing of the method: "
-        "carope, nope, mha."
-    )
 
 
 def test_what_a_table_cannot_show_is_refused(folder: Path) -> None:
