@@ -184,6 +184,7 @@ def take_steps(job: Job, log: TrainingLog, signals: StopSignals) -> int:
             job.optimizer,
             drawn,
             grad_clip=config.grad_clip,
+            aux_weight=config.aux_weight,
             parallel=parallel,
             autocast=job.autocast(),
         )

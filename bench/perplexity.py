@@ -125,6 +125,8 @@ def shared_columns(result: Result, compared: Comparison) -> dict[str, Any]:
     own = {key: getattr(config, key) for key in RECIPE}
     own |= {"mlp_dim": config.mlp_dim or 4 * config.embed_dim}
     own |= {"data_seeds": ",".join(str(data_seeds[seed]) for seed in sorted(data_seeds))}
+    if config.aux_weight != TrainConfig.aux_weight:
+        own |= {"aux_weight": config.aux_weight}
     own |= {"dtype": result.about["dtype"], "data": Path(config.data or "").name}
     own |= {"fingerprint": result.about["corpus"]["fingerprint"][:12]}
     own |= {"match": compared.match, "baseline": compared.baseline}
@@ -168,6 +170,9 @@ def cell_rows(result: Result, compared: Comparison) -> list[Row]:
     low, middle, high = np.quantile(result.speeds, (0.2, 0.5, 0.8)).tolist()
     speed = {"p20": low, "p50": middle, "p80": high}
     found.append(Row(metric="throughput", unit="tokens/s", **speed, **about))
+    loads = [load for of in summary.get("routing") or [] if of for load in of["load"]]
+    for metric, value in (("least load", min), ("greatest load", max)) if loads else ():
+        found.append(single(metric=metric, unit="of balance", value=value(loads), **about))
     return found
 
 

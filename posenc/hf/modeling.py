@@ -28,6 +28,7 @@ from posenc.hf.saved import keep_precise
 from posenc.hf.sites import documents
 from posenc.models.config import GPTConfig
 from posenc.models.gpt import GPT, NO_TARGET
+from posenc.routing.moh import AUX_WEIGHT
 
 #: A cache makes room for as many tokens again, and at least so many.
 ROOM = 64
@@ -61,7 +62,7 @@ class PosencConfig(PreTrainedConfig):
     bias: bool = True
     gelu: str = "none"
     mlp_dim: int | None = None
-    aux_weight: float = 0.01
+    aux_weight: float = AUX_WEIGHT
     use_cache: bool = True
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None

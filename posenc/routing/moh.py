@@ -35,6 +35,7 @@ from posenc.start import Start, draw
 
 #: Never zero: tied scores would send every token to the same heads.
 ROUTER_STD = 0.02
+AUX_WEIGHT = 0.01  # of the balance loss, in the paper
 
 
 def select(scores: Tensor, top_k: int) -> Tensor:

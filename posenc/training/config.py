@@ -15,8 +15,9 @@ from tyro.constructors import PrimitiveConstructorSpec
 from posenc.backends.choice import IMPLS
 from posenc.errors import unknown
 from posenc.models.config import GPTConfig
+from posenc.routing.moh import AUX_WEIGHT
 from posenc.training.schedule import learning_rate
-from posenc.zoo import names, parse_value
+from posenc.zoo import ZOO, names, parse_value
 
 PARALLEL = ("none", "ddp", "fsdp")
 GELUS = ("none", "tanh")
@@ -131,6 +132,8 @@ class TrainConfig:
     """AdamW's decay of the gradient's square."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 does not clip."""
+    aux_weight: float = AUX_WEIGHT
+    """Of the balance loss of a router (moh), which is added to the loss."""
 
     eval_every: int = 200
     """Steps between evaluations; 0 evaluates at the end only."""
@@ -198,6 +201,12 @@ class TrainConfig:
                     f"{flag(name)} must lie in 0 .. 2^63 - 1; got {getattr(self, name)}. "
                     "Choose for example 0."
                 )
+        if self.aux_weight != AUX_WEIGHT and ZOO[self.attention].router is None:
+            routed = [name for name, row in ZOO.items() if row.router is not None]
+            raise ValueError(
+                f"--aux-weight weighs a router's balance loss, and {self.attention} has no router. "
+                f"Leave it out, or choose --attention {' or '.join(routed)}."
+            )
         if self.min_lr > self.lr:
             raise ValueError(
                 f"--min-lr must not exceed --lr; got {self.min_lr} and {self.lr}. Lower --min-lr."
@@ -265,6 +274,7 @@ NOT_NEGATIVE = [
     "warmup",
     "decay_steps",
     "weight_decay",
+    "aux_weight",
     "grad_clip",
     "eval_every",
     "eval_tokens",

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from posenc.models.gpt import NO_TARGET
+from posenc.routing.moh import AUX_WEIGHT
 from posenc.training.parallel import Parallel, whole
-
-BALANCE = 0.01  # weight of a router's balance loss, from MoH
 
 
 def train_step(
@@ -18,6 +17,7 @@ def train_step(
     batches: Sequence[Sequence[Tensor]],
     *,
     grad_clip: float,
+    aux_weight: float = AUX_WEIGHT,
     parallel: Parallel,
     autocast: AbstractContextManager[None],
 ) -> tuple[Tensor, Tensor]:
@@ -30,6 +30,7 @@ def train_step(
         module: what `Parallel.wrap` returned.
         batches: this rank's share of each micro-batch: inputs, targets and, packed, segments.
         grad_clip: largest norm, 0 for no limit.
+        aux_weight: of the balance loss.
 
     Returns:
         This rank's share of the loss (cross entropy alone; the mean over ranks is the step's) and
@@ -46,7 +47,7 @@ def train_step(
             with autocast:
                 inputs, targets, *packed = (_move(ids, parallel.device) for ids in batch)
                 out = module(inputs, targets, segments=packed[0] if packed else None)
-            (out.loss / share + BALANCE * out.aux_loss / len(batches)).backward()
+            (out.loss / share + aux_weight * out.aux_loss / len(batches)).backward()
         total += out.loss.detach() / share
     norm = nn.utils.clip_grad_norm_(module.parameters(), grad_clip or float("inf"), foreach=True)
     optimizer.step()

@@ -281,6 +281,34 @@ def test_rows_of_a_cell(tmp_path: Path) -> None:
             assert word in row.recipe.split()
 
 
+def test_rows_of_a_router(tmp_path: Path) -> None:
+    found, _ = compared(tmp_path)
+    result = found.results[1]
+    assert not [row for row in cell_rows(result, found) if row.metric.endswith("load")]
+    used = {"routing": [None, {"load": [0.5, 1.5]}, {"load": [0.25, 1.75]}]}
+    loads = {
+        row.metric: (row.mode, row.unit, row.p50)
+        for row in cell_rows(result._replace(summary=result.summary | used), found)
+        if row.metric.endswith("load")
+    }
+    assert loads == {
+        "least load": ("train", "of balance", 0.25), "greatest load": ("train", "of balance", 1.75)
+    }  # fmt: skip
+
+
+def test_the_weight_of_the_balance_loss_is_part_of_a_recipe(tmp_path: Path) -> None:
+    """Where it is not that of every run before there was a choice."""
+    found, _ = compared(tmp_path)
+    words = []
+    for weight in (0.01, 0.0):
+        first = found.results[1]
+        config = dataclasses.replace(first.config, attention="moh", aux_weight=weight)
+        own = first._replace(cell=Cell(config))
+        words.append(cell_rows(own, found)[0].recipe.split())
+    assert [word for word in words[0] if word.startswith("aux")] == []
+    assert [word for word in words[1] if word.startswith("aux")] == ["aux_weight=0.0"]
+
+
 def test_the_shape_over_positions_is_that_of_equal_tokens_alone(tmp_path: Path) -> None:
     found, _ = compared(tmp_path)
     rows = cell_rows(found.results[1], found._replace(match="flops"))

@@ -111,6 +111,8 @@ def test_help_lists_every_flag(capsys):
         (["--lr", "-1"], "--lr must be 0 or more; got -1.0."),
         (["--lr", "nan"], "--lr must be 0 or more; got nan."),
         (["--lr", "1e-6"], "--min-lr must not exceed --lr"),
+        (["--aux-weight", "0"], "rope has no router. Leave it out, or choose --attention moh."),
+        (["--attention", "moh", "--aux-weight", "-1"], "--aux-weight must be 0 or more; got -1.0."),
         (["--beta2", "1"], "--beta2 must lie in [0, 1); got 1.0."),
         (["--attention-options", "init"], "expected KEY=VALUE; got 'init'."),
         (["--attention-options", "a=1", "a=2"], "'a' is given twice."),

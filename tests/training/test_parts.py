@@ -139,6 +139,23 @@ def test_accumulation_is_the_gradient_of_the_whole_batch(attention):
     )
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.01, 3.0])
+def test_the_balance_loss_is_added_with_its_weight(weight):
+    ids = torch.randint(11, (4, 9), generator=torch.Generator().manual_seed(1))
+    stepped, alone = small("moh"), small("moh")
+    out = alone(ids[:, :-1], ids[:, 1:])
+    (out.loss + weight * out.aux_loss).backward()
+    expected = {name: weight.grad for name, weight in alone.named_parameters()}
+    before = {name: weight.detach().clone() for name, weight in stepped.named_parameters()}
+    loss, _ = train_step(
+        stepped, torch.optim.SGD(stepped.parameters(), lr=1.0), [(ids[:, :-1], ids[:, 1:])],
+        grad_clip=0.0, aux_weight=weight, parallel=ALONE, autocast=nullcontext(),
+    )  # fmt: skip
+    assert loss == out.loss
+    for name, value in stepped.named_parameters():
+        torch.testing.assert_close(before[name] - value, expected[name], rtol=1e-4, atol=1e-6)
+
+
 def test_gradients_are_clipped_to_the_norm():
     ids = torch.randint(11, (4, 9), generator=torch.Generator().manual_seed(1))
     model = small()
