@@ -35,6 +35,7 @@ from posenc.kernels.polar import polar
 from posenc.kernels.relative import relative_attention
 from posenc.kernels.rope import rope
 from posenc.kernels.rope_attention import rope_attention
+from posenc.kernels.turns import turns_from_radians
 from posenc.phase import inverse_frequencies, phase_dtype, position_phases
 from posenc.rotations import running_phase, turn_by_content, turn_by_phase
 from posenc.scores import (
@@ -333,6 +334,7 @@ def cases(
 
     encoding = posenc.RoPE(dim)
     omega = inverse_frequencies(dim, encoding.base, device)
+    fractions = turns_from_radians(omega)  # once a model's forward pass
 
     def eager_rope(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return encoding.rotate(q, k)
@@ -348,7 +350,7 @@ def cases(
         return carope(q, k, log_f)[:2]
 
     def our_polar(q: Tensor, k: Tensor, delta: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return polar(q, k, delta, b, omega)
+        return polar(q, k, delta, b, fractions)
 
     peers = cores(length, device)
     fast = {"": flash_attention, " + fa2": FA2, " + cudnn": CUDNN}
@@ -368,9 +370,9 @@ def cases(
         one_head,
     )
 
-    our_rope: Function = lambda q, k: rope(q, k, omega)  # noqa: E731
+    our_rope: Function = lambda q, k: rope(q, k, fractions)  # noqa: E731
     liger_rope = partial(liger, length, dim, dtype, device)
-    our_rope_attention: Function = lambda q, k, v: rope_attention(q, k, v, omega)  # noqa: E731
+    our_rope_attention: Function = lambda q, k, v: rope_attention(q, k, v, fractions)  # noqa: E731
     for name, rotate, fused, eager, extra in (
         ("rope", our_rope, our_rope_attention, eager_rope, ()),
         ("carope", our_carope, carope_attention, eager_carope, (log_f,)),

@@ -40,11 +40,11 @@ from posenc.kernels.turns import (
     check_positions,
     columns_from,
     cos_sin,
+    fractions_of,
     position_arguments,
     position_turns,
     rotate,
     turns_from_angle,
-    turns_from_radians,
 )
 
 NUM_WARPS = 4
@@ -359,7 +359,8 @@ def polar(
     Args:
         q, k: (B, H, T, D), any strides, half-split pairs.
         delta, b: (H, D/2) fp32.
-        frequencies: (D/2,) fp64 on the device of q, radians a position.
+        frequencies: (D/2,) on the device of q, fp64 radians a position or int64 turns, see
+            `posenc.kernels.turns.fractions_of`.
         positions: integers (T,) or (B, T), below 2^31 in size; None is 0 .. T-1.
 
     Returns:
@@ -382,7 +383,7 @@ def polar(
     if frequencies.shape != bands[1:]:
         raise ValueError(f"frequencies must be {bands[1:]}; got {tuple(frequencies.shape)}.")
     check_positions(positions, batch, length)
-    fractions = turns_from_radians(frequencies)
+    fractions = fractions_of(frequencies)
     return _forward_op(q, k, delta.contiguous(), b.contiguous(), fractions, positions)
 
 

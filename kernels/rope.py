@@ -31,10 +31,10 @@ from posenc.kernels.turns import (
     check_positions,
     columns_from,
     cos_sin,
+    fractions_of,
     position_arguments,
     position_turns,
     rotate,
-    turns_from_radians,
 )
 
 PAIRINGS = ("half", "interleaved")
@@ -303,7 +303,8 @@ def rope(
     Args:
         q: (B, H, T, D), any strides.
         k: (B, K, T, D), any strides; K may differ from H (grouped queries).
-        frequencies: (R/2,) fp64 on the device of q, radians a position. The first R features turn,
+        frequencies: (R/2,) on the device of q, fp64 radians a position or int64 turns, see
+            `posenc.kernels.turns.fractions_of`. The first R features turn,
             the rest pass through.
         positions: integers (T,) or (B, T), below 2^31 in size; None is 0 .. T-1.
         factor: multiplies the turned features (the attention factor of a scaling).
@@ -320,7 +321,7 @@ def rope(
     """
     check(q, k, frequencies, positions, pairing)
     interleaved = pairing == "interleaved"
-    fractions = turns_from_radians(frequencies)
+    fractions = fractions_of(frequencies)
     if inplace and (q is k or any(0 in x.stride() for x in (q, k) if x.numel())):
         raise ValueError(
             "in place, q and k must be two tensors whose elements are all distinct. "

@@ -34,7 +34,7 @@ from posenc.kernels.common import (
 )
 from posenc.kernels.hooks import Hook
 from posenc.kernels.mask import CAUSAL, PLAIN, Arguments, Mask, arguments, every_part
-from posenc.kernels.turns import position_arguments, rotate_rows, turns_from_radians
+from posenc.kernels.turns import fractions_of, position_arguments, rotate_rows
 
 
 class Rotation(NamedTuple):
@@ -258,7 +258,7 @@ def rope_attention(
         scale = 1 / math.sqrt(head_dim)
     if torch.are_deterministic_algorithms_enabled():
         deterministic = True
-    fractions, interleaved = turns_from_radians(frequencies), pairing == "interleaved"
+    fractions, interleaved = fractions_of(frequencies), pairing == "interleaved"
     options = (fractions, positions, float(factor), interleaved, scale, deterministic)
     return _forward_op(q, k, v, *options, *mask)[0]
 

@@ -31,6 +31,23 @@ def turns_from_radians(radians: Tensor) -> Tensor:
     return ((turns - turns.round()) * 2.0**63).to(torch.int64) * 2
 
 
+def fractions_of(frequencies: Tensor) -> Tensor:
+    """What positions are multiplied by: frequencies in fp64 radians as int64 turns, or such turns
+    themselves, which a caller of many layers makes once: it takes six launches.
+
+    Raises:
+        ValueError: for other dtypes.
+    """
+    if frequencies.dtype == torch.int64:
+        return frequencies
+    if frequencies.dtype != torch.float64:
+        raise ValueError(
+            "frequencies must be radians in float64, or turns in int64 by turns_from_radians; got "
+            f"{frequencies.dtype}. Use frequencies.double()."
+        )
+    return turns_from_radians(frequencies)
+
+
 def radians_from_turns(turns: Tensor) -> Tensor:
     """int64 turns as fp64 radians in [-pi, pi]."""
     return turns.to(torch.float64) * (2 * math.pi / 2.0**64)

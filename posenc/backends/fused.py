@@ -204,12 +204,12 @@ def _turn_and_attend(
     if isinstance(rotation, ByPosition) and _has_kernel(rotation):
         from posenc.kernels.rope_attention import rope_attention
 
-        frequencies, factor = rotation.spectrum.at(rotation.place)
+        _, factor = rotation.spectrum.at(rotation.place)
         positions = _positions(rotation)
         pairing = str(rotation.pairing)
         options = {"factor": factor, "pairing": pairing, "mask": mask}
         options["deterministic"] = deterministic
-        return rope_attention(q, k, v, frequencies, positions, **options)
+        return rope_attention(q, k, v, _fractions(rotation), positions, **options)
     if isinstance(rotation, ByRates) and rotation.state is None:
         from posenc.kernels.carope_attention import carope_attention
 
@@ -231,20 +231,27 @@ def _positions(rotation: ByPosition | ByContent) -> Tensor:
     return positions[0] if positions.ndim == 2 and len(positions) == 1 else positions
 
 
+def _fractions(rotation: ByPosition | ByContent) -> Tensor:
+    """Its frequencies as kernels take them, once a placement, which all layers of a model share."""
+    from posenc.kernels.turns import turns_from_radians
+
+    spectrum, place = rotation.spectrum, rotation.place
+    return place.once((spectrum.key, "turns"), lambda: turns_from_radians(spectrum.at(place)[0]))
+
+
 def turn(rotation: Rotation, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """q and k turned by a kernel, in one launch, or eagerly where there is none."""
     if isinstance(rotation, ByPosition) and _has_kernel(rotation):
         from posenc.kernels.rope import rope
 
-        frequencies, factor = rotation.spectrum.at(rotation.place)
-        positions = _positions(rotation)
-        return rope(q, k, frequencies, positions, factor=factor, pairing=str(rotation.pairing))
+        _, factor = rotation.spectrum.at(rotation.place)
+        where, pairing = (_fractions(rotation), _positions(rotation)), str(rotation.pairing)
+        return rope(q, k, *where, factor=factor, pairing=pairing)
     if isinstance(rotation, ByContent) and len(rotation.delta) == len(rotation.b):
         from posenc.kernels.polar import polar
 
-        frequencies, _ = rotation.spectrum.at(rotation.place)
-        positions = _positions(rotation)
-        return polar(q, k, rotation.delta, rotation.b, frequencies, positions)
+        where = (_fractions(rotation), _positions(rotation))
+        return polar(q, k, rotation.delta, rotation.b, *where)
     if isinstance(rotation, ByRates):
         return _turn_by_rates(rotation, q, k)
     turned_q, turned_k = rotation.apply(q, k)

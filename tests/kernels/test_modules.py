@@ -19,6 +19,7 @@ from helpers import (
 )
 from posenc.backends import fused
 from posenc.encodings.distance import DistanceBias
+from posenc.kernels import turns
 from posenc.kernels.common import INTERPRETED
 from posenc.placement import place
 
@@ -266,6 +267,18 @@ def test_model_trains_and_generates(name, options, device):
         close(ours.grad, theirs.grad, 1e-5)
     greedy = {"temperature": 0.0}
     assert torch.equal(model.generate(ids, 5, **greedy), plain.generate(ids, 5, **greedy))
+
+
+@pytest.mark.parametrize(("name", "head_dim"), [("rope", 16), ("rope", 6), ("cmha", 16)])
+def test_layers_share_the_turns_of_frequencies(name, head_dim, device, monkeypatch):
+    made, original = [], turns.turns_from_radians
+    monkeypatch.setattr(turns, "turns_from_radians", lambda x: made.append(x) or original(x))
+    config = posenc.GPTConfig(
+        vocab_size=9, context=8, layers=3, heads=2, embed_dim=2 * head_dim, attention=name,
+        attention_options={"impl": "fused"},
+    )  # fmt: skip
+    posenc.GPT(config).to(device)(torch.randint(9, (2, 7), device=device))
+    assert len(made) == 1
 
 
 def test_encoding_alone_turns_by_its_kernel(device):

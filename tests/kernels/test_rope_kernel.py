@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import oracles
+from posenc.kernels.polar import polar
 from posenc.kernels.rope import _rope, rope
+from posenc.kernels.rope_attention import rope_attention
 from posenc.kernels.turns import radians_from_turns, turns_from_radians
 
 #: Error of a rotated feature, relative to its pair's norm: cosine and sine 1.3e-7 each, two
@@ -219,6 +221,18 @@ def test_same_bits_again_and_alone(device):
     assert torch.equal(z[1:2], alone[1])
 
 
+def test_frequencies_may_be_turns_already(device):
+    q, k = packed(2, 5, 3, 16, torch.float32, device)
+    omega, v = frequencies(16, device), torch.randn_like(q)
+    fractions = turns_from_radians(omega)
+    delta, b = torch.randn(2, 3, 8, device=device).unbind(0)
+    for y, z in zip(rope(q, k, omega), rope(q, k, fractions), strict=True):
+        assert torch.equal(y, z)
+    for y, z in zip(polar(q, k, delta, b, omega), polar(q, k, delta, b, fractions), strict=True):
+        assert torch.equal(y, z)
+    assert torch.equal(rope_attention(q, k, v, omega), rope_attention(q, k, v, fractions))
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 5, 16), (2, 2, 0, 16)])
 def test_empty(shape, device):
     x = torch.randn(shape, device=device)
@@ -266,6 +280,7 @@ def test_turns_and_radians():
     [
         ("agree", {"k": torch.zeros(1, 2, 6, 16)}),
         ("frequencies", {"frequencies": torch.zeros(9, dtype=torch.float64)}),
+        ("radians in float64, or turns in int64", {"frequencies": torch.zeros(8)}),
         ("positions", {"positions": torch.zeros(4, dtype=torch.long)}),
         ("integers", {"positions": torch.zeros(5)}),
         ("pairing", {"pairing": "other"}),
