@@ -121,7 +121,7 @@ class Code(NamedTuple):
 
 
 @cache
-def _code(key: str, cubin: bytes, warps: int, shared: int) -> Code:
+def _code(cubin: bytes, warps: int, shared: int) -> Code:
     bodies, rest = sass.split(inspect_sm90.disassembled(cubin))
     registers, _ = inspect_sm90.resources(cubin)
     programs = inspect_sm90.programs(registers, warps, shared)
@@ -132,7 +132,7 @@ def code(launch: inspect_sm90.Launch) -> Code:
     """Compile a launch for an H100 and read it."""
     result = inspect_sm90.compiled(launch)
     meta = result.metadata
-    return _code(result.hash, result.asm["cubin"], meta.num_warps, meta.shared)
+    return _code(result.asm["cubin"], meta.num_warps, meta.shared)
 
 
 def demand(uses: Sequence[tuple[float, sass.Use]], warps: int, machine: Machine) -> Demand:
@@ -162,12 +162,18 @@ def passed(
     """How often a tile with so many turns passes through each part of the code.
 
     Raises:
-        ValueError: it multiplies in a loop without exp2, and not by segments of distances.
+        ValueError: it has no loop with products and exp2, or one with products alone that does not
+            go by segments of distances.
     """
     sizes = launch.kwargs
     # Copies ahead of a loop are those of its first turns; its last ones copy nothing.
     uses: list[tuple[float, sass.Use]] = [(1, found.rest._replace(copied=0))]
     main = sorted(use for use in found.loops if products(use) and use.special)
+    if not main:
+        raise ValueError(
+            f"{launch.kernel.__name__} has no loop with products and exp2, by which its turns are "
+            "counted. Say in bench/launches.py how its tiles go."
+        )
     uses += [(whole, main[0]), (masked, main[-1])]
     terms = [use for use in found.loops if products(use) and not use.special]
     for size in sorted({products(use) for use in terms}):

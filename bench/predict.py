@@ -224,7 +224,10 @@ def said(key: Key, mode: str, shape: Shape, machine: Machine = H100) -> Said | N
     if time is not None:
         return Said(time.best, time.turns, "", (COUNTED,), least=True)
     found = peer(key.name, key.provider, mode, shape, machine)
-    return found and Said(found.seconds, found.seconds, "", (SURE[found.sure],), found.least)
+    if found is None:
+        return None
+    sure = tuple(SURE[kind] for kind in found.sure)
+    return Said(found.seconds, found.seconds, "", sure, found.least)
 
 
 def left_out(key: Key, mode: str, shape: Shape) -> tuple[str, ...]:

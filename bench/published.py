@@ -36,17 +36,19 @@ INDUCTOR = 0.046 / 0.0405
 
 
 class Peer(NamedTuple):
-    """Seconds of a call, how sure they are (a key of SURE), and whether it may well take longer."""
+    """Seconds of a call, how sure they are (keys of SURE), and whether it may well take longer."""
 
     seconds: float
-    sure: str
+    sure: tuple[str, ...]
     least: bool = False
 
 
-#: From the surest on; of a sum the last.
+#: In words.
 SURE = {
     "published": "peer published, of more heads, fp16",
+    "copy": "a copy as one was read",
     "bytes": "peer by bytes: no faster",
+    "copies": "peer by bytes and copies that it makes in other layouts: no faster if here too",
     "guessed": "peer's backward a guess",
 }
 
@@ -56,7 +58,7 @@ def together(*parts: Peer | None) -> Peer | None:
     if any(part is None for part in parts):
         return None
     found = [part for part in parts if part is not None]
-    sure = max((part.sure for part in found), key=list(SURE).index)
+    sure = tuple(dict.fromkeys(kind for part in found for kind in part.sure))
     return Peer(sum(part.seconds for part in found), sure, any(part.least for part in found))
 
 
@@ -66,21 +68,23 @@ def core(name: str, mode: str, shape: Shape) -> Peer | None:
     unit = batch * heads * length**2 * dim
     rates, units, sure = (FORWARD, 2, "published") if mode == "fwd" else (BACKWARD, 5, "guessed")
     rate = rates.get(name, {}).get(dim, {}).get(length)
-    return Peer(units * unit / (rate * 1e12), sure) if rate else None
+    return Peer(units * unit / (rate * 1e12), (sure,)) if rate else None
 
 
-def moved(tensors: float, shape: Shape, machine: Machine, factor: float = 1.0) -> Peer:
+def moved(
+    tensors: float, shape: Shape, machine: Machine, factor: float = 1.0, sure: str = "bytes"
+) -> Peer:
     """So many tensors (B, H, T, D) of bf16 read or written."""
     batch, heads, length, dim = shape
     bytes_ = tensors * 2 * batch * heads * length * dim
-    return Peer(factor * bytes_ / machine.memory + machine.launch, "bytes", least=True)
+    return Peer(factor * bytes_ / machine.memory + machine.launch, (sure,), least=True)
 
 
 def copied(name: str, mode: str, shape: Shape, machine: Machine) -> Peer:
     """A copy of what a kernel cannot avoid to move."""
     least = work(name, mode, shape, "bfloat16")
     assert least is not None
-    return Peer(least.bytes / machine.memory, "bytes")
+    return Peer(least.bytes / machine.memory, ("copy",))
 
 
 def compiled(name: str, mode: str, shape: Shape, machine: Machine) -> Peer | None:
@@ -117,8 +121,8 @@ def one_way(name: str, provider: str, mode: str, shape: Shape, machine: Machine)
     ways: dict[tuple[str, str], Callable[[], Peer | None]] = {
         ("flash", "sdpa-fa2"): partial(core, "sdpa-fa2", mode, shape),
         ("flash", "sdpa-cudnn"): partial(core, "sdpa-cudnn", mode, shape),
-        # It transposes and copies q and k first where heads come before tokens (pytorch 141265).
-        ("rope", "liger"): partial(moved, 8, shape, machine),
+        # It was seen to transpose and copy q and k first (pytorch/pytorch 141265).
+        ("rope", "liger"): partial(moved, 8, shape, machine, sure="copies"),
         ("rope", "liger, tokens first"): partial(moved, 4, shape, machine),
         ("relative + attention", "sdpa + bias"): partial(with_bias, mode, shape, machine),
         ("relative + attention", "flex + bias"): partial(with_bias, mode, shape, machine),
