@@ -7,7 +7,7 @@ import pytest
 import triton
 
 from posenc.kernels import inspect_sm90
-from posenc.kernels.sass import Loop, loops, tile
+from posenc.kernels.sass import Loop, Use, loops, split, tile, use
 
 SASS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;  /* 0x0000000000000000 */
@@ -36,6 +36,38 @@ def test_innermost_loops_are_counted() -> None:
         Loop(3, wgmma=0, mma=1, copies=0, loads=0, stores=1, barriers=0),
     ]
     assert loops("") == []
+
+
+def test_code_is_in_a_loop_or_in_none() -> None:
+    bodies, rest = split(SASS)
+    assert [len(body) for body in bodies] == [4, 3]
+    assert [text.split()[0] for text in rest] == ["MOV", "LDG.E", "@P2", "BRA", "BRA", "EXIT"]
+
+
+def test_what_code_asks_of_the_units() -> None:
+    (first, second), _ = split(SASS)
+    # 16 of 64 rows, 64 columns, 16 deep; 16 bytes of each of 32 lanes.
+    assert use(first) == Use(4, 0, wgmma=2 * 16 * 64 * 16, mma=0, copied=512, moved=0)
+    assert use(second) == Use(3, 0, wgmma=0, mma=2 * 16 * 8 * 16, copied=0, moved=128)
+    assert use(["HMMA.1688.F32.TF32 R4, R8, R12, R4 "]).mma == 2 * 16 * 8 * 8
+
+
+@pytest.mark.parametrize(
+    ("text", "moved"),
+    [
+        ("LDG.E.128.CONSTANT R4, [R2.64]", 512),
+        ("LDG.E R4, [R2.64]", 0),  # a vector
+        ("STG.E.U16 [R2.64], R4", 64),
+        ("STG.E.64 [R2.64], R4", 256),
+        ("@P0 STG.E.128 [R2.64], R4", 512),
+        ("REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU [R2.64], R4", 512),
+        ("REDG.E.ADD.F32.FTZ.RN.STRONG.GPU [R2.64], R4", 128),
+        ("LDS.128 R4, [R2]", 0),
+    ],
+)
+def test_bytes_to_and_from_global_memory(text: str, moved: int) -> None:
+    assert use([text]).moved == moved
+    assert use([text, "MUFU.EX2 R4, R4", "NOP"])[:2] == (2, 1)
 
 
 def test_a_tile_passes_one_of_two_that_do_the_same_and_all_others() -> None:
