@@ -162,19 +162,32 @@ def _decodes(case: Case) -> bool:
     """Whether these are few queries, q and k turned, that no gradient is wanted of: a step."""
     if torch.is_grad_enabled() or case.rotation is not None or case.mask.segments is not None:
         return False
+    term = case.scores.relative
+    if term is not None and _joins(case, term):
+        return False
     from posenc.kernels.decode import fits
 
-    return case.scores.relative is None and fits(case.q, case.v)
+    return fits(case.q, case.v)
 
 
 def _decode(case: Case) -> Tensor:
     """By the kernel that splits the keys. A bias of few queries is no larger than what makes it."""
     from posenc.kernels.decode import decode_attention
+    from posenc.kernels.decode_relative import relative_by_key
     from posenc.kernels.mask import Mask
 
-    bias = case.scores.added()
+    bias, term, keys = case.scores.added(), case.scores.relative, case.mask.key_length
     if bias is not None:
-        bias = bias.expand(-1, *case.q.shape[1:3], case.mask.key_length)
+        bias = bias.expand(-1, *case.q.shape[1:3], keys)
+    if term is not None:  # beside a bias there is none
+        bias = relative_by_key(
+            add_per_head(case.q, term.query),
+            term.rows(keys),
+            term.offset,
+            keys=keys,
+            scale=case.scale,
+            window=case.mask.window,
+        )
     y: Tensor = decode_attention(
         add_per_head(case.q, case.scores.content),
         case.k,

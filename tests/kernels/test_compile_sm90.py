@@ -3,7 +3,15 @@
 import pytest
 import triton
 
-from posenc.kernels import decode, flash, inspect_sm90, projection, relative, routed
+from posenc.kernels import (
+    decode,
+    decode_relative,
+    flash,
+    inspect_sm90,
+    projection,
+    relative,
+    routed,
+)
 
 #: At D=64 two programs of 256 threads should fit in the 65536 registers of a multiprocessor. Counts
 #: move with the compiler, so this holds for the versions it was tuned on.
@@ -11,7 +19,7 @@ TWO_PROGRAMS = {"forward_kernel", "dq_kernel"}
 ONE_CORE = ("flash bfloat16", "rope_attention bfloat16", "carope_attention bfloat16")
 HALF = (*ONE_CORE, "relative bfloat16", "routed bfloat16", "biased_attention bfloat16")
 #: The 16 rows of a tile are those of mma.sync; wgmma has 64.
-FEW_QUERIES = ("decode bfloat16",)
+FEW_QUERIES = ("decode bfloat16", "decode_relative bfloat16")
 #: A branch over the tiles that segments empty keeps loads from being started early.
 IN_ORDER = {("biased_attention bfloat16 D=64 table masked", "by_distance_kernel")}
 TUNED_ON = ("3.6.", "3.7.")
@@ -61,6 +69,7 @@ def test_no_two_warps_compute_the_same_rows(family):
     ("family", "users"),
     [
         (decode, ["decode"]),
+        (decode_relative, ["decode_relative"]),
         (flash, ["flash", "biased_attention"]),
         (projection, ["projection"]),
         (relative, ["relative"]),

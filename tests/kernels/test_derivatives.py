@@ -15,6 +15,7 @@ from posenc.kernels.carope import carope, carope_with_phases
 from posenc.kernels.carope_attention import carope_attention
 from posenc.kernels.conv import conv, conv_with_state
 from posenc.kernels.decode import decode_attention
+from posenc.kernels.decode_relative import relative_by_key
 from posenc.kernels.flash import flash_attention, flash_attention_with_lse
 from posenc.kernels.polar import polar
 from posenc.kernels.projection import project_kept
@@ -68,7 +69,12 @@ OPS = {
     partial(routed_attention, straight_through=True): lambda: (*triple(), heads(B, H, T)),
 }  # fmt: skip
 #: Those that have no gradient at all.
-INFERENCE = {decode_attention: lambda: (*triple(), heads(1, H, T, T), heads(B, H, T))}
+INFERENCE = {
+    decode_attention: lambda: (*triple(), heads(1, H, T, T), heads(B, H, T)),
+    partial(relative_by_key, keys=T, scale=1.0): lambda: (
+        heads(), heads(H, T, D), heads(H, T)
+    ),
+}  # fmt: skip
 EVERY = OPS | INFERENCE
 CASES = [
     pytest.param(op, index, id=f"{getattr(op, 'func', op).__name__}-{i}-{index}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posenc.kernels import carope, decode, inspect_sm90, polar, rope
+from posenc.kernels import carope, decode, decode_relative, inspect_sm90, polar, rope
 
 BATCH, HEADS, LENGTH, DIM = 70_000, 3, 9, 16
 
@@ -78,3 +78,11 @@ def test_a_step_of_decoding_fills_the_gpu(batch, groups, queries, keys, window, 
     assert [launch.grid for launch in launches] == [(count,) for count in programs]
     names = ["decode_kernel", "combine_kernel"][: len(programs)]
     assert [launch.kernel.__name__ for launch in launches] == names
+
+
+@pytest.mark.parametrize(("window", "programs"), [(None, 12 * 64), (300, 12 * 5)])
+def test_a_relative_step_does_too(window, programs) -> None:
+    q, table = heads(1, 12, 1, 64), heads(12, 4096, 64)
+    with inspect_sm90.caught() as launches:
+        decode_relative.forward(q, table, None, 4096, 0.125, window)
+    assert [launch.grid for launch in launches] == [(programs,)]
