@@ -72,7 +72,7 @@ def backward_only(op: Op) -> Op:
             )
         return op(*args, **kwargs)
 
-    return checked  # type: ignore[return-value]
+    return checked
 
 
 def inference_only(op: Op) -> Op:
@@ -90,7 +90,7 @@ def inference_only(op: Op) -> Op:
             )
         return op(*args, **kwargs)
 
-    return checked  # type: ignore[return-value]
+    return checked
 
 
 def _transformed(*given: Any) -> bool:

@@ -6,7 +6,7 @@ arXiv 2205.14135 over pieces of the keys). Inference alone: there is no gradient
 
 One query gives a program of `posenc.kernels.flash` one row of 128, and one program a head leaves
 most of a GPU idle. Here a tile has 16 rows, the least of a product, which are the queries of all
-heads that share keys: these are read once. The keys are cut into pieces by their number alone, so
+heads that share keys: these are read once. The keys are cut into pieces by the lengths alone, so
 that a sequence has the same bits alone and in a batch, and each piece is a program's:
 
     peak_p = max_n s[n]        total_p = sum_n exp2(s[n] - peak_p)        n in piece p
@@ -48,8 +48,9 @@ from posenc.kernels.routed import dropped
 MAX_QUERIES = 16
 #: The three TF32 products of wider heads spill.
 MAX_PRECISE_HEAD_DIM = 128
-#: Keys of a piece: a power of two, at least `SHORTEST`, of which `MOST` pieces hold all keys. Not
-#: measured: at B=1, H=12 1024 keys are 96 programs and 4096 are 384, of 132 processors.
+#: Keys of a piece: a power of two, at least `SHORTEST`, and so many that no more than `MOST` pieces
+#: of queries wait to be put together. Not measured: at B=1, H=12 1024 keys are 96 programs and 4096
+#: are 384, of 132 processors.
 SHORTEST, MOST = 128, 128
 #: Pieces that are put together at a time.
 PIECES = 32
@@ -227,8 +228,9 @@ def combine_kernel(
 
 def cut(queries: int, keys: int, window: int | None) -> tuple[int, int, int]:
     """Keys of a piece, the first piece that a query sees a key of, and how many there are."""
-    size = max(SHORTEST, triton.next_power_of_2(triton.cdiv(keys, MOST)))
-    first = 0 if window is None else max(keys - queries - window + 1, 0) // size
+    seen = keys if window is None else min(keys, window + queries - 1)
+    size = max(SHORTEST, triton.next_power_of_2(triton.cdiv(queries * seen, MOST)))
+    first = (keys - seen) // size
     return size, first, triton.cdiv(keys, size) - first
 
 
@@ -385,8 +387,9 @@ def check_weights(
     # By `==` alone: torch.compile would make constants of what a set holds.
     shaped = any(x.shape == shape for shape in shapes)
     if not shaped or not x.is_floating_point() or x.device != device:
+        expected = " or ".join(dict.fromkeys(map(str, shapes)))
         raise ValueError(
-            f"{name} must be floating point {' or '.join(map(str, shapes))} on {device}; got "
+            f"{name} must be floating point {expected} on {device}; got "
             f"{x.dtype} {tuple(x.shape)} on {x.device}."
         )
 

@@ -204,11 +204,13 @@ def test_pieces_depend_on_lengths_alone():
     assert decode.cut(1, 128 * 128, None) == (128, 0, 128)
     assert decode.cut(1, 128 * 128 + 1, None) == (256, 0, 65)
     assert decode.cut(2, 10_000, 256) == (128, 76, 3)  # keys 9743 .. 9999
-    assert decode.cut(2, 10_000, 20_000) == (128, 0, 79)
-    for keys in (1, 1000, 10_000, 1_000_000):
-        size, _, pieces = decode.cut(1, keys, None)
-        assert pieces <= decode.MOST
-        assert all(size % config.block_n == 0 for config in decode.CONFIGS.values())
+    assert decode.cut(2, 10_000, 20_000) == (256, 0, 40)
+    assert decode.cut(16, 4096, None) == (512, 0, 8)
+    for queries in (1, 3, 16):
+        for keys in (16, 1000, 10_000, 1_000_000):
+            size, _, pieces = decode.cut(queries, keys, None)
+            assert size == decode.SHORTEST or queries * (pieces - 1) < decode.MOST
+            assert all(size % config.block_n == 0 for config in decode.CONFIGS.values())
 
 
 def test_opcheck(device):

@@ -66,8 +66,9 @@ def test_no_example_has_sequences_beyond_the_first_dimension(family: str) -> Non
         (1, 12, 1, 1024, None, [12 * 8, 12]),
         (1, 3, 1, 4096, None, [3 * 32, 12]),  # four heads share a tile
         (1, 1, 2, 4096, None, [2 * 32, 24]),  # 24 rows are two tiles
-        (2, 12, 1, 32768, 256, [2 * 12]),  # the last piece holds the window
-        (2, 12, 1, 32769, 256, [2 * 12 * 2, 24]),
+        (2, 12, 1, 32768, 256, [2 * 12 * 2, 24]),  # the last two pieces hold the window
+        (2, 12, 1, 32769, 256, [2 * 12 * 3, 24]),
+        (2, 12, 1, 32768, 100, [2 * 12]),
         (1, 12, 1, 100, None, [12]),
     ],
 )
