@@ -58,7 +58,7 @@ def percent_of_roofline(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> 
     own = [r for r in rows if r["kind"] == "ceiling" and r["device"] == row["device"]]
     peaks = [r["p50"] * 1e12 for r in own if r["unit"] == "TFLOP/s"]
     bandwidths = [r["p50"] * 1e12 for r in own if r["unit"] == "TB/s"]
-    shape = (row["B"], row["H"], row.get("S") or row["T"], row["D"])
+    shape = (row["B"], row["H"], row["S"] or row["T"], row["D"])
     least = work(row["name"], row["mode"], shape, row["dtype"])
     if least is None or not peaks or not bandwidths:
         return None

@@ -163,8 +163,11 @@ def decode_kernel(
         k_tile = load_tile(keys, at, S, BLOCK_N, D, BLOCK_D)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * c
         if bias is not None:
+            seen = n[None, :] <= m[:, None]  # of the others there may be no bias
+            if lo is not None:
+                seen = seen & (n[None, :] >= lo)
             added = (bias + b * of_batch) + ((h * T + t) * S)[:, None] + n[None, :]
-            s += tl.load(added, mask=(n < S)[None, :], other=0.0) * LOG2E
+            s += tl.load(added, mask=seen, other=0.0) * LOG2E
         real_here = None
         if real is not None:
             real_here = along(tl.load(real + b * S + n, mask=n < S, other=False), 1)
@@ -321,7 +324,8 @@ def decode_attention(
             in float32 128.
         k: (B, G, S, D), S >= T, G a divisor of H: query row i sits at key index S - T + i.
         v: (B, G, S, E), E as D.
-        bias: (B or 1, H, T, S), added to the scaled products; fp32 inside.
+        bias: (B or 1, H, T, S), added to the scaled products; fp32 inside. Not read where causality
+            or the window hides the key.
         gates: (B, H, T), not negative, weights of the output; 0 drops the pair, and where all
             queries of the heads that share keys are dropped none is read. fp32 inside.
         scale: of the products, positive; None is 1/sqrt(D).

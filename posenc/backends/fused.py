@@ -115,7 +115,8 @@ def _is_dense(scores: Scores) -> bool:
 
 
 def attend(case: Case, deterministic: bool | None = None) -> Tensor:
-    """(B, H, T, D) in q's dtype. What gates drop is skipped, but with a bias or relative term.
+    """(B, H, T, D) in q's dtype. What gates drop is skipped, but with a bias or relative term of
+    more than a few queries.
 
     Args:
         deterministic: of those backward passes that take it, see

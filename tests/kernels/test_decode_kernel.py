@@ -129,6 +129,16 @@ def test_bias(dtype, of_all, device):
     check(qkv, bias=bias.transpose(-1, -2).contiguous().mT, mask=Mask(window=200))
 
 
+def test_bias_of_hidden_keys_is_not_read(device):
+    qkv = inputs((1, 2, 1, 3, 261, 16, 16), torch.float32, device)
+    mask = Mask(window=200)
+    bias = torch.randn(1, 2, 3, 261, device=device)
+    clean = decode_attention(*qkv, bias, mask=mask)
+    bias.masked_fill_(~visible(mask, 3, 261, device), math.nan)
+    assert torch.equal(decode_attention(*qkv, bias, mask=mask), clean)
+    assert clean.isfinite().all()
+
+
 @pytest.mark.parametrize("keys", [63, 261])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gates(dtype, keys, device):
