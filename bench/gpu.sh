@@ -75,7 +75,7 @@ parts=("$@")
 for part in "${parts[@]}"; do
   case $part in
     quick)
-      step tests 130 "${TESTS[@]}" -k "outputs_and_gradients or bfloat16"
+      step tests 130 "${TESTS[@]}" -k "outputs_and_gradients or bfloat16 or decode_kernel and gpu"
       sanitized memcheck 60 "$SMALL"
       rows kernels 130 --part ops --shapes S1
       rows throughput 80 --lengths 1024 --impls auto fused

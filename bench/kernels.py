@@ -12,6 +12,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from posenc.kernels.biased_attention import biased_attention
 from posenc.kernels.carope import carope
 from posenc.kernels.carope_attention import carope_attention
 from posenc.kernels.conv import conv
+from posenc.kernels.decode import decode_attention
 from posenc.kernels.flash import flash_attention
 from posenc.kernels.polar import polar
 from posenc.kernels.relative import relative_attention
@@ -71,6 +73,19 @@ def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's attention by one named back end."""
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of the last token over all, as written; heads may share keys."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def sdpa_step(backend: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by torch's attention, by a named back end or its own choice."""
+    backends = sdpa_kernel(backend) if backend is not None else nullcontext()
+    with backends:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
 FA2 = partial(sdpa, SDPBackend.FLASH_ATTENTION)
@@ -318,6 +333,31 @@ def biased(
         yield Case("kernel", f"{name} + attention", (*qkv, x), definition, providers, one_head)
 
 
+def decoding(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> Iterator[Case]:
+    """One query a sequence over the keys of a cache; a key head a query head, or one for four."""
+    batch, heads, length, dim = shape
+    for name, group in (("decode", 1), ("decode grouped", 4)):
+        if heads % group:
+            continue
+        new = partial(torch.randn, device=device, dtype=dtype)
+        q, cache = new(batch, heads, 1, dim), new(2, batch, heads // group, length, dim)
+        providers: dict[str, Callable[[], Function]] = {
+            OURS: lambda: decode_attention,
+            f"{OURS} forward kernel": lambda: flash_attention,
+            EAGER: lambda: step,
+            "sdpa": lambda: partial(sdpa_step, None),
+        }
+        if device.type == "cuda":
+            for label, backend in (
+                ("sdpa-fa2", SDPBackend.FLASH_ATTENTION), ("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION)
+            ):  # fmt: skip
+                providers[label] = lambda backend=backend: partial(sdpa_step, backend)
+        inputs = (q, *cache.unbind(0))
+        yield Case("kernel", name, inputs, step, providers, one_head, queries=1)
+
+
 def cases(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Case]:
@@ -428,6 +468,7 @@ def cases(
         yield Case("kernel", name, (q, k, v, weight, *bias), eager_conv, mixes, part)
     yield relative(shape, (q, k, v), peers)
     yield from biased(shape, (q, k, v), peers)
+    yield from decoding(shape, dtype, device)
 
 
 PARTS = {"ops": cases, "layers": layers}
@@ -468,6 +509,11 @@ TARGETS = [
     Target("core over FA2", ("flash", "flash"), ("sdpa-fa2", OURS), "bwd", ">= 1.10"),
     Target("core over cuDNN", ("flash", "flash"), ("sdpa-cudnn", OURS), "bwd", ">= 0.75"),
     Target("core over FA2", ("flash", "flash"), ("sdpa-fa2", OURS), "fwd+bwd", ">= 1.10"),
+    Target("decoding over SDPA", ("decode", "decode"), ("sdpa", OURS), "fwd", ">= 1.00"),
+    Target(
+        "decoding over the forward kernel", ("decode", "decode"), (f"{OURS} forward kernel", OURS),
+        "fwd", ">= 1.00",
+    ),
     Target("RoPE over liger", ("rope", "rope"), ("liger", OURS), "fwd+bwd", ">= 1.80"),
     Target("RoPE over compiled", ("rope", "rope"), ("torch.compile", OURS), "fwd+bwd", ">= 1.00"),
     Target(

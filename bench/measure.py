@@ -1,10 +1,11 @@
 """Cases, the gate of correctness before them, and how one is timed.
 
 A case is a computation, its providers are implementations. Before a provider is timed, its outputs
-and gradients on one head, or one row of a layer, or all of it where heads share weights, are
-compared with the definition in fp64: at most twice the error of the definition in the inputs' own
-dtype, or there is no row. A provider that is not installed or does not fit is left out, with the
-reason.
+(with and without gradients to follow) and gradients on one head, or one row of a layer, or all of
+it where heads share weights, are compared with the definition in fp64: at most twice the error of
+the definition in the inputs' own dtype, or there is no row. A provider that is not installed or
+does not fit is left out, with the reason. A case none of whose inputs requires a gradient is one of
+inference: forward alone.
 """
 
 import time
@@ -32,6 +33,7 @@ class Case(NamedTuple):
     providers: dict[str, Callable[[], Function]]  # built when their turn comes
     part: Callable[[Tensor], Tensor]  # of inputs and results: what the gate compares
     slack: float = 0.0  # error that the method of the providers is known for
+    queries: int | None = None  # where they are fewer than the keys
 
 
 def one_head(x: Tensor) -> Tensor:
@@ -39,6 +41,12 @@ def one_head(x: Tensor) -> Tensor:
     not meet.
     """
     return x[:, -1:] if x.ndim >= 3 else x[-1:]
+
+
+def outputs_of(function: Function, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A tuple of them, also of one."""
+    found = function(*inputs)
+    return (found,) if isinstance(found, Tensor) else found
 
 
 def outputs_and_gradients(
@@ -51,8 +59,9 @@ def outputs_and_gradients(
 
     The projection is drawn in `dtype` for one part, a head or a row, and serves all of them.
     """
-    found = function(*inputs)
-    outputs = (found,) if isinstance(found, Tensor) else found
+    outputs = outputs_of(function, inputs)
+    if not any(x.requires_grad for x in inputs):
+        return [*outputs]
     probes = []
     for number, output in enumerate(outputs):
         generator = torch.Generator(output.device).manual_seed(number)
@@ -81,8 +90,10 @@ class Gate:
 
     def __init__(self, case: Case) -> None:
         self.inputs, self.dtype, self.part = case.inputs, case.inputs[0].dtype, case.part
-        own = tuple(case.part(x.detach()).clone().requires_grad_() for x in case.inputs)
-        precise = tuple(x.detach().double().requires_grad_() for x in own)
+        own = tuple(
+            case.part(x.detach()).clone().requires_grad_(x.requires_grad) for x in case.inputs
+        )
+        precise = tuple(x.detach().double().requires_grad_(x.requires_grad) for x in own)
         self.exact = outputs_and_gradients(case.definition, precise, self.dtype, self.part)
         plain = outputs_and_gradients(case.definition, own, self.dtype, self.part)
         self.allowed = allowed(errors(plain, self.exact), case)
@@ -91,9 +102,15 @@ class Gate:
         """The error of the first output; ValueError where anything is worse than allowed."""
         results = outputs_and_gradients(function, self.inputs, self.dtype, self.part)
         found = errors([self.part(x) for x in results], self.exact)
-        for number, (error, allowed) in enumerate(zip(found, self.allowed, strict=True)):
-            if not error <= allowed:
-                raise ValueError(f"result {number} is off by {error:.1e}; allowed {allowed:.1e}")
+        with torch.no_grad():  # which may be another way through
+            inferred = [self.part(x) for x in outputs_of(function, self.inputs)]
+        alone = errors(inferred, self.exact[: len(inferred)])
+        for kind, measured in (("result", found), ("inferred result", alone)):
+            for number, (error, allowed) in enumerate(zip(measured, self.allowed, strict=False)):
+                if not error <= allowed:
+                    raise ValueError(
+                        f"{kind} {number} is off by {error:.1e}; allowed {allowed:.1e}"
+                    )
         return found[0]
 
 
@@ -114,7 +131,7 @@ def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float, f
 
 
 def modes(function: Function, inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], Any]]:
-    """What is timed: forward alone, backward alone, both."""
+    """What is timed: forward alone, backward alone, both; of inference, forward."""
 
     def forward() -> None:
         with torch.no_grad():
@@ -123,8 +140,9 @@ def modes(function: Function, inputs: tuple[Tensor, ...]) -> dict[str, Callable[
     # A layer's backward pass is that of training: its weights have gradients too.
     weights = function.parameters() if isinstance(function, torch.nn.Module) else ()
     wanted = (*inputs, *(weight for weight in weights if weight.requires_grad))
-    found = function(*inputs)
-    outputs = (found,) if isinstance(found, Tensor) else found
+    if not any(x.requires_grad for x in inputs):
+        return {"fwd": forward}
+    outputs = outputs_of(function, inputs)
     gradients = [torch.randn_like(output) for output in outputs]
 
     def both() -> None:
@@ -192,6 +210,8 @@ def measure(
     batch, heads, length, dim = shape
     dtype = str(case.inputs[0].dtype).removeprefix("torch.")
     sizes: dict[str, Any] = {"B": batch, "H": heads, "T": length, "D": dim, "dtype": dtype}
+    if case.queries is not None:
+        sizes |= {"T": case.queries, "S": length}
     gate: Gate | None = None
     for provider, build in case.providers.items():
         try:
@@ -211,10 +231,11 @@ def measure(
                 yield f"{case.name}: no {mode} of {provider}: {reason(failure)}"
         try:
             if device.type == "cuda":
-                for mode in ("fwd", "fwd+bwd"):
+                graphs = [mode for mode in ("fwd", "fwd+bwd") if mode in runs]
+                for mode in graphs:
                     yield row(mode, "graph time", "ms", *graphed(runs[mode]))
-                peak = peak_mib(runs["fwd+bwd"], device)
-                yield row("fwd+bwd", "memory", "MiB", peak, peak, peak)
+                peak = peak_mib(runs[graphs[-1]], device)
+                yield row(graphs[-1], "memory", "MiB", peak, peak, peak)
         except Exception as failure:
             yield f"{case.name}: no graph of {provider}: {reason(failure)}"
 

@@ -4,7 +4,8 @@ its bytes at the measured rate of a copy, whichever is longer.
     roofline = max(FLOPs / peak, bytes / bandwidth)
 
 A causal product of T x T pairs over D is one unit, B H T^2 D FLOPs. Bytes are those that must move
-once: every input read, every output written. Both ceilings are rows of the same device.
+once: every input read, every output written; of a step of decoding the keys and values, which are
+nearly all. Both ceilings are rows of the same device.
 """
 
 from collections.abc import Sequence
@@ -14,9 +15,10 @@ from typing import Any, NamedTuple
 #: Units of attention forward and backward: scores and values; both again, and the gradients of q, k
 #: and v. A relative term adds its logits; those again, and the gradients of q and the table.
 UNITS = {"": (2, 5), "relative": (3, 8)}
-#: Tensors (B, H, T, D) that are read or written, forward and backward.
+#: Tensors (B, H, T, D), decoding (B, H, S, D), that are read or written, forward and backward.
 MOVED: dict[str, tuple[int, int]] = {
     "flash": (4, 8),
+    "decode": (2, 0),
     "rope": (4, 4),
     "carope": (4, 6),
     "polar": (4, 6),
@@ -37,7 +39,7 @@ def work(name: str, mode: str, shape: tuple[int, int, int, int], dtype: str) -> 
     """Of a kernel by the name of its rows; None for a name without a formula.
 
     Args:
-        shape: (B, H, T, D).
+        shape: (B, H, T, D), decoding (B, H, S, D).
     """
     batch, heads, length, dim = shape
     attends = name == "flash" or name.endswith("+ attention")
@@ -56,7 +58,8 @@ def percent_of_roofline(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> 
     own = [r for r in rows if r["kind"] == "ceiling" and r["device"] == row["device"]]
     peaks = [r["p50"] * 1e12 for r in own if r["unit"] == "TFLOP/s"]
     bandwidths = [r["p50"] * 1e12 for r in own if r["unit"] == "TB/s"]
-    least = work(row["name"], row["mode"], tuple(row[size] for size in "BHTD"), row["dtype"])
+    shape = (row["B"], row["H"], row["S"] or row["T"], row["D"])
+    least = work(row["name"], row["mode"], shape, row["dtype"])
     if least is None or not peaks or not bandwidths:
         return None
     seconds = max(least.flops / max(peaks), least.bytes / max(bandwidths))

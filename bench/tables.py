@@ -280,7 +280,8 @@ def kernel_table(rows: Rows) -> Table:
     lines = []
     for row in own:
         share = percent_of_roofline(row, rows)
-        shape = "x".join(str(row[size]) for size in "BHTD")
+        queries = row["T"] if row["S"] is None else f"{row['T']} of {row['S']}"
+        shape = f"{row['B']}x{row['H']}x{queries}x{row['D']}"
         lines.append([
             row["name"], row["implementation"], row["mode"], shape, row["metric"],
             f"{row['p50']:.4f}", "" if share is None else f"{share:.0f}%",

@@ -64,21 +64,44 @@ def backward_only(op: Op) -> Op:
 
     @functools.wraps(op)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        # Nearly always nothing is on, which takes 0.2 us to see. While compiling, the question
-        # would become a node of the graph; torch.func.grad then fails in torch's words.
-        compiling = torch.compiler.is_compiling()
-        transformed = not compiling and torch._C._are_functorch_transforms_active()
-        if transformed or forward_ad._current_level >= 0:
-            for x in (*args, *kwargs.values()):
-                if isinstance(x, Tensor) and _is_followed(x):
-                    raise ValueError(
-                        f"{op.__name__} is differentiated by backward() alone, neither in forward "
-                        "mode nor by torch.func. Use impl='reference', or for torch.func.grad "
-                        "'sdpa'."
-                    )
+        if _transformed(*args, *kwargs.values()):
+            raise ValueError(
+                f"{op.__name__} is differentiated by backward() alone, neither in forward "
+                "mode nor by torch.func. Use impl='reference', or for torch.func.grad "
+                "'sdpa'."
+            )
         return op(*args, **kwargs)
 
     return checked
+
+
+def inference_only(op: Op) -> Op:
+    """Decorate a public op without a gradient: ValueError where anything would differentiate it."""
+
+    @functools.wraps(op)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        tensors = (x for x in given if isinstance(x, Tensor))
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        if wanted or _transformed(*given):
+            raise ValueError(
+                f"{op.__name__} has no gradient: it is for inference. Call it under "
+                "torch.no_grad(), or differentiate by impl='reference' or 'sdpa'."
+            )
+        return op(*args, **kwargs)
+
+    return checked
+
+
+def _transformed(*given: Any) -> bool:
+    """Whether forward mode or a transform of torch.func differentiates by any tensor of these."""
+    # Nearly always nothing is on, which takes 0.2 us to see. While compiling, the question would
+    # become a node of the graph; torch.func.grad then fails in torch's words.
+    compiling = torch.compiler.is_compiling()
+    transformed = not compiling and torch._C._are_functorch_transforms_active()
+    if not transformed and forward_ad._current_level < 0:
+        return False
+    return any(isinstance(x, Tensor) and _is_followed(x) for x in given)
 
 
 def _is_followed(x: Tensor) -> bool:

@@ -164,7 +164,9 @@ def programs(registers: int, warps: int, shared: int) -> int:
 
 
 def shape(launch: Launch) -> tuple[int, int]:
-    """Rows that a turn of its loop gives each warp, and columns that it takes."""
+    """Rows that a turn of its loop gives each warp, and columns that it takes. Where warps share
+    rows and divide the columns (16 rows), their share of both.
+    """
     rows, columns = launch.kwargs["BLOCK_M"], launch.kwargs["BLOCK_N"]
     if launch.kernel.__name__ == "dkv_kernel":  # its rows are keys, its columns queries
         rows, columns = columns, rows

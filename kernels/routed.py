@@ -78,8 +78,9 @@ CONFIGS = {
 
 
 @triton.jit
-def _dropped(gate):
-    return gate < SMALLEST  # False for NaN, which must come through
+def dropped(gate):
+    """Which gates drop their row: not NaN, which must come through."""
+    return gate < SMALLEST
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -100,13 +101,13 @@ def sort_kernel(gates, order, ranks, T, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.int32)
     for start in range(0, T, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        kept = (~_dropped(tl.load(gates + t, mask=t < T, other=0.0))).to(tl.int32)
+        kept = (~dropped(tl.load(gates + t, mask=t < T, other=0.0))).to(tl.int32)
         total += kept
         before += kept * (start < first)
     count = tl.sum(total, 0)
     t = first + tl.arange(0, BLOCK)
     inside = t < T
-    kept = (~_dropped(tl.load(gates + t, mask=inside, other=0.0))).to(tl.int32)
+    kept = (~dropped(tl.load(gates + t, mask=inside, other=0.0))).to(tl.int32)
     rank = tl.sum(before, 0) + tl.cumsum(kept, 0) - kept
     tl.store(ranks + t, rank, mask=inside)
     tl.store(ranks + T, count, mask=first == 0)
@@ -253,7 +254,7 @@ def delta_kernel(
     b, h = bh // H, bh % H
     m = first + tl.arange(0, BLOCK_M)
     gate = tl.load(gates + bh * T + m, mask=m < T, other=0.0)
-    kept = ~_dropped(gate)
+    kept = ~dropped(gate)
     y_tile = load_rows(head_of(y, b, h), m, kept, D, BLOCK_D)
     dy_tile = load_rows(head_of(dy, b, h), m, kept, D, BLOCK_D)
     total = tl.sum(y_tile.to(tl.float32) * dy_tile.to(tl.float32), 1)

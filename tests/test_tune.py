@@ -179,6 +179,20 @@ def test_the_gate_knows_how_exact_the_definition_is() -> None:
         close(gate.exact[0], reference.attend(asked.case), 8 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("direction", ["step", "forward", "train"])
+def test_the_gate_checks_what_is_timed(direction: str) -> None:
+    asked = ask(BY_CONTENT, Sizes(1, 19, 8), direction, torch.float32, CPU)
+    assert asked is not None
+    seen = []
+
+    def attend(case: Case) -> Tensor:
+        seen.append(torch.is_grad_enabled())
+        return definition(case)
+
+    Gate(asked).check(attend)
+    assert seen == [direction == "train"]
+
+
 def test_long_texts_stay_linear_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ask(BY_CONTENT, Sizes(1, 16, 8), "forward", torch.float32, CPU)
     assert asked is not None

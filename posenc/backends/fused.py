@@ -115,14 +115,18 @@ def _is_dense(scores: Scores) -> bool:
 
 
 def attend(case: Case, deterministic: bool | None = None) -> Tensor:
-    """(B, H, T, D) in q's dtype. What gates drop is skipped, but with a bias or relative term.
+    """(B, H, T, D) in q's dtype. What gates drop is skipped, but with a bias or relative term of
+    more than a few queries.
 
     Args:
-        deterministic: of those kernels that take it, see `posenc.kernels.flash.flash_attention`.
+        deterministic: of those backward passes that take it, see
+            `posenc.kernels.flash.flash_attention`.
     """
     from posenc.kernels.biased_attention import biased_attention
     from posenc.kernels.relative import relative_attention
 
+    if _decodes(case):
+        return _decode(case)
     mask = _kernel_mask(case)
     # Gates that drop nothing only weigh what the kernels without gates give.
     drops = case.gates is not None and case.gates.kept < 1
@@ -153,6 +157,48 @@ def attend(case: Case, deterministic: bool | None = None) -> Tensor:
     biases = (term.offset, scores.content, term.query)
     y = relative_attention(q, k, v, table, *biases, **options)
     return weighed(y, case.gates)
+
+
+def _decodes(case: Case) -> bool:
+    """Whether these are few queries, q and k turned, that no gradient is wanted of: a step."""
+    if torch.is_grad_enabled() or case.rotation is not None or case.mask.segments is not None:
+        return False
+    term = case.scores.relative
+    if term is not None and _joins(case, term):
+        return False
+    from posenc.kernels.decode import fits
+
+    return fits(case.q, case.v)
+
+
+def _decode(case: Case) -> Tensor:
+    """By the kernel that splits the keys. A bias of few queries is no larger than what makes it."""
+    from posenc.kernels.decode import decode_attention
+    from posenc.kernels.decode_relative import relative_by_key
+    from posenc.kernels.mask import Mask
+
+    bias, term, keys = case.scores.added(), case.scores.relative, case.mask.key_length
+    if bias is not None:
+        bias = bias.expand(-1, *case.q.shape[1:3], keys)
+    if term is not None:  # beside a bias there is none
+        bias = relative_by_key(
+            add_per_head(case.q, term.query),
+            term.rows(keys),
+            term.offset,
+            keys=keys,
+            scale=case.scale,
+            window=case.mask.window,
+        )
+    y: Tensor = decode_attention(
+        add_per_head(case.q, case.scores.content),
+        case.k,
+        case.v,
+        bias,
+        None if case.gates is None else case.gates.values,
+        scale=case.scale,
+        mask=Mask(case.mask.window, real=case.mask.real),
+    )
+    return y
 
 
 def _parts(bias: Bias) -> tuple[Tensor | None, Tensor | None]:

@@ -64,7 +64,8 @@ def _precise_term(term: RelativeTerm | None) -> RelativeTerm | None:
 
 def results(attend: Attend, asked: Asked, case: Case | None = None) -> list[Tensor]:
     """The output, and the gradients of a random projection of it, 0 where a leaf has no part."""
-    y = attend(asked.case if case is None else case)
+    with torch.set_grad_enabled(bool(asked.leaves)):  # as it is timed: some ways infer alone
+        y = attend(asked.case if case is None else case)
     if not asked.leaves:
         return [y]
     generator = torch.Generator(y.device).manual_seed(0)

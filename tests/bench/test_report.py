@@ -133,6 +133,10 @@ def test_the_kernel_table_has_the_share_of_the_roofline(folder: Path) -> None:
     table = tables.kernel_table(read(folder / "kernels.jsonl"))
     (line,) = table.lines
     assert line[:6] == ["rope", "posenc", "fwd", "2x3x5x8", "time", "1.0000"]
+    step = read(
+        write(folder, steps=iter([kernel_row(1.0, name="decode", T=1, S=70)])) / "steps.jsonl"
+    )
+    assert tables.kernel_table(step).lines[0][3] == "2x3x1 of 70x8"
 
 
 def test_whole_layers_have_a_table(tmp_path: Path) -> None:
@@ -158,6 +162,7 @@ def test_what_nothing_beats_in_both() -> None:
         ("relative + attention", "fwd", 3, 4),
         ("rope", "fwd+bwd", 0, 8),
         ("conv per head", "bwd", 0, 9),
+        ("decode", "fwd", 0, 2),  # T being the keys
     ],
 )
 def test_the_work_of_a_kernel(name: str, mode: str, flops: int, tensors: int) -> None:
@@ -174,6 +179,9 @@ def test_percent_of_the_roofline(tmp_path: Path) -> None:
     assert percent_of_roofline(rows[0], rows) == pytest.approx(100 * moved / 2e12 / 1e-3)
     assert percent_of_roofline(rows[0], rows[:1]) is None
     assert percent_of_roofline(rows[0] | {"name": "direct"}, rows) is None
+    step = rows[0] | {"name": "decode", "T": 1, "S": 70}
+    moved = 2 * 2 * 3 * 70 * 8 * 2  # keys and values
+    assert percent_of_roofline(step, rows) == pytest.approx(100 * moved / 2e12 / 1e-3)
 
 
 def test_differences_by_position_are_paired_by_seed() -> None:

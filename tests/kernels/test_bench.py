@@ -28,10 +28,13 @@ def test_every_provider_has_a_row(tmp_path, monkeypatch, capsys):
         "relative + attention",
         "decay + attention",
         "table + attention",
+        "decode",
+        "decode grouped",
         *(f"{name} layer" for name in LAYERS),
     }
     for row in timed:
-        assert (row["B"], row["H"], row["T"], row["D"]) == (1, 4, 9, 16)
+        queries = (1, 9) if row["name"].startswith("decode") else (9, None)
+        assert (row["B"], row["H"], row["T"], row["S"], row["D"]) == (1, 4, *queries, 16)
         assert 0 < row["p20"] <= row["p50"] <= row["p80"]
         assert row["error_vs_fp64"] < 1e-2
         assert row["torch"] == torch.__version__
@@ -63,6 +66,16 @@ def test_gate_refuses_what_is_wrong(device):
     for wrong in (
         lambda q, k, v: case.definition(q, k, v) * 1.001,  # the output
         lambda q, k, v: case.definition(q, k.detach(), v) + 0 * k.sum(),  # a gradient
+        lambda *x: case.definition(*x) * (1 if torch.is_grad_enabled() else 1.001),  # inferred
     ):
         with pytest.raises(ValueError, match="is off by"):
             gate.check(wrong)
+
+
+def test_gate_of_a_case_without_gradients(device):
+    case = next(kernels.decoding((2, 4, 9, 16), torch.float32, device))
+    gate = measure.Gate(case)
+    assert set(measure.modes(case.definition, case.inputs)) == {"fwd"}
+    gate.check(case.definition)
+    with pytest.raises(ValueError, match="is off by"):
+        gate.check(lambda q, k, v: case.definition(q, k, v) * 1.001)

@@ -3,13 +3,23 @@
 import pytest
 import triton
 
-from posenc.kernels import flash, inspect_sm90, projection, relative, routed
+from posenc.kernels import (
+    decode,
+    decode_relative,
+    flash,
+    inspect_sm90,
+    projection,
+    relative,
+    routed,
+)
 
 #: At D=64 two programs of 256 threads should fit in the 65536 registers of a multiprocessor. Counts
 #: move with the compiler, so this holds for the versions it was tuned on.
 TWO_PROGRAMS = {"forward_kernel", "dq_kernel"}
 ONE_CORE = ("flash bfloat16", "rope_attention bfloat16", "carope_attention bfloat16")
 HALF = (*ONE_CORE, "relative bfloat16", "routed bfloat16", "biased_attention bfloat16")
+#: The 16 rows of a tile are those of mma.sync; wgmma has 64.
+FEW_QUERIES = ("decode bfloat16", "decode_relative bfloat16")
 #: A branch over the tiles that segments empty keeps loads from being started early.
 IN_ORDER = {("biased_attention bfloat16 D=64 table masked", "by_distance_kernel")}
 TUNED_ON = ("3.6.", "3.7.")
@@ -31,12 +41,12 @@ def test_compiled(example, launch):
     assert report.spilled == 0
     assert report.shared <= inspect_sm90.SHARED_LIMIT
     assert ".f64" not in report.ptx
-    half = example.startswith(HALF)
+    half, few = example.startswith(HALF), example.startswith(FEW_QUERIES)
     if example.startswith(ONE_CORE) and "D=64" in example and report.kernel in TWO_PROGRAMS:
         assert report.registers <= 128 or not triton.__version__.startswith(TUNED_ON)
     assert report.products == (report.tensor_cores != "-")
-    if half and ("D=64" in example or "D=128" in example) and report.products:
-        assert report.tensor_cores == "wgmma"
+    if (half or few) and ("D=64" in example or "D=128" in example) and report.products:
+        assert report.tensor_cores == ("mma" if few else "wgmma")
         assert "cp.async" in report.ptx or (example, report.kernel) in IN_ORDER
 
 
@@ -58,6 +68,8 @@ def test_no_two_warps_compute_the_same_rows(family):
 @pytest.mark.parametrize(
     ("family", "users"),
     [
+        (decode, ["decode"]),
+        (decode_relative, ["decode_relative"]),
         (flash, ["flash", "biased_attention"]),
         (projection, ["projection"]),
         (relative, ["relative"]),

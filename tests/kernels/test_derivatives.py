@@ -14,6 +14,8 @@ from posenc.kernels.biased_attention import biased_attention
 from posenc.kernels.carope import carope, carope_with_phases
 from posenc.kernels.carope_attention import carope_attention
 from posenc.kernels.conv import conv, conv_with_state
+from posenc.kernels.decode import decode_attention
+from posenc.kernels.decode_relative import relative_by_key
 from posenc.kernels.flash import flash_attention, flash_attention_with_lse
 from posenc.kernels.polar import polar
 from posenc.kernels.projection import project_kept
@@ -66,9 +68,17 @@ OPS = {
     routed_attention: lambda: (*triple(), heads(B, H, T)),
     partial(routed_attention, straight_through=True): lambda: (*triple(), heads(B, H, T)),
 }  # fmt: skip
+#: Those that have no gradient at all.
+INFERENCE = {
+    decode_attention: lambda: (*triple(), heads(1, H, T, T), heads(B, H, T)),
+    partial(relative_by_key, keys=T, scale=1.0): lambda: (
+        heads(), heads(H, T, D), heads(H, T)
+    ),
+}  # fmt: skip
+EVERY = OPS | INFERENCE
 CASES = [
     pytest.param(op, index, id=f"{getattr(op, 'func', op).__name__}-{i}-{index}")
-    for i, (op, make) in enumerate(OPS.items())
+    for i, (op, make) in enumerate(EVERY.items())
     for index in range(len(make()))
 ]
 
@@ -98,19 +108,30 @@ def grad(function, x):
 @pytest.mark.parametrize("transform", [dual, jvp, grad])
 @pytest.mark.parametrize(("op", "index"), CASES)
 def test_every_op_refuses_every_tensor(op, index, transform, device):
-    tensors = [x.to(device) for x in OPS[op]()]
+    tensors = [x.to(device) for x in EVERY[op]()]
 
     def by(x):
         return first(op(*tensors[:index], x, *tensors[index + 1 :]))
 
-    with pytest.raises(ValueError, match=REFUSED):
+    with pytest.raises(ValueError, match="has no gradient" if op in INFERENCE else REFUSED):
         transform(by, tensors[index])
+
+
+@pytest.mark.parametrize("op", INFERENCE)
+def test_inference_alone_refuses_backward(op, device):
+    tensors = [x.to(device) for x in INFERENCE[op]()]
+    for index in range(len(tensors)):
+        given = [x.clone().requires_grad_(i == index) for i, x in enumerate(tensors)]
+        with pytest.raises(ValueError, match=r"has no gradient.*torch.no_grad\(\)"):
+            op(*given)
+        with torch.no_grad():
+            op(*given)
 
 
 def test_there_is_a_case_for_every_file_with_an_op():
     files = Path(common.__file__).parent.glob("*.py")
     with_ops = {path.stem for path in files if "custom_op(" in path.read_text()}
-    assert with_ops == {getattr(op, "func", op).__module__.rpartition(".")[2] for op in OPS}
+    assert with_ops == {getattr(op, "func", op).__module__.rpartition(".")[2] for op in EVERY}
 
 
 def jacfwd(function, x):

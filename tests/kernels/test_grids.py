@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posenc.kernels import carope, inspect_sm90, polar, rope
+from posenc.kernels import carope, decode, decode_relative, inspect_sm90, polar, rope
 
 BATCH, HEADS, LENGTH, DIM = 70_000, 3, 9, 16
 
@@ -57,3 +57,33 @@ def test_no_example_has_sequences_beyond_the_first_dimension(family: str) -> Non
         assert len(others) <= 1, name
         most = 4096 if family == "conv" else 12  # a fixed number of programs a head; or heads
         assert not others or others[0] <= most, name
+
+
+@pytest.mark.parametrize(
+    ("batch", "groups", "queries", "keys", "window", "programs"),
+    [
+        (1, 12, 1, 4096, None, [12 * 32, 12]),  # of 132 processors; a program a head were 12
+        (1, 12, 1, 1024, None, [12 * 8, 12]),
+        (1, 3, 1, 4096, None, [3 * 32, 12]),  # four heads share a tile
+        (1, 1, 2, 4096, None, [2 * 32, 24]),  # 24 rows are two tiles
+        (2, 12, 1, 32768, 256, [2 * 12 * 2, 24]),  # the last two pieces hold the window
+        (2, 12, 1, 32769, 256, [2 * 12 * 3, 24]),
+        (2, 12, 1, 32768, 100, [2 * 12]),
+        (1, 12, 1, 100, None, [12]),
+    ],
+)
+def test_a_step_of_decoding_fills_the_gpu(batch, groups, queries, keys, window, programs) -> None:
+    q, k = heads(batch, 12, queries, 64), heads(batch, groups, keys, 64)
+    with inspect_sm90.caught() as launches:
+        decode.forward(q, k, k, 0.125, window=window)
+    assert [launch.grid for launch in launches] == [(count,) for count in programs]
+    names = ["decode_kernel", "combine_kernel"][: len(programs)]
+    assert [launch.kernel.__name__ for launch in launches] == names
+
+
+@pytest.mark.parametrize(("window", "programs"), [(None, 12 * 64), (300, 12 * 5)])
+def test_a_relative_step_does_too(window, programs) -> None:
+    q, table = heads(1, 12, 1, 64), heads(12, 4096, 64)
+    with inspect_sm90.caught() as launches:
+        decode_relative.forward(q, table, None, 4096, 0.125, window)
+    assert [launch.grid for launch in launches] == [(programs,)]

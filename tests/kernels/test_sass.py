@@ -98,17 +98,19 @@ TABLE = Path(inspect_sm90.__file__).with_name("sm90.md").read_text().splitlines(
 
 def test_the_table_holds_every_family_that_multiplies() -> None:
     named = {line.split()[1] for line in TABLE if "bfloat16" in line}
-    assert named >= {"flash", "relative", "routed", "rope_attention", "carope_attention"}
+    attention = {"flash", "relative", "routed", "rope_attention", "carope_attention"}
+    assert named >= attention | {"decode", "decode_relative"}
     for name, launch in inspect_sm90.launches("flash"):
         if "bfloat16 D=64" in name and "delta" not in launch.kernel.__name__:
             assert any(f"| flash {name} | {launch.kernel.__name__} |" in line for line in TABLE)
 
 
 @pytest.mark.skipif(triton.__version__ != "3.7.1", reason="the table is of triton 3.7.1")
-@pytest.mark.parametrize("family", ["flash", "relative", "routed"])
+@pytest.mark.parametrize("family", ["decode", "decode_relative", "flash", "relative", "routed"])
 def test_the_table_is_what_is_compiled(family: str) -> None:
     found = list(inspect_sm90.tiles(family, dims=(64,), skip="masked"))
     assert found
     for line in inspect_sm90.rows_of(found):
         assert line in TABLE, "stale; python -m posenc.kernels.inspect_sm90 --instructions"
-    assert all(math.isfinite(tile.ratio) for tile in found)
+    if not family.startswith("decode"):  # which plain attention has no kernel of
+        assert all(math.isfinite(tile.ratio) for tile in found)
