@@ -297,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="posenc show", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("name", metavar="NAME", help=", ".join(posenc.names()))
-    parser.add_argument("options", metavar="KEY=VALUE", nargs="*", type=option)
+    parser.add_argument("options", metavar="KEY=VALUE", nargs="*", default=[], type=option)
     parser.add_argument("--embed-dim", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--length", type=int, default=128, help="tokens of a text")

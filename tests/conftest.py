@@ -1,7 +1,7 @@
 """Several processes (pytest -n) end together: the longest tests start first, and a process that has
 none left takes some of another's.
 
-What was measured on this machine (`python -m posenc.tune`) is left out: tests name a folder of
+What was measured on this machine (`posenc tune`) is left out: tests name a folder of
 their own where they want some.
 """
 

@@ -221,3 +221,5 @@ def test_links_of_the_site_reach_their_anchors(site: dict[Path, Page]) -> None:
                 assert target in site, f"{path.name}: {address}"
                 anchor = unquote(parts.fragment)
                 assert not anchor or anchor in site[target].anchors, f"{path.name}: {address}"
+            else:  # the notebook
+                assert target.exists(), f"{path.name}: {address}"

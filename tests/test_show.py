@@ -100,6 +100,12 @@ def test_command_writes_where_it_is_told(
     assert {path.name for path in tmp_path.iterdir()} == {"kerple.png", "a.pdf"}
 
 
+def test_a_name_alone_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        show.main([])
+    assert capsys.readouterr().err.endswith("required: NAME\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -281,7 +281,7 @@ def test_one_device_of_each_model(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "content", "message"),
     [
-        (["--show"], None, "nothing was measured yet. Run python -m posenc.tune"),
+        (["--show"], None, "nothing was measured yet. Run posenc tune"),
         (["--show"], "{", "tuned.json|Expecting property name"),
         (["--show"], '{"format": 1, "devices": {"x": {"made_with": {}, "rows": 3}}}', "damaged"),
         (["--device", "cuda"], None, "--device cuda: torch sees none"),

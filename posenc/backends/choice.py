@@ -3,7 +3,7 @@
     reference   materialises the definition, in fp32 or better
     sdpa        torch's scaled_dot_product_attention; a dense bias only where the logits need one
     fused       Triton kernels
-    auto        what `python -m posenc.tune` found the fastest for such a case on this machine;
+    auto        what `posenc tune` found the fastest for such a case on this machine;
                 where it has not measured any (`posenc.backends.measured`), the first of an ordered
                 list that can and pays: `reflected` for products of reflections; on CPU `skipping`
                 where gates drop enough, `contextual` for positions that gates count, `blockwise`

@@ -1,4 +1,4 @@
-"""What was measured on this machine, and what "auto" takes of it. `python -m posenc.tune` measures.
+"""What was measured on this machine, and what "auto" takes of it. `posenc tune` measures.
 
 The file holds a list of rows for each device. A row has one question (what is computed, in which
 direction and dtype, of which sizes), and the ways that answered it rightly, the first to be taken
@@ -37,7 +37,7 @@ from posenc.scores import Bias, ByDistance, Decay, Scores
 T = TypeVar("T")
 
 FORMAT = 1
-COMMAND = "python -m posenc.tune"
+COMMAND = "posenc tune"
 #: Names the folder of the file, where it is not to be `FOLDER`.
 VARIABLE, FOLDER = "POSENC_CACHE", "~/.cache/posenc"
 #: Turning q and k first, then what computes attention of what comes of it.

@@ -185,14 +185,15 @@ def choices(device: torch.device) -> Iterator[str]:
         cells = [f"`{name}`"]
         for call in CALLS.values():
             taken, passed = call(name, device)
-            number = notes.setdefault(tuple(passed.items()), len(notes) + 1)
-            cells.append(f"{taken} ({number})" if passed else taken)
+            if passed:
+                number = notes.setdefault(tuple(passed.items()), len(notes) + 1)
+                taken = f"{taken} ({number})"
+            cells.append(taken)
         lines.append(cells)
     yield from table(["name", *CALLS], lines)
     yield ""
     for reasons, number in notes.items():
-        if reasons:
-            yield f"({number}) " + "; ".join(f"not {other}: {why}" for other, why in reasons)
+        yield f"({number}) " + "; ".join(f"not {other}: {why}" for other, why in reasons)
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Measures the machine for `auto`: `python -m posenc.tune`, see `posenc.tune.__main__`."""
+"""Measures the machine for `auto`: `posenc tune`, see `posenc.tune.__main__`."""

@@ -1,7 +1,7 @@
 """Measure this machine, so that impl="auto" takes what is the fastest here.
 
-    python -m posenc.tune            minutes; --quick: one length and head dim
-    python -m posenc.tune --show     what was measured, what is chosen, and why
+    posenc tune            minutes; --quick: one length and head dim
+    posenc tune --show     what was measured, what is chosen, and why
 
 For each kind of attention, direction, dtype and size, every back end that can compute it, in every
 setting that it has, is compared with the definition in fp64; those that are right are timed side by
@@ -93,7 +93,7 @@ def shown(file: Path) -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, or show."""
     parser = argparse.ArgumentParser(
-        prog="python -m posenc.tune", description=(__doc__ or "").splitlines()[0]
+        prog=measured.COMMAND, description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--quick", action="store_true", help="one length and head dim")
     parser.add_argument("--show", action="store_true", help="print what was measured, and stop")

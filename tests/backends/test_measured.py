@@ -80,7 +80,7 @@ def test_what_was_measured_is_explained(file: Path) -> None:
     measured.forget()
     taken, passed = layer.explain(x)
     assert taken == "sdpa"
-    assert passed["blockwise"] == "python -m posenc.tune found sdpa faster here"
+    assert passed["blockwise"] == "posenc tune found sdpa faster here"
     assert passed["skipping"] == "no gates drop anything"
 
 
@@ -101,7 +101,7 @@ def test_the_file_is_read_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("key", ["driver", "torch", "triton", "posenc"])
 def test_an_entry_of_other_versions_is_left_out_with_one_warning(key: str, file: Path) -> None:
     write(file, here=entry(row(*PLAIN, Way("sdpa")), **{key: "0.0.7"}))
-    with pytest.warns(UserWarning, match=rf"{key} 0\.0\.7 .*python -m posenc\.tune") as seen:
+    with pytest.warns(UserWarning, match=rf"{key} 0\.0\.7 .*posenc tune\.") as seen:
         assert choice.chosen(case()) is None
     assert len(seen) == 1
     with warnings.catch_warnings():
@@ -111,7 +111,7 @@ def test_an_entry_of_other_versions_is_left_out_with_one_warning(key: str, file:
 
 def test_a_file_of_another_device_is_left_out_with_one_warning(file: Path) -> None:
     write(file, Abacus=entry(row(*PLAIN, Way("sdpa"))))
-    with pytest.warns(UserWarning, match="but of Abacus: .*python -m posenc"):
+    with pytest.warns(UserWarning, match="but of Abacus: .*posenc tune"):
         assert choice.chosen(case()) is None
     assert choice.chosen(case()) is None
 
@@ -141,7 +141,7 @@ def damaged_rows(rows: Any) -> str:
 )
 def test_a_damaged_file_is_left_out_with_one_warning(damage: Any, file: Path) -> None:
     file.write_text(damage())
-    with pytest.warns(UserWarning, match=r"tuned\.json .*python -m posenc") as seen:
+    with pytest.warns(UserWarning, match=r"tuned\.json .*posenc tune") as seen:
         close(choice.attend(case()), choice.attend(case(), "reference"), 10)  # other numbers
     assert len(seen) == 1
     assert choice.chosen(case()) is None

@@ -29,8 +29,9 @@ def test_the_report_is_a_page_of_markdown(shown: str) -> None:
     for name in posenc.names():
         (line,) = re.findall(rf"^\| `{name}` \|.*$", shown, re.MULTILINE)
         assert line.count("|") == len(doctor.CALLS) + 2
-    for number in set(re.findall(r" \((\d+)\) \|", shown)):  # every note that is cited is there
-        assert f"\n({number}) not " in shown
+    notes = re.findall(r"^\((\d+)\) not ", shown, re.MULTILINE)
+    assert notes == [str(number + 1) for number in range(len(notes))]
+    assert set(re.findall(r" \((\d+)\) \|", shown)) == set(notes)  # each is cited, and there
 
 
 def test_it_names_nobody(
