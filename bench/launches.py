@@ -41,7 +41,6 @@ from posenc.kernels import (
     sass,
 )
 from posenc.kernels.common import rows_by_head
-from posenc.kernels.turns import turns_from_radians
 
 from .h100 import (
     H100,
@@ -268,36 +267,30 @@ def plain(shape: Shape, deterministic: bool | None = None) -> Passes:
     )
 
 
+def turns_of(shape: Shape) -> Tensor:
+    """Of the frequencies of a head."""
+    return meta(shape[-1] // 2, dtype=torch.int64)
+
+
 def turned(shape: Shape) -> Passes:
-    """RoPE alone; the fractions of a turn are made anew in every call."""
+    """RoPE alone; its frequencies as turns are made once for all layers."""
     q, k, _ = projections(shape)
     out, other = (meta(*shape, dtype=torch.bfloat16) for _ in range(2))
-    frequencies = meta(shape[-1] // 2, dtype=torch.float64)
-
-    def turn(fractions: Tensor, inverse: bool) -> None:
-        rope.launch(q, k, out, other, fractions, None, 1.0, False, inverse)
-
-    def forward() -> None:
-        turn(turns_from_radians(frequencies), False)
-
-    return forward, partial(turn, turns_from_radians(frequencies), True)
+    turn = partial(rope.launch, q, k, out, other, turns_of(shape), None, 1.0, False)
+    return partial(turn, False), partial(turn, True)
 
 
 def turned_inside(shape: Shape) -> Passes:
     """RoPE within attention."""
     q, k, v = projections(shape)
     o, scale = rows_by_head(q), shape[-1] ** -0.5
-    frequencies = meta(shape[-1] // 2, dtype=torch.float64)
-
-    def rotation() -> rope_attention.Rotation:
-        return rope_attention.Rotation(turns_from_radians(frequencies), None, 1.0, False)
-
-    def forward() -> object:
-        return rope_attention.forward(q, k, v, scale, rotation())
-
+    rotation = rope_attention.Rotation(turns_of(shape), None, 1.0, False)
     k_turned = meta(*shape, dtype=torch.bfloat16)
     saved = flash.Saved(rows_by_head(q), k_turned, v, o, meta(*shape[:3]))
-    return forward, partial(rope_attention.backward, o, saved, scale, None, rotation())
+    return (
+        partial(rope_attention.forward, q, k, v, scale, rotation),
+        partial(rope_attention.backward, o, saved, scale, None, rotation),
+    )
 
 
 def by_content(shape: Shape) -> Passes:
@@ -328,14 +321,12 @@ def by_content_inside(shape: Shape) -> Passes:
 def by_angle(shape: Shape) -> Passes:
     """CMHA alone."""
     q, k, _ = projections(shape)
-    bands, frequencies = meta(shape[1], shape[-1] // 2), meta(shape[-1] // 2, dtype=torch.float64)
+    bands, turns = meta(shape[1], shape[-1] // 2), turns_of(shape)
     out = tuple(meta(*shape, dtype=torch.bfloat16) for _ in range(2))
-
-    def forward() -> object:
-        return polar.forward(q, k, bands, bands, turns_from_radians(frequencies), None)
-
-    fractions = turns_from_radians(frequencies)
-    return forward, partial(polar.backward, *out, q, k, bands, bands, fractions, None)
+    return (
+        partial(polar.forward, q, k, bands, bands, turns, None),
+        partial(polar.backward, *out, q, k, bands, bands, turns, None),
+    )
 
 
 def mixed(shape: Shape) -> Passes:

@@ -33,7 +33,7 @@ def test_every_target_is_there_once() -> None:
     for target in TARGETS:
         same = [goal for goal in found if (goal.what, goal.mode) == (target.what, target.mode)
                 and goal.bound == target.bound]  # fmt: skip
-        assert same, target
+        assert same or (target.what, target.bound) in [row[:2] for row in predict.UNSAID], target
     assert all(why for *_, why in predict.UNSAID)
 
 
