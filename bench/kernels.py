@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import posenc
+from posenc import rates
 from posenc.backends.case import consecutive
 from posenc.backends.choice import attend
 from posenc.convolution import depthwise_conv
@@ -34,6 +35,7 @@ from posenc.kernels.conv import conv
 from posenc.kernels.decode import decode_attention
 from posenc.kernels.flash import flash_attention
 from posenc.kernels.polar import polar
+from posenc.kernels.rates import log_rates
 from posenc.kernels.relative import relative_attention
 from posenc.kernels.rope import rope
 from posenc.kernels.rope_attention import rope_attention
@@ -466,6 +468,15 @@ def cases(
         if device.type == "cuda":
             mixes["fla"] = fla
         yield Case("kernel", name, (q, k, v, weight, *bias), eager_conv, mixes, part)
+    x = torch.randn(batch, length, heads * dim, device=device, dtype=dtype).requires_grad_()
+    weight = (0.02 * torch.randn(heads * dim, heads, device=device)).requires_grad_()
+    shift = torch.randn(heads, device=device).requires_grad_()
+    tokens: dict[str, Callable[[], Function]] = {
+        OURS: lambda: log_rates,
+        EAGER: lambda: rates.log_rates,
+        **{key: lambda wrap=wrap: wrap(rates.log_rates) for key, wrap in compiled.items()},
+    }
+    yield Case("kernel", "rates", (x, weight, shift), rates.log_rates, tokens, everything)
     yield relative(shape, (q, k, v), peers)
     yield from biased(shape, (q, k, v), peers)
     yield from decoding(shape, dtype, device)

@@ -30,8 +30,8 @@ from torch import Tensor
 
 import posenc
 from posenc.attention import Attention
-from posenc.encodings.carope import log_rates
 from posenc.encodings.relative import sinusoid
+from posenc.rates import log_rates
 from posenc.training.run_folder import CONFIG, ENVIRONMENT, RunFolder
 
 WIDTH, DPI = 10.0, 120  # inches, dots an inch

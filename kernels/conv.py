@@ -53,11 +53,11 @@ UNSPECIALIZED = ["length", "heads", "tiles", "items", "share"]
 
 @triton.jit
 def _chosen(part, q, k, v):
-    """The pointer and strides of number `part` of three tensors."""
+    """Number `part` of three tensors, `common.strided`; nothing is known to divide its strides."""
     chosen = ()
     for i in tl.static_range(5):
         chosen = chosen + (tl.where(part == 0, q[i], tl.where(part == 1, k[i], v[i])),)
-    return chosen
+    return chosen + (1,)
 
 
 @triton.jit

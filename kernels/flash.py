@@ -578,7 +578,8 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     plain = [(dtype, dim, 12, "") for dtype in (half, single) for dim in (32, 64, 128, 256)]
     masked = [(half, dim, heads, " masked") for dim in (32, 64) for heads in (3, 12)]
     masked += [(half, 128, 12, " masked"), (single, 64, 12, " masked")]
-    for dtype, dim, kv_heads, mask in [*plain, (half, 16, 12, ""), (half, 80, 3, ""), *masked]:
+    odd = [(half, dim, 12, "") for dim in (16, 40, 96, 100)]
+    for dtype, dim, kv_heads, mask in [*plain, *odd, (half, 80, 3, ""), *masked]:
         packed = torch.empty(16, 1024, 12 + 2 * kv_heads, dim, dtype=dtype, device="meta")
         q, k, v = packed.transpose(1, 2).split([12, kv_heads, kv_heads], 1)
         o, lse = rows_by_head(q), torch.empty(q.shape[:-1], device="meta")

@@ -34,6 +34,7 @@ from posenc.phase import (
     wrap,
 )
 from posenc.placement import Placement
+from posenc.rates import log_rates
 
 Turned = tuple[Tensor | None, Tensor | None]
 
@@ -151,16 +152,23 @@ def turn_by_content(
 class ByRates(NamedTuple):
     """R(running sum of f^(i + first_power)): CARoPE. The phases of a cached past go on."""
 
-    log_f: Tensor  # (B, G, T) in fp64
+    x: Tensor  # (B, T, C), the tokens
+    weight: Tensor  # (C, G), or (C, 1): one rate for all heads
+    bias: Tensor | None  # as many
+    heads: int  # G
     pairs: int
     first_power: int
     real: Tensor | None = None  # (B, T) bool, False where the phase stands still
     state: Cache | None = None  # its stream "phase": (B, G, T, D/2) in fp64
 
+    def log_f(self) -> Tensor:
+        """Logarithms of the rates, (B, G, T) in fp64."""
+        return log_rates(self.x, self.weight, self.bias).expand(-1, self.heads, -1)
+
     def phases(self) -> Tensor:
         """(B, G, T, D/2), fp64 modulo 2 pi; `state` remembers them."""
         carry = None if self.state is None else self.state.recent("phase")
-        phase = running_phase(self.log_f, self.pairs, self.first_power, carry, self.real)
+        phase = running_phase(self.log_f(), self.pairs, self.first_power, carry, self.real)
         if self.state is not None:
             self.state.append("phase", phase)
         return phase

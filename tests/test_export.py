@@ -12,7 +12,7 @@ from torch.export import Dim, export
 
 import posenc
 from helpers import HEADS, NAMES, WIDTH, build, close, randn, tiny_gpt
-from posenc.encodings.carope import log_rates
+from posenc.rates import log_rates
 
 #: Alone, entries that differ in the model's input only are the same module.
 MODULES = {repr(posenc.attention(name, WIDTH, HEADS)): name for name in reversed(NAMES)}

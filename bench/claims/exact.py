@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 import posenc
-from posenc.encodings.carope import log_rates
+from posenc.rates import log_rates
 
 if TYPE_CHECKING:
     from .reading import Published

@@ -259,7 +259,7 @@ def _turn_and_attend(
     if isinstance(rotation, ByRates) and rotation.state is None:
         from posenc.kernels.carope_attention import carope_attention
 
-        log_f, power = _still_at_padding(rotation), rotation.first_power
+        log_f, power = _log_rates(rotation), rotation.first_power
         options = {"first_power": power, "mask": mask, "deterministic": deterministic}
         return carope_attention(q, k, v, log_f, **options)
     return None
@@ -306,11 +306,15 @@ def turn(rotation: Rotation, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return turned_q, turned_k
 
 
-def _still_at_padding(rotation: ByRates) -> Tensor:
-    """The logarithms of the rates, with which no phase moves at padding."""
+def _log_rates(rotation: ByRates) -> Tensor:
+    """The logarithms of the rates by their kernel; at padding those with which no phase moves."""
+    from posenc.kernels.rates import log_rates
+
+    log_f: Tensor = log_rates(rotation.x, rotation.weight, rotation.bias)
+    log_f = log_f.expand(-1, rotation.heads, -1)
     if rotation.real is None:
-        return rotation.log_f
-    return rotation.log_f.masked_fill(~rotation.real.unsqueeze(1), -math.inf)
+        return log_f
+    return log_f.masked_fill(~rotation.real.unsqueeze(1), -math.inf)
 
 
 def _turn_by_rates(rotation: ByRates, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -318,7 +322,7 @@ def _turn_by_rates(rotation: ByRates, q: Tensor, k: Tensor) -> tuple[Tensor, Ten
     from posenc.kernels.carope import carope, carope_with_phases
     from posenc.kernels.turns import radians_from_turns, turns_from_radians
 
-    log_f, first_power, state = _still_at_padding(rotation), rotation.first_power, rotation.state
+    log_f, first_power, state = _log_rates(rotation), rotation.first_power, rotation.state
     if state is None:
         q, k, _ = carope(q, k, log_f, first_power=first_power)
         return q, k

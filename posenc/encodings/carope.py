@@ -23,7 +23,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from posenc.accounting import Part, Sizes, product, rotation, rotation_by_angles, state, weights
 from posenc.cache import Cache, Stream
@@ -39,28 +38,7 @@ from posenc.encodings.base import Encoding
 from posenc.encodings.running import RunningRotation
 from posenc.errors import unknown
 from posenc.placement import Placement
-from posenc.precise import precise_columns
 from posenc.rotations import ByPhase, ByRates
-
-
-def log_rates(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """log f = -log1p(softplus(x W + bias)): x (B, T, C), W (C, H) -> (B, H, T) in fp64.
-
-    The logarithm, never log of a computed f, which is 0 for large z and has a NaN gradient there.
-    """
-    z = precise_columns(x, weight)  # (B, H, T)
-    z = z if bias is None else z + bias.double().unsqueeze(-1)
-    return -torch.log1p(softplus(z))
-
-
-def softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z), of fp64."""
-    if torch.compiler.is_exporting():
-        # onnxruntime has no Softplus in fp64. At 0 the gradient of a maximum, unlike a clamp's, is
-        # one half, as it should be.
-        return torch.maximum(z, torch.zeros_like(z)) + torch.log1p(torch.exp(-z.abs()))
-    # It turns linear past its threshold; the default, 20, is 2e-9 off there.
-    return F.softplus(z, threshold=40)
 
 
 class CARoPE(RunningRotation):
@@ -133,8 +111,8 @@ class CARoPE(RunningRotation):
         self, place: Placement, x: Tensor | None = None, state: Cache | None = None
     ) -> ByRates:
         x = check_tokens("CARoPE", x, place.length, self.embed_dim)
-        log_f = log_rates(x, self.weight, self.bias).expand(-1, self.num_kv_heads, -1)
-        return ByRates(log_f, self.head_dim // 2, self.first_power, place.here, state)
+        tokens = x, self.weight, self.bias, self.num_kv_heads
+        return ByRates(*tokens, self.head_dim // 2, self.first_power, place.here, state)
 
     def streams(self) -> dict[str, Stream]:
         return {"phase": Stream((self.num_kv_heads, self.head_dim // 2), torch.float64, history=1)}

@@ -23,9 +23,9 @@ from posenc.accounting import Part, Sizes, product, state, weights
 from posenc.cache import Cache, Stream
 from posenc.checks import check_base, check_sizes
 from posenc.encodings.base import Encoding
-from posenc.encodings.carope import softplus
 from posenc.phase import Float32Parameters, phase_dtype
 from posenc.placement import Placement
+from posenc.rates import softplus
 from posenc.rotations import Spectrum, Turned, plain_spectrum
 from posenc.scores import Scores
 

@@ -23,7 +23,7 @@ from helpers import (
     randn,
 )
 from posenc import CARoPE
-from posenc.encodings.carope import log_rates
+from posenc.rates import log_rates
 from posenc.rotations import running_phase
 
 B, T, PAIRS = 2, 12, HEAD_DIM // 2

@@ -25,6 +25,7 @@ def test_every_provider_has_a_row(tmp_path, monkeypatch, capsys):
         *(name + end for name in ("rope", "carope", "polar") for end in ("", " + attention")),
         "conv",
         "conv per head",
+        "rates",
         "relative + attention",
         "decay + attention",
         "table + attention",

@@ -25,7 +25,16 @@ IN_ORDER = {("biased_attention bfloat16 D=64 table masked", "by_distance_kernel"
 TUNED_ON = ("3.6.", "3.7.")
 #: Small heads are the loops of larger ones with fewer registers, odd ones those of the next power
 #: of two; fp32's larger ones have the loops of D=64, its masks bf16's. The command takes all.
-LEFT_OUT = ("D=16", "D=32", "D=40", "D=80", "float32 D=96", "float32 D=128", "float32 D=256")
+LEFT_OUT = (
+    "D=16",
+    "D=32",
+    "D=40",
+    "D=80",
+    "D=100",
+    "float32 D=96",
+    "float32 D=128",
+    "float32 D=256",
+)
 LAUNCHES = [
     pytest.param(f"{family} {name}", launch, id=f"{family} {name} {launch.kernel.__name__}")
     for family in inspect_sm90.families()
@@ -48,6 +57,25 @@ def test_compiled(example, launch):
     if (half or few) and ("D=64" in example or "D=128" in example) and report.products:
         assert report.tensor_cores == ("mma" if few else "wgmma")
         assert "cp.async" in report.ptx or (example, report.kernel) in IN_ORDER
+
+
+#: Rows of which 16 is no divisor: the compiler is told what is.
+UNEVEN = [
+    pytest.param(name, launch, id=f"{name} {launch.kernel.__name__}")
+    for name, launch in inspect_sm90.launches("flash")
+    if name in ("bfloat16 D=40", "bfloat16 D=80", "bfloat16 D=100")
+]
+
+
+@pytest.mark.parametrize(("name", "launch"), UNEVEN)
+def test_rows_of_any_length_are_read_whole(name, launch):
+    report = inspect_sm90.report(name, launch)
+    assert "ld.global.b16" not in report.ptx
+    if report.products:
+        assert "cp.async" in report.ptx
+        # Eight bytes at a time take twice the addresses.
+        most = 32 if (name, report.kernel) == ("bfloat16 D=100", "dq_kernel") else 0
+        assert report.spilled <= most or not triton.__version__.startswith(TUNED_ON)
 
 
 #: Where larger tiles spill: their products are those of mma.sync, which divides columns too.

@@ -19,6 +19,7 @@ from posenc.kernels.decode_relative import relative_by_key
 from posenc.kernels.flash import flash_attention, flash_attention_with_lse
 from posenc.kernels.polar import polar
 from posenc.kernels.projection import project_kept
+from posenc.kernels.rates import log_rates
 from posenc.kernels.relative import relative_attention
 from posenc.kernels.rope import rope
 from posenc.kernels.rope_attention import rope_attention
@@ -57,6 +58,7 @@ OPS = {
     conv_with_state: lambda: (*triple(), heads(3, D, 3), heads(3, D), heads(B, 3, H, 2, D)),
     flash_attention: triple,
     flash_attention_with_lse: triple,
+    log_rates: lambda: (heads(B, T, 8), heads(8, H), heads(H)),
     polar: lambda: (*pair(), heads(H, D // 2), heads(H, D // 2), frequencies()),
     project_kept: lambda: (heads(B, T, 8), heads(H * D, 8), heads(H * D), heads(B, H, T)),
     relative_attention: lambda: (

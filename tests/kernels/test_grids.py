@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posenc.kernels import carope, decode, decode_relative, inspect_sm90, polar, rope
+from posenc.kernels import carope, decode, decode_relative, inspect_sm90, polar, rates, rope
 
 BATCH, HEADS, LENGTH, DIM = 70_000, 3, 9, 16
 
@@ -39,7 +39,14 @@ def run_rope() -> None:
     rope.launch(x, x, x, x, heads(DIM // 2, dtype=torch.int64), None, 1.0, False, False)
 
 
-@pytest.mark.parametrize("run", [run_carope, run_long_carope, run_polar, run_rope])
+def run_rates() -> None:
+    """A row a program at least: 16 tokens."""
+    x = heads(BATCH, 16, DIM)
+    weight = heads(DIM, HEADS, dtype=torch.float32)
+    rates.columns(x, weight)
+
+
+@pytest.mark.parametrize("run", [run_carope, run_long_carope, run_polar, run_rope, run_rates])
 def test_more_sequences_than_a_second_dimension_holds(run) -> None:
     with inspect_sm90.caught() as launches:
         run()
@@ -55,7 +62,8 @@ def test_no_example_has_sequences_beyond_the_first_dimension(family: str) -> Non
     for name, launch in inspect_sm90.launches(family):
         _, *others = launch.grid
         assert len(others) <= 1, name
-        most = 4096 if family == "conv" else 12  # a fixed number of programs a head; or heads
+        # A fixed number of programs a head; blocks of columns; or heads.
+        most = {"conv": 4096, "rates": 64}.get(family, 12)
         assert not others or others[0] <= most, name
 
 
