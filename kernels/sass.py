@@ -9,6 +9,8 @@ import re
 from typing import NamedTuple
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
+#: Of a product: HGMMA.64x128x16, HMMA.16816, HMMA.1688.
+_COLUMNS = re.compile(r"\b(?:HGMMA\.64x|HMMA\.16(?=8))(\d+?)(?=x|16|8\b)")
 _BRANCH = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
 
 
@@ -22,6 +24,7 @@ class Loop(NamedTuple):
     loads: int  # other loads from global memory
     stores: int  # to global memory
     barriers: int
+    work: int  # multiply-adds of its products, for each of 16 rows and 16 terms of a sum
 
     @property
     def products(self) -> int:
@@ -57,15 +60,16 @@ def _count(body: list[str]) -> Loop:
         loads=of(r"\bLDG\b"),
         stores=of(r"\b(STG|RED|ATOMG)\b"),
         barriers=of(r"\bBAR\b"),
+        work=sum(int(found[1]) for text in body if (found := _COLUMNS.search(text))),
     )
 
 
 def tile(found: list[Loop]) -> list[Loop]:
-    """The loops that a tile passes through: of those with the most products, which do the same with
-    and without a mask, the shortest; and all others that have products.
+    """The loops that a tile passes through: those with products, and of several whose products
+    do the same work, which differ by their masks, the shortest.
     """
-    most = max((loop.products for loop in found), default=0)
-    if not most:
-        return []
-    whole = min(loop for loop in found if loop.products == most)
-    return [whole, *(loop for loop in found if 0 < loop.products < most)]
+    shortest: dict[int, Loop] = {}
+    for loop in found:
+        if loop.products:
+            shortest[loop.work] = min(loop, shortest.get(loop.work, loop))
+    return [shortest[work] for work in sorted(shortest, reverse=True)]
