@@ -348,7 +348,7 @@ def by_distance(shape: Shape, deterministic: bool = False) -> Passes:
     o, scale = rows_by_head(q), dim**-0.5
 
     def forward() -> object:
-        return relative.forward(relative.term(q, table, offsets, u, None), k, v, scale)
+        return relative.forward(relative.term(q, table, offsets, u, None, scale), k, v, scale)
 
     query = relative.Term(rows_by_head(q), q, table.to(q.dtype), offsets)
     back = partial(relative.backward, o, query, k, v, o, meta(*shape[:3]), scale, deterministic)

@@ -51,7 +51,8 @@ def store_turned_back(
     It is written, then taken in the smaller tiles of CARoPE, of which a flash tile holds several.
     ADD: how many heads of q leave their dlog f and sums in `parts`, for the head of k to add.
     """
-    turned, rates, carries, dlog, sums, parts = extra
+    # Not by name: of a tuple that gets one, Triton makes numbers of the constants.
+    rates, carries, dlog, sums, parts = extra[1], extra[2], extra[3], extra[4], extra[5]
     FIRST_POWER: tl.constexpr = OPTIONS[0]
     SMALL: tl.constexpr = OPTIONS[1]
     BLOCK_P: tl.constexpr = OPTIONS[2]
@@ -73,7 +74,7 @@ def store_turned_back(
         carry = tl.load(carries + at, mask=inside, other=0)
         cos, sin = cos_sin(upper(carry[None, :] + tl.cumsum(steps, 0)))
         dx1, dx2, dphi = carope.turn_back(
-            head_of(turned, b, h), gradient, cos, sin, start, length, PAIRS, SMALL, BLOCK_P
+            head_of(extra[0], b, h), gradient, cos, sin, start, length, PAIRS, SMALL, BLOCK_P
         )
         tl.debug_barrier()  # a thread may overwrite what another reads
         carope.store_pairs(gradient, dx1, dx2, start, length, PAIRS, SMALL, BLOCK_P)

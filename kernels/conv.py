@@ -33,7 +33,6 @@ from posenc.kernels.common import (
     OPTIONS,
     backward_only,
     device_of,
-    head_of,
     require_runnable,
     rows_by_head,
     strided,
@@ -53,11 +52,17 @@ UNSPECIALIZED = ["length", "heads", "tiles", "items", "share"]
 
 @triton.jit
 def _chosen(part, q, k, v):
-    """Number `part` of three tensors, `common.strided`; nothing is known to divide its strides."""
+    """Number `part` of three tensors, each a `common.strided`: the pointer and four strides."""
     chosen = ()
     for i in tl.static_range(5):
         chosen = chosen + (tl.where(part == 0, q[i], tl.where(part == 1, k[i], v[i])),)
-    return chosen + (1,)
+    return chosen
+
+
+@triton.jit
+def _head_of(x, b, h):
+    """`common.head_of` of such numbers; nothing is known to divide them."""
+    return x[0] + b * x[1] + h * x[2], x[3], x[4]
 
 
 @triton.jit
@@ -172,7 +177,7 @@ def forward_kernel(
     begin = tl.program_id(1) * share
     for item in range(begin, tl.minimum(begin + share, items)):
         b = (item // tiles).to(tl.int64)
-        source, target = head_of(x, b, h), head_of(y, b, h)
+        source, target = _head_of(x, b, h), _head_of(y, b, h)
         before = _past_of(past, part, b, h)
         first = (item % tiles * GROUPS + tl.arange(0, GROUPS)) * STRIP
         window = ()
@@ -234,7 +239,7 @@ def backward_kernel(
     dy = _chosen(part, dq_out, dk_out, dv_out)
     for item in range(program * share, tl.minimum(program * share + share, items)):
         b = (item // tiles).to(tl.int64)
-        source, upstream, target = head_of(x, b, h), head_of(dy, b, h), head_of(dx, b, h)
+        source, upstream, target = _head_of(x, b, h), _head_of(dy, b, h), _head_of(dx, b, h)
         before = _past_of(past, part, b, h)
         dbefore = _past_of(dpast, part, b, h)
         first = origin + (item % tiles * GROUPS + tl.arange(0, GROUPS)) * STRIP

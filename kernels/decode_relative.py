@@ -68,7 +68,8 @@ def term_kernel(
     blocks = tl.cdiv(distances, BLOCK_N)
     h = (tl.program_id(0) // blocks).to(tl.int64)
     distance = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = load_rows_at(table + h * P * D, distance, P, D, BLOCK_D).to(q[0].dtype.element_ty)
+    rows = load_rows_at(table + h * P * D, distance, P, D, BLOCK_D, False)
+    rows = rows.to(q[0].dtype.element_ty)
     own = None
     if offsets is not None:
         own = tl.load(offsets + h * P + tl.minimum(distance, P - 1)).to(tl.float32)[None, :]

@@ -59,6 +59,7 @@ from posenc.kernels.skew import load_bias, store_bias
 from posenc.scores import add_per_head
 
 PROCESSORS = 132  # of an H100, where no device can be asked
+PROCESSOR_REGISTERS = 65_536  # of 32 bits, since the V100
 
 
 class Config(NamedTuple):
@@ -136,7 +137,7 @@ def forward_kernel(
             count = tl.cdiv(min(stop - begin, SEGMENT), BLOCK_N) * BLOCK_N
             store_bias(
                 scratch, r, first + shift, begin, count, rows_of_table, offsets_of_head, P, c,
-                WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION,
+                WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION, MASK,
             )  # fmt: skip
             tl.debug_barrier()
             for at in range(0, count, BLOCK_N):
@@ -163,7 +164,7 @@ CONFIGS = {
     ("forward", 2, 128): Config(128, 64, 512, 8, 2, 1),
     ("dq", 2, 32): Config(64, 64, 256, 4, 2, 2),
     ("dq", 2, 64): Config(64, 64, 256, 4, 2, 2),
-    ("dq", 2, 128): Config(64, 16, 512, 8, 2, 1),
+    ("dq", 2, 128): Config(128, 64, 512, 8, 2, 1),
     ("dkv", 2, 32): Config(64, 64, 512, 4, 3, 2),
     ("dkv", 2, 64): Config(64, 128, 512, 8, 2, 1),
     ("dkv", 2, 128): Config(64, 32, 512, 8, 2, 1),
@@ -178,6 +179,7 @@ CONFIGS = {
     ("dkv", 4, 128): Config(16, 16, 256, 8, 1, 1),
 }
 MAX_HEAD_DIM = 128
+LOG2_E = math.log2(math.e)
 #: Bytes that the shares of dR may take when no atomics are allowed; fewer shares beyond.
 SHARES_LIMIT = 256 * 2**20
 
@@ -186,7 +188,14 @@ def launch(kernel: str, x: Tensor) -> tuple[Config, dict]:
     """The configuration of a kernel for tensors like x, and the launch's keyword arguments."""
     config = CONFIGS[kernel, x.element_size(), max(32, block_of(x))]
     block = min(config.block_m, config.block_n)
-    return config, {**tile_options(x, config), "BLOCK": block, "SEGMENT": config.segment}
+    own = {"BLOCK": block, "SEGMENT": config.segment, "maxnreg": registers(config)}
+    return config, {**tile_options(x, config), **own}
+
+
+def registers(config: Config) -> int:
+    """That a thread may take so that `resident` programs share a processor's, given by eights."""
+    threads = 32 * config.num_warps * config.resident
+    return min(255, PROCESSOR_REGISTERS // threads // 8 * 8)
 
 
 def programs(config: Config, device: torch.device) -> int:
@@ -224,7 +233,7 @@ class Term(NamedTuple):
     content: Tensor  # q + u
     relative: Tensor  # q + v_h
     table: Tensor  # contiguous (H, P, D)
-    offsets: Tensor | None  # contiguous (H, P)
+    offsets: Tensor | None  # contiguous (H, P), fp32, as c S
 
 
 def term(
@@ -233,11 +242,11 @@ def term(
     offsets: Tensor | None,
     content_bias: Tensor | None,
     relative_bias: Tensor | None,
+    scale: float,
 ) -> Term:
     """Add the biases of the heads to q, round the table to its dtype, and lay out both tables."""
-
     if offsets is not None:
-        offsets = offsets.float().contiguous()
+        offsets = (offsets.float() * (scale * LOG2_E)).contiguous()
     content, relative = add_per_head(q, content_bias), add_per_head(q, relative_bias)
     return Term(content, relative, table.to(q.dtype).contiguous(), offsets)
 
@@ -257,7 +266,7 @@ def forward(
         forward_kernel[(count,)](
             strided(q.content), strided(q.relative), strided(k), strided(v), q.table, q.offsets,
             strided(o), lse, counter, biases, mask, work,
-            heads, length, k.shape[2], q.table.shape[1], scale * math.log2(math.e),
+            heads, length, k.shape[2], q.table.shape[1], scale * LOG2_E,
             GROUP=heads // k.shape[1], **options,
         )  # fmt: skip
     return o, lse
@@ -284,11 +293,11 @@ def backward(
     deterministic: bool,
     mask: Arguments = PLAIN,
 ) -> Gradients:
-    """Gradients of `forward`; `deterministic` sums dR share by share instead of with atomics."""
+    """Gradients of `forward`; `deterministic` gives each share of the work its own sums of dR."""
     batch, heads, length, dim = q.content.shape
     kv_heads, key_length = k.shape[1:3]
     device, group = k.device, heads // kv_heads
-    numbers = (heads, length, key_length, q.table.shape[1], scale, scale * math.log2(math.e))
+    numbers = (heads, length, key_length, q.table.shape[1], scale, scale * LOG2_E)
     dq, dk, dv = (rows_by_head(x) for x in (q.content, k, v))
     delta = flash.delta_of(o, do)
 
@@ -310,7 +319,7 @@ def backward(
             strided(q.content), strided(q.relative), strided(k), strided(v), q.table, q.offsets,
             strided(do), lse, delta, strided(dq), d_table, d_offsets,
             heads if deterministic else 0, biases, by_distance, mask, batch, *numbers,
-            ATOMIC=not deterministic, GROUP=group, **options,
+            GROUP=group, **options,
         )  # fmt: skip
 
     config, options = launch("dkv", k)
@@ -354,7 +363,7 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor]:
     # `deterministic` is only passed on to the backward pass.
     mask = arguments(Mask(window, first, last, real), k.shape[2])
-    return forward(term(q, table, offsets, content_bias, relative_bias), k, v, scale, mask)
+    return forward(term(q, table, offsets, content_bias, relative_bias, scale), k, v, scale, mask)
 
 
 @torch.library.custom_op("posenc::relative_backward", mutates_args=())
@@ -376,7 +385,7 @@ def _backward_op(
     last: Tensor | None = None,
     real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    query = term(q, table, offsets, content_bias, relative_bias)
+    query = term(q, table, offsets, content_bias, relative_bias, scale)
     mask = arguments(Mask(window, first, last, real), k.shape[2])
     found = backward(do, query, k, v, o, lse, scale, bool(deterministic), mask)
     d_table, d_offsets = (fold(x, table.shape[1]) for x in (found.d_table, found.d_offsets))
@@ -517,6 +526,4 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
             o, lse = rows_by_head(q), torch.empty(q.shape[:-1], device="meta")
             name = f"{str(dtype).removeprefix('torch.')} D={dim}" + " no offsets" * (not learned)
             yield name, functools.partial(forward, query, k, v, 0.125)
-            back = functools.partial(backward, o, query, k, v, o, lse, 0.125)
-            yield name, functools.partial(back, True)
-            yield f"{name} atomic", functools.partial(back, False)
+            yield name, functools.partial(backward, o, query, k, v, o, lse, 0.125, False)

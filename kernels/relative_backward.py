@@ -32,10 +32,12 @@ from posenc.kernels.skew import (
     load_rows_at,
     store_bias,
     store_by_distance,
+    tile_of_ends,
+    within_table,
 )
 
 
-@triton.jit(do_not_specialize=["H", "B", "T", "S", "P"])
+@triton.jit(do_not_specialize=["share", "H", "B", "T", "S", "P"])
 def dq_kernel(
     content,
     relative,
@@ -60,7 +62,6 @@ def dq_kernel(
     P,
     scale,
     c,
-    ATOMIC: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -73,9 +74,11 @@ def dq_kernel(
     """Rows of dq; dR / scale and dS_d / scale, one row for each of S distances.
 
     Program (share, head) takes the head's tiles of every sequence, share .. by the number of
-    shares. d_table and d_offsets, fp32 (H, S, D) and (H, S): added to with atomics if ATOMIC, else
-    those of the program's share alone, of (shares, H, S, ..). scratch and by_distance: (BLOCK_M,
-    SEGMENT + 2 BLOCK_M) a program; dB is in q's dtype, whose range gradients need.
+    shares. d_table and d_offsets, fp32 (H, S, D) and (H, S), of all programs if `share` is 0; if it
+    is H those of (shares, H, S, ..) that only this program adds to. They are added to without being
+    read: between two additions of one program to one number lies a barrier, so that their order,
+    and hence the sum of a program's own, is the same in every run. scratch and by_distance:
+    (BLOCK_M, SEGMENT + 2 BLOCK_M) a program; dB is in q's dtype, whose range gradients need.
     """
     tiles = tl.cdiv(T, BLOCK_M)
     shift = S - T
@@ -84,6 +87,9 @@ def dq_kernel(
     # One width for biases and gradients: the addresses of their stores are then the same.
     WIDTH: tl.constexpr = SEGMENT + 2 * BLOCK_M
     MASK: tl.constexpr = any_given(mask.window, mask.first, mask.real)
+    # At the widest heads what the compiler would hoist out of loops, and hold, spills.
+    FRUGAL: tl.constexpr = BLOCK_D > 64 or MASK
+    STAGES: tl.constexpr = 1 if FRUGAL else None
     slot = (tl.program_id(0).to(tl.int64) * H + h) * (BLOCK_M * WIDTH)
     scratch += slot
     by_distance += slot
@@ -94,7 +100,6 @@ def dq_kernel(
     own = h + tl.program_id(0).to(tl.int64) * share
     d_table += own * S * D
     d_offsets += own * S
-    columns, within = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK)
     for turn in range(tl.program_id(0), B * tiles, shares):
         # Every other round backwards: a share then gets early and late rows alike.
         lap = turn // shares
@@ -122,11 +127,11 @@ def dq_kernel(
             count = tl.cdiv(min(stop - begin, SEGMENT), BLOCK_N) * BLOCK_N
             store_bias(
                 scratch, r, first + shift, begin, count, rows_of_table, offsets_of_head, P, c,
-                WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION,
+                WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION, FRUGAL,
             )  # fmt: skip
             clear_ends(by_distance, count, WIDTH, BLOCK_M)
             tl.debug_barrier()
-            for at in range(0, count, BLOCK_N):
+            for at in tl.range(0, count, BLOCK_N, disable_licm=FRUGAL):
                 k_tile = load_tile(keys, begin + at, S, BLOCK_N, D, BLOCK_D)
                 v_tile = load_tile(values, begin + at, S, BLOCK_N, D, BLOCK_D)
                 s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
@@ -141,25 +146,70 @@ def dq_kernel(
                 store_by_distance(by_distance, ds, at, count, WIDTH, BLOCK_M, BLOCK_N)
             tl.debug_barrier()
             lowest = first + shift - begin - count
-            for at in range(0, count + BLOCK_M, BLOCK):
-                distance = lowest + at + within
-                table_rows = load_rows_at(rows_of_table, distance, P, D, BLOCK_D)
-                db = load_columns(by_distance, at, WIDTH, BLOCK_M, BLOCK)
-                grad = tl.dot(db, table_rows, grad, input_precision=PRECISION)
-                d_row = tl.dot(tl.trans(db), r, input_precision=PRECISION)
-                d_offset = tl.sum(db.to(tl.float32), 0)
-                inside = (distance >= 0) & (distance < S)
-                there = inside[:, None] & (columns < D)[None, :]
-                to = (d_table + (lowest + at) * D) + (within[:, None] * D + columns[None, :])
-                to_offset = (d_offsets + (lowest + at)) + within
-                if ATOMIC:
-                    tl.atomic_add(to, d_row, mask=there, sem="relaxed")
-                    tl.atomic_add(to_offset, d_offset, mask=inside, sem="relaxed")
-                else:
-                    tl.store(to, d_row + tl.load(to, mask=there), mask=there)
-                    tl.store(to_offset, d_offset + tl.load(to_offset, mask=inside), mask=inside)
+            blocks = (count + BLOCK_M) // BLOCK
+            near, far = within_table(lowest, blocks, tl.minimum(P, S), BLOCK)
+            for tile in tl.range(near, far, num_stages=STAGES, disable_licm=FRUGAL):
+                grad = _take_distances(
+                    grad, by_distance, r, lowest, tile * BLOCK, rows_of_table, d_table, d_offsets,
+                    P, S, WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION, True,
+                )  # fmt: skip
+            for end in tl.range(0, near + blocks - far, num_stages=STAGES, disable_licm=True):
+                tile = tile_of_ends(end, near, far)
+                grad = _take_distances(
+                    grad, by_distance, r, lowest, tile * BLOCK, rows_of_table, d_table, d_offsets,
+                    P, S, WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION, False,
+                )  # fmt: skip
             tl.debug_barrier()
         store_tile(head_of(dq, b, h), grad * scale, first, T, BLOCK_M, D, BLOCK_D)
+
+
+@triton.jit
+def _take_distances(
+    grad,
+    by_distance,
+    r,
+    lowest,
+    at,
+    table,
+    d_table,
+    d_offsets,
+    P,
+    S,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INSIDE: tl.constexpr,
+):
+    """Add what dB of the distances from lowest + at on gives dq, dR and dS_d.
+
+    INSIDE promises that they are all of 0 .. min(P, S) - 1.
+    """
+    columns, within = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK)
+    distance = lowest + at + within
+    table_rows = load_rows_at(table, distance, P, D, BLOCK_D, INSIDE)
+    db = load_columns(by_distance, at, WIDTH, BLOCK_M, BLOCK)
+    grad = tl.dot(db, table_rows, grad, input_precision=PRECISION)
+    d_row = tl.dot(tl.trans(db), r, input_precision=PRECISION)
+    if db.dtype == tl.float32:
+        d_offset = tl.sum(db, 0)
+    else:  # as a product: sums over rows are spread over threads and warps
+        ones = tl.full([BLOCK_M, 16], 1.0, db.dtype)
+        d_offset = tl.max(tl.dot(tl.trans(db), ones, input_precision=PRECISION), 1)
+    to = (d_table + (lowest + at) * D) + (within[:, None] * D + columns[None, :])
+    to_offset = (d_offsets + (lowest + at)) + within
+    inside = None
+    there = None
+    if not INSIDE:
+        inside = (distance >= 0) & (distance < S)
+        there = inside[:, None] & (columns < D)[None, :]
+    elif BLOCK_D > D:
+        there = (columns < D)[None, :]
+    tl.atomic_add(to, d_row, mask=there, sem="relaxed")
+    tl.atomic_add(to_offset, d_offset, mask=inside, sem="relaxed")
+    return grad
 
 
 @triton.jit(do_not_specialize=["work", "H", "T", "S", "P"])
@@ -199,6 +249,7 @@ def dkv_kernel(
     shift = S - T
     WIDTH: tl.constexpr = BLOCK_N + 2 * BLOCK_M
     MASK: tl.constexpr = any_given(mask.window, mask.first, mask.real)
+    FRUGAL: tl.constexpr = MASK
     kv_heads = H // GROUP
     scratch += tl.program_id(0).to(tl.int64) * (SEGMENT * WIDTH)
     turn = tl.atomic_add(counter, 1)
@@ -234,7 +285,7 @@ def dkv_kernel(
                     store_bias(
                         scratch + (row - begin) * WIDTH, r, row + shift, first, BLOCK_N,
                         rows_of_table, offsets_of_head, P, c,
-                        WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION,
+                        WIDTH, BLOCK_M, BLOCK, D, BLOCK_D, PRECISION, FRUGAL,
                     )  # fmt: skip
                 tl.debug_barrier()
                 for row in range(begin, end, BLOCK_M):

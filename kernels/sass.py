@@ -29,6 +29,7 @@ class Loop(NamedTuple):
     loads: int  # other loads from global memory
     stores: int  # to global memory
     barriers: int
+    work: float  # FLOPs of its products
 
     @property
     def products(self) -> int:
@@ -95,6 +96,7 @@ def _count(body: list[str]) -> Loop:
     def of(pattern: str) -> int:
         return sum(re.search(pattern, text) is not None for text in body)
 
+    used = use(body)
     return Loop(
         instructions=len(body),
         wgmma=of(r"\bHGMMA\b"),
@@ -103,15 +105,16 @@ def _count(body: list[str]) -> Loop:
         loads=of(r"\bLDG\b"),
         stores=of(r"\b(STG|RED|ATOMG)\b"),
         barriers=of(r"\bBAR\b"),
+        work=used.wgmma + used.mma,
     )
 
 
 def tile(found: list[Loop]) -> list[Loop]:
-    """The loops that a tile passes through: of those with the most products, which do the same with
-    and without a mask, the shortest; and all others that have products.
+    """The loops that a tile passes through: those with products, and of several whose products
+    do the same work, which differ by their masks, the shortest.
     """
-    most = max((loop.products for loop in found), default=0)
-    if not most:
-        return []
-    whole = min(loop for loop in found if loop.products == most)
-    return [whole, *(loop for loop in found if 0 < loop.products < most)]
+    shortest: dict[float, Loop] = {}
+    for loop in found:
+        if loop.products:
+            shortest[loop.work] = min(loop, shortest.get(loop.work, loop))
+    return [shortest[work] for work in sorted(shortest, reverse=True)]

@@ -26,14 +26,14 @@ SASS = """
 """
 
 
-def loop(instructions: int, wgmma: int = 0, mma: int = 0) -> Loop:
-    return Loop(instructions, wgmma, mma, 0, 0, 0, 0)
+def loop(instructions: int, wgmma: int = 0) -> Loop:
+    return Loop(instructions, wgmma, 0, 0, 0, 0, 0, work=64 * wgmma)
 
 
 def test_innermost_loops_are_counted() -> None:
     assert loops(SASS) == [
-        Loop(4, wgmma=1, mma=0, copies=1, loads=0, stores=0, barriers=1),
-        Loop(3, wgmma=0, mma=1, copies=0, loads=0, stores=1, barriers=0),
+        Loop(4, wgmma=1, mma=0, copies=1, loads=0, stores=0, barriers=1, work=2 * 16 * 64 * 16),
+        Loop(3, wgmma=0, mma=1, copies=0, loads=0, stores=1, barriers=0, work=2 * 16 * 8 * 16),
     ]
     assert loops("") == []
 
@@ -70,11 +70,17 @@ def test_bytes_to_and_from_global_memory(text: str, moved: int) -> None:
     assert use([text, "MUFU.EX2 R4, R4", "NOP"])[:2] == (2, 1)
 
 
-def test_a_tile_passes_one_of_two_that_do_the_same_and_all_others() -> None:
-    masked, whole, before, copy = loop(50, 8), loop(40, 8), loop(30, 4), loop(20)
-    assert tile([before, copy, masked, whole]) == [whole, before]
+def test_a_tile_passes_one_of_those_that_do_the_same_and_no_other() -> None:
+    masked, whole, before, ends = (loop(*x) for x in ((50, 8), (40, 8), (30, 4), (45, 4)))
+    copy = loop(20)
+    assert tile([ends, before, copy, masked, whole]) == [whole, before]
     assert tile([copy]) == []
     assert tile([]) == []
+
+
+def test_the_same_number_of_products_is_not_the_same_work() -> None:
+    wide, narrow = (Loop(9, 12, 0, 0, 0, 0, 0, work) for work in (768, 576))
+    assert tile([narrow, wide]) == [wide, narrow]
 
 
 @pytest.mark.parametrize(
