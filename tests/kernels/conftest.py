@@ -13,6 +13,7 @@ So plain `pytest` covers everything, and a single file is debugged with
 
 import math
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,33 @@ if INTERPRETED:
 elif not torch.cuda.is_available():
     files = {path.name for path in Path(__file__).parent.glob("test_*.py")}
     collect_ignore = sorted(files.difference(COMPILED_ONLY))
+
+
+def _patch_the_language_once():
+    """Triton's interpreter exchanges all functions of its language when a kernel starts, and once
+    more in every call of a function that a kernel calls: half of the time of these tests.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    @cache
+    def languages(function):
+        """What a function calls them by; those of Triton's library know `core` alone."""
+        names = function.__globals__.values()
+        return [one for one in (language, language.core) if any(one is name for name in names)]
+
+    def once(function):
+        if any(language.core.is_builtin(one.dot) for one in languages(function)):
+            return patch(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = once
+
+
+if INTERPRETED:
+    _patch_the_language_once()
 
 
 def pytest_collection_modifyitems(items):

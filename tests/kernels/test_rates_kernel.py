@@ -93,9 +93,9 @@ def test_rates_and_gradients(sizes, dtype, biased, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_is_summed_alike_among_any_others(dtype, device):
     # The columns: what torch's CPU makes of one in its last bit depends on those beside it.
-    x, weight, _ = inputs(3, 70, 100, 5, dtype, device)
+    x, weight, _ = inputs(2, 35, 100, 5, dtype, device)
     whole = columns(x, weight)
-    for part in (1, 16, 33):
+    for part in (3, 16, 33):
         pieces = [columns(piece, weight) for piece in x.split(part, 1)]
         assert torch.equal(torch.cat(pieces, 2), whole)
     assert torch.equal(columns(x[1:2], weight), whole[1:2])
@@ -122,7 +122,7 @@ def test_any_strides(dtype, device):
 
 
 def test_the_weights_gradient_is_the_same_every_time(device):
-    x, weight, bias = inputs(2, 333, 70, 5, torch.float32, device)
+    x, weight, bias = inputs(2, 97, 70, 5, torch.float32, device)
     weight.requires_grad_()
     first, second = (
         torch.autograd.grad(log_rates(x, weight, bias).square().sum(), weight)[0] for _ in range(2)
