@@ -37,7 +37,12 @@ def _best(
     gaps: Mapping[str, Gap], base: str, length: int, speed: Mapping[str, dict[str, float]]
 ) -> Iterator[str]:
     below = [name for name in _sorted(gaps) if gaps[name].seeds.high < 0]
-    if not below:
+    if not any(gap.needed for gap in gaps.values()):
+        yield (
+            f"Of {len(gaps)} methods beside {base} none was trained under two seeds: one says "
+            "nothing of a method."
+        )
+    elif not below:
         yield (
             f"At {length} tokens, the length of training, no method's interval lies below {base}'s "
             f"loss: of {len(gaps)} methods none is a reason to leave {base}."

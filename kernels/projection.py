@@ -84,7 +84,7 @@ def project_kernel(
     for c in range(0, stop, BLOCK_N):
         k = c + tl.arange(0, BLOCK_N)
         inside = kept[:, None] & (k < C)[None, :]
-        x_tile = tl.load(rows + k[None, :] * x[4], mask=inside, other=0.0)
+        x_tile = tl.load(rows + k.to(tl.int64)[None, :] * x[4], mask=inside, other=0.0)
         own = weight + (h * D + columns)[:, None] * C + k[None, :]
         w_tile = tl.load(own, mask=(columns < D)[:, None] & (k < C)[None, :], other=0.0)
         sums = tl.dot(x_tile, tl.trans(w_tile), sums, input_precision=PRECISION)

@@ -120,7 +120,7 @@ def forward_kernel(
     for start in range(0, C, GROUPS * SIZE):
         c = start + columns
         x_tile = tl.load(
-            at + c[None, :, :] * x[4],
+            at + c.to(tl.int64)[None, :, :] * x[4],
             mask=real[:, None, None] & (c < C)[None, :, :],
             other=0.0,
         ).to(tl.float32)
@@ -178,11 +178,11 @@ def backward_kernel(
             other=0.0,
         )
         inside = real[:, None] & (c < C)[None, :]
-        at = rows_of(x, b, t)[:, None] + c[None, :] * x[4]
+        at = rows_of(x, b, t)[:, None] + c.to(tl.int64)[None, :] * x[4]
         x_tile = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         dw = tl.dot(tl.trans(x_tile), gradients, dw, input_precision="tf32x3")
         d_tile = tl.dot(gradients, w, input_precision="tf32x3").to(dx[0].dtype.element_ty)
-        to = rows_of(dx, b, t)[:, None] + c[None, :] * dx[4]
+        to = rows_of(dx, b, t)[:, None] + c.to(tl.int64)[None, :] * dx[4]
         tl.store(to, d_tile, mask=inside)
     at = parts + (tl.program_id(0).to(tl.int64) * C + c)[:, None] * H + h[None, :]
     tl.store(at, dw, mask=(c < C)[:, None] & (h < H)[None, :])

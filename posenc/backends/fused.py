@@ -125,8 +125,8 @@ def attend(case: Case, deterministic: bool | None = None) -> Tensor:
     from posenc.kernels.biased_attention import biased_attention
     from posenc.kernels.relative import relative_attention
 
-    if _decodes(case):
-        return _decode(case)
+    if _decodes(case) and (y := _decode(case)) is not None:
+        return y
     mask = _kernel_mask(case)
     # Gates that drop nothing only weigh what the kernels without gates give.
     drops = case.gates is not None and case.gates.kept < 1
@@ -160,8 +160,8 @@ def attend(case: Case, deterministic: bool | None = None) -> Tensor:
 
 
 def _decodes(case: Case) -> bool:
-    """Whether these are few queries, q and k turned, that no gradient is wanted of: a step."""
-    if torch.is_grad_enabled() or case.rotation is not None or case.mask.segments is not None:
+    """Whether these are few queries, q and k turned: a step, if no gradient is wanted."""
+    if case.rotation is not None or case.mask.segments is not None:
         return False
     term = case.scores.relative
     if term is not None and _joins(case, term):
@@ -171,34 +171,33 @@ def _decodes(case: Case) -> bool:
     return fits(case.q, case.v)
 
 
-def _decode(case: Case) -> Tensor:
-    """By the kernel that splits the keys. A bias of few queries is no larger than what makes it."""
+def _decode(case: Case) -> Tensor | None:
+    """By the kernel that splits the keys; None where a gradient is wanted, which it has not. A bias
+    of few queries is no larger than what makes it.
+    """
     from posenc.kernels.decode import decode_attention
     from posenc.kernels.decode_relative import relative_by_key
     from posenc.kernels.mask import Mask
 
     bias, term, keys = case.scores.added(), case.scores.relative, case.mask.key_length
+    query = add_per_head(case.q, case.scores.content)
+    # Those that drop nothing only weigh, as in `attend`.
+    gates = case.gates if case.gates is not None and case.gates.kept < 1 else None
+    parts: list[Any] = [query, case.k, case.v, bias, None if gates is None else gates.values]
+    of_term: list[Any] = []
+    if term is not None:
+        of_term = [add_per_head(case.q, term.query), term.rows(keys), term.offset]
+    given = [x for x in (*parts, *of_term) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return None
     if bias is not None:
-        bias = bias.expand(-1, *case.q.shape[1:3], keys)
+        parts[3] = bias.expand(-1, *case.q.shape[1:3], keys)
     if term is not None:  # beside a bias there is none
-        bias = relative_by_key(
-            add_per_head(case.q, term.query),
-            term.rows(keys),
-            term.offset,
-            keys=keys,
-            scale=case.scale,
-            window=case.mask.window,
-        )
-    y: Tensor = decode_attention(
-        add_per_head(case.q, case.scores.content),
-        case.k,
-        case.v,
-        bias,
-        None if case.gates is None else case.gates.values,
-        scale=case.scale,
-        mask=Mask(case.mask.window, real=case.mask.real),
-    )
-    return y
+        window = case.mask.window
+        parts[3] = relative_by_key(*of_term, keys=keys, scale=case.scale, window=window)
+    mask = Mask(case.mask.window, real=case.mask.real)
+    y: Tensor = decode_attention(*parts, scale=case.scale, mask=mask)
+    return y if gates is not None else weighed(y, case.gates)
 
 
 def _parts(bias: Bias) -> tuple[Tensor | None, Tensor | None]:
@@ -310,7 +309,8 @@ def _log_rates(rotation: ByRates) -> Tensor:
     """The logarithms of the rates by their kernel; at padding those with which no phase moves."""
     from posenc.kernels.rates import log_rates
 
-    log_f: Tensor = log_rates(rotation.x, rotation.weight, rotation.bias)
+    bias = None if rotation.bias is None else rotation.bias.float()  # casts may have passed by
+    log_f: Tensor = log_rates(rotation.x, rotation.weight.float(), bias)
     log_f = log_f.expand(-1, rotation.heads, -1)
     if rotation.real is None:
         return log_f

@@ -223,7 +223,8 @@ def main(argv: Sequence[str]) -> int:
     argparse.ArgumentParser(
         prog="posenc doctor", description=(__doc__ or "").splitlines()[0]
     ).parse_args(argv)
-    home = str(Path.home())
+    home = str(Path.home()).rstrip("/")
+    whole = re.compile(re.escape(home) + r"(?![\w.-])") if home else None
     for line in report():
-        print(line.replace(home, "~"))
+        print(whole.sub("~", line) if whole else line)
     return 0

@@ -4,6 +4,7 @@ Only safetensors and JSON are read: loading never runs code from a checkpoint.
 """
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from functools import reduce
@@ -61,7 +62,7 @@ def read(path_or_hub_id: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     elif "model_type" not in raw and (folder / "checkpoints").is_dir():
         raise ValueError(
             f"{folder} is a run that has not ended: it holds no model/. "
-            f"End it by posenc train --resume {folder}"
+            f"End it by: python -m posenc train --resume {shlex.quote(str(folder))}"
         )
     kind = raw.get("model_type")
     if kind not in ("posenc", "gpt2"):

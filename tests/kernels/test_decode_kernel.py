@@ -327,11 +327,14 @@ def test_decoding_takes_it(variant, padded, taken, device):
 
 
 def test_what_it_does_not_serve_goes_on(taken, device):
-    def attend(length=1, keys=20, **options):
+    def attend(length=1, keys=20, learns=False, **options):
         q, k, v = inputs((1, 2, 2, length, keys, 16, 16), torch.float32, device)
-        return fused.attend(consecutive(q, k, v, **options))
+        return fused.attend(consecutive(q, k, v.requires_grad_(learns), **options))
 
-    attend()  # with gradients to follow
+    attend(learns=True)
+    assert taken == []
+    attend()  # of weights that are frozen
+    assert taken.pop() == 1
     with torch.no_grad():
         attend(17)
         attend(4, 4, segments=torch.tensor([[0, 0, 1, 1]], device=device))
