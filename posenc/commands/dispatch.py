@@ -12,7 +12,9 @@ A subcommand's module is imported when it is called: only `train` loads what tra
 """
 
 import importlib
+import importlib.metadata
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -60,6 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return call(name, COMMANDS[name], rest)
 
 
+def in_an_extra(package: str) -> bool:
+    """Whether an extra of this project brings what is imported by that name."""
+    try:
+        wanted = importlib.metadata.requires("posenc") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a folder: not known
+        return True
+    names = {re.split(r"[^\w.-]", line)[0].replace("-", "_") for line in wanted if "extra" in line}
+    return package in names
+
+
 def usage() -> str:
     """What there is, a line a subcommand."""
     lines = [f"  {name:<8}{command.summary}" for name, command in COMMANDS.items()]
@@ -86,7 +98,7 @@ def call(name: str, command: Command, words: Sequence[str]) -> int:
         sys.stdout.flush()
     except ModuleNotFoundError as error:
         missing = (error.name or "posenc").partition(".")[0]
-        if command.extra is None or missing == "posenc":
+        if command.extra is None or missing == "posenc" or not in_an_extra(missing):
             raise
         print(
             f"error: posenc {name} needs {missing}, which is not installed. "

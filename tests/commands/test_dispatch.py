@@ -74,6 +74,16 @@ def test_a_missing_extra_is_named(name: str, tmp_path: Path) -> None:
     )
 
 
+def test_no_extra_is_named_for_what_none_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(words: object) -> int:
+        raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+    module = type("Module", (), {"main": staticmethod(lacking)})
+    monkeypatch.setattr("importlib.import_module", lambda name: module)
+    with pytest.raises(ModuleNotFoundError, match="triton"):
+        main(["bench", "predict"])
+
+
 def test_a_missing_module_of_ours_is_our_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(COMMANDS, "names", dispatch.Command("posenc.nowhere", "", "train"))
     with pytest.raises(ModuleNotFoundError, match=r"posenc\.nowhere"):
