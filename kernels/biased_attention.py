@@ -19,6 +19,7 @@ from posenc.kernels import by_distance, flash
 from posenc.kernels.bias import MARGIN, Bias, bias_arguments
 from posenc.kernels.common import (
     backward_only,
+    check_weights,
     leave_out,
     of_one_output,
     rows_by_head,
@@ -178,14 +179,8 @@ def check(
             f"got {q.shape[3]}. Use half precision, more heads, or impl='sdpa'."
         )
     (batch, heads), keys = q.shape[:2], k.shape[2]
-    for name, x, shape in (("decay", decay, (batch, heads, keys)), ("table", table, (heads, keys))):
-        if x is None:
-            continue
-        if x.shape != shape or not x.is_floating_point() or x.device != q.device:
-            raise ValueError(
-                f"{name} must be floating point {shape} on {q.device}; got {x.dtype} "
-                f"{tuple(x.shape)} on {x.device}."
-            )
+    check_weights("decay", decay, q.device, (batch, heads, keys))
+    check_weights("table", table, q.device, (heads, keys))
 
 
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:

@@ -135,6 +135,22 @@ def of_one_output(differentiate: Callable) -> Callable:
     return checked
 
 
+def check_weights(
+    name: str, x: Tensor | None, device: torch.device, *shapes: tuple[int, ...]
+) -> None:
+    """ValueError unless None, or floating point of one of these shapes on the device."""
+    if x is None:
+        return
+    # By `==` alone: torch.compile would make constants of what a set holds.
+    shaped = any(x.shape == shape for shape in shapes)
+    if not shaped or not x.is_floating_point() or x.device != device:
+        expected = " or ".join(dict.fromkeys(map(str, shapes)))
+        raise ValueError(
+            f"{name} must be floating point {expected} on {device}; got "
+            f"{x.dtype} {tuple(x.shape)} on {x.device}."
+        )
+
+
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """The context in which to launch: Triton takes the current device, not the tensors'."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

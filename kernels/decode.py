@@ -32,6 +32,7 @@ from posenc.kernels import flash
 from posenc.kernels.common import (
     OPTIONS,
     block_of,
+    check_weights,
     device_of,
     head_of,
     inference_only,
@@ -380,22 +381,6 @@ def check(
     of_one = (heads, length, k.shape[2])
     check_weights("bias", bias, q.device, (1, *of_one), (batch, *of_one))
     check_weights("gates", gates, q.device, (batch, heads, length))
-
-
-def check_weights(
-    name: str, x: Tensor | None, device: torch.device, *shapes: tuple[int, ...]
-) -> None:
-    """ValueError unless None, or floating point of one of these shapes on the device."""
-    if x is None:
-        return
-    # By `==` alone: torch.compile would make constants of what a set holds.
-    shaped = any(x.shape == shape for shape in shapes)
-    if not shaped or not x.is_floating_point() or x.device != device:
-        expected = " or ".join(dict.fromkeys(map(str, shapes)))
-        raise ValueError(
-            f"{name} must be floating point {expected} on {device}; got "
-            f"{x.dtype} {tuple(x.shape)} on {x.device}."
-        )
 
 
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:

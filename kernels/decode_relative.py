@@ -19,6 +19,7 @@ from torch import Tensor
 
 from posenc.kernels.common import (
     block_of,
+    check_weights,
     device_of,
     inference_only,
     require_runnable,
@@ -168,18 +169,8 @@ def relative_by_key(
         )
     if q.shape[2] > keys:
         raise ValueError(f"expected at least as many keys as queries; got {q.shape[2]}, {keys}.")
-    shapes: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
-        ("table", table, (heads, table.shape[1], dim)),
-        ("offsets", offsets, (heads, table.shape[1])),
-    ]
-    for name, x, shape in shapes:
-        if x is None:
-            continue
-        if x.shape != shape or not x.is_floating_point() or x.device != q.device:
-            raise ValueError(
-                f"{name} must be floating point {shape} on {q.device}; got {x.dtype} "
-                f"{tuple(x.shape)} on {x.device}."
-            )
+    check_weights("table", table, q.device, (heads, table.shape[1], dim))
+    check_weights("offsets", offsets, q.device, (heads, table.shape[1]))
     y: Tensor = _op(q, table, offsets, keys, scale, window)
     return y
 

@@ -34,6 +34,7 @@ from posenc.kernels.common import (
     OPTIONS,
     backward_only,
     block_of,
+    check_weights,
     device_of,
     head_of,
     leave_out,
@@ -542,11 +543,7 @@ def check(
 ) -> None:
     """ValueError unless these arguments of `routed_attention` fit together."""
     flash.check(q, k, v, scale, mask)
-    if gates.shape != q.shape[:-1] or not gates.is_floating_point() or gates.device != q.device:
-        raise ValueError(
-            f"gates must be floating point {tuple(q.shape[:-1])} on {q.device}; got "
-            f"{gates.dtype} {tuple(gates.shape)} on {gates.device}."
-        )
+    check_weights("gates", gates, q.device, tuple(q.shape[:-1]))
 
 
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
