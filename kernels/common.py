@@ -81,10 +81,7 @@ def inference_only(op: Op) -> Op:
 
     @functools.wraps(op)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values())
-        tensors = (x for x in given if isinstance(x, Tensor))
-        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        if wanted or _transformed(*given):
+        if differentiated(*args, *kwargs.values()):
             raise ValueError(
                 f"{op.__name__} has no gradient: it is for inference. Call it under "
                 "torch.no_grad(), or differentiate by impl='reference' or 'sdpa'."
@@ -92,6 +89,13 @@ def inference_only(op: Op) -> Op:
         return op(*args, **kwargs)
 
     return checked
+
+
+def differentiated(*given: Any) -> bool:
+    """Whether backward(), forward mode or a transform of torch.func may go through any tensor."""
+    tensors = (x for x in given if isinstance(x, Tensor))
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return wanted or _transformed(*given)
 
 
 def _transformed(*given: Any) -> bool:

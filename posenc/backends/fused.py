@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from posenc.backends.case import Case
-from posenc.backends.measured import needs_gradient
 from posenc.cache import Cache
 from posenc.convolution import DepthwiseConv
 from posenc.placement import segment_bounds
@@ -164,13 +163,14 @@ def _decodes(case: Case) -> bool:
     """Whether these are few queries, q and k turned: a step, if no gradient is wanted."""
     if case.rotation is not None or case.mask.segments is not None:
         return False
-    if needs_gradient(case.q, case.k, case.v):
+    from posenc.kernels.common import differentiated
+    from posenc.kernels.decode import fits
+
+    if differentiated(case.q, case.k, case.v):
         return False
     term = case.scores.relative
     if term is not None and _joins(case, term):
         return False
-    from posenc.kernels.decode import fits
-
     return fits(case.q, case.v)
 
 
@@ -178,6 +178,7 @@ def _decode(case: Case) -> Tensor | None:
     """By the kernel that splits the keys; None where a gradient of the terms is wanted. A bias of
     few queries is no larger than what makes it.
     """
+    from posenc.kernels.common import differentiated
     from posenc.kernels.decode import decode_attention
     from posenc.kernels.decode_relative import relative_by_key
     from posenc.kernels.mask import Mask
@@ -190,7 +191,7 @@ def _decode(case: Case) -> Tensor | None:
     of_term: list[Any] = []
     if term is not None:
         of_term = [add_per_head(case.q, term.query), term.rows(keys), term.offset]
-    if needs_gradient(*(x for x in (*parts, *of_term) if x is not None)):
+    if differentiated(*parts, *of_term):
         return None
     if bias is not None:
         parts[3] = bias.expand(-1, *case.q.shape[1:3], keys)
