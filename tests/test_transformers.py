@@ -187,6 +187,16 @@ def test_our_checkpoint_of_a_loaded_gpt2_is_ours(tmp_path: Path) -> None:
     assert torch.equal(GPT.from_pretrained(tmp_path / "ours")(ids).logits, ours(ids).logits)
 
 
+def test_dropouts_of_gpt2(tmp_path: Path) -> None:
+    write(tmp_path, gpt2(attn_pdrop=0.2, resid_pdrop=0.3, embd_pdrop=0.3))
+    ours = GPT.from_pretrained(tmp_path)
+    assert (ours.dropout.p, ours.h[0].dropout.p, ours.h[0].attn.dropout) == (0.3, 0.3, 0.2)
+    write(tmp_path, gpt2(embd_pdrop=0.4))
+    with pytest.warns(UserWarning, match=r"embd_pdrop=0\.4 beside resid_pdrop=0\.1; .* 0\.1 in"):
+        ours = GPT.from_pretrained(tmp_path)
+    assert (ours.dropout.p, ours.h[0].attn.dropout) == (0.1, 0.1)
+
+
 @pytest.mark.parametrize(
     "change",
     [

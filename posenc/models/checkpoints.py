@@ -5,6 +5,7 @@ Only safetensors and JSON are read: loading never runs code from a checkpoint.
 
 import json
 import shlex
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from functools import reduce
@@ -219,7 +220,9 @@ def our_config(raw: Mapping[str, Any]) -> GPTConfig:
 
 
 def gpt2_config(raw: Mapping[str, Any]) -> GPTConfig:
-    """The GPTConfig of a Hugging Face GPT-2 configuration."""
+    """The GPTConfig of a Hugging Face GPT-2 configuration; with a warning for another `embd_pdrop`
+    than `resid_pdrop`: GPT drops embeddings as it drops what is added to the stream.
+    """
     activations = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
     activation = raw.get("activation_function", "gelu_new")
     expected: dict[str, Any] = {
@@ -240,6 +243,14 @@ def gpt2_config(raw: Mapping[str, Any]) -> GPTConfig:
             f"this GPT-2 has activation_function={activation!r}; "
             f"expected one of {list(activations)}."
         )
+    dropout = raw.get("resid_pdrop", 0.1)
+    of_weights, of_embeddings = raw.get("attn_pdrop", 0.1), raw.get("embd_pdrop", 0.1)
+    if of_embeddings != dropout:
+        warnings.warn(
+            f"this GPT-2 has embd_pdrop={of_embeddings} beside resid_pdrop={dropout}; GPT has one "
+            f"dropout for both, and takes {dropout} in training. Set them equal in config.json.",
+            stacklevel=2,
+        )
     return GPTConfig(
         vocab_size=raw.get("vocab_size", 50257),
         context=raw.get("n_positions", 1024),
@@ -247,7 +258,8 @@ def gpt2_config(raw: Mapping[str, Any]) -> GPTConfig:
         heads=raw.get("n_head", 12),
         embed_dim=raw.get("n_embd", 768),
         attention="mha",
-        dropout=raw.get("resid_pdrop", 0.1),
+        attention_options={} if of_weights == dropout else {"dropout": of_weights},
+        dropout=dropout,
         gelu="tanh" if activations[activation] == "tanh" else "none",
         mlp_dim=raw.get("n_inner"),
     )
