@@ -24,6 +24,17 @@ def test_learned_rows_are_looked_up() -> None:
 
 def test_learned_table_starts_small() -> None:
     assert Learned(1024, 768).weight.std().item() == pytest.approx(0.02, rel=0.01)
+    table = Learned(1024, 768, std=0.1)
+    assert table.weight.std().item() == pytest.approx(0.1, rel=0.01)
+    table.reset_parameters()
+    assert table.weight.std().item() == pytest.approx(0.1, rel=0.01)
+    assert not Learned(9, WIDTH, std=0).weight.any()
+
+
+@pytest.mark.parametrize("std", [-0.1, float("inf"), float("nan")])
+def test_an_impossible_std_is_refused(std: float) -> None:
+    with pytest.raises(ValueError, match=r"std of a table must be finite and at least 0; got"):
+        Learned(9, WIDTH, std=std)
 
 
 @pytest.mark.parametrize("positions", [[10], [3, 4, 11], [-1], [[0, 10], [0, 1]]])
