@@ -8,10 +8,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from posenc.routing.moh import AUX_WEIGHT
+
 from ..comparison import bounds_of, gap_of, label, losses_of, match_of, recipe, shown
 from ..rows import Row, read, row_of
 from ..statistics import Interval, student
-from .reading import Buckets, Loss, OfRows, Ratio
+from .reading import Buckets, Load, Loss, OfRows, Ratio
 
 #: What rows call otherwise.
 PROTOCOLS = {"evaluate": "windows", "sliding": "sliding windows", "tail": "tail after a context"}
@@ -22,7 +24,7 @@ class Measured:
     """An interval and where it comes from.
 
     Attributes:
-        gap: in nats, or the logarithm of a ratio; the wider of what seeds and text give.
+        gap: in `unit`, or the logarithm of a ratio; the wider of what seeds and text give.
         what: the two that are compared.
         source: over what the interval is.
         recipe: of the runs, or what was timed on.
@@ -35,10 +37,11 @@ class Measured:
     source: str
     recipe: str
     needed: float | None = None
+    unit: str = "nats"
 
     def __str__(self) -> str:
         if not self.times:
-            return f"{self.what}: {shown(self.gap, '+.3f')} nats"
+            return f"{self.what}: {shown(self.gap, '+.3f')} {self.unit}"
         mean, low, high = (math.exp(value) for value in self.gap)
         return f"{self.what}: {mean:.2f} times ({low:.2f} .. {high:.2f})"
 
@@ -68,6 +71,8 @@ class Evidence:
             return loss(compare, rows)
         if isinstance(compare, Buckets):
             return buckets(compare, rows)
+        if isinstance(compare, Load):
+            return load(compare, rows, self.rows(compare.other_rows))
         assert isinstance(compare, Ratio)
         return ratio(compare, rows)
 
@@ -164,6 +169,44 @@ def buckets(compare: Buckets, rows: list[dict[str, Any]]) -> Measured | None:
     )
 
 
+def load(
+    compare: Load, rows: list[dict[str, Any]], other_rows: list[dict[str, Any]]
+) -> Measured | None:
+    """The least load under the first weight minus that under the other, over the seeds of both.
+
+    Raises:
+        ValueError: the two were not trained alike.
+    """
+    own, other = (
+        {row.seed: row for row in map(row_of, held) if _weighs(row, compare.of, weight)}
+        for held, weight in ((rows, compare.own), (other_rows, compare.other))
+    )
+    seeds = sorted(own.keys() & other.keys(), key=str)
+    if not seeds:
+        return None
+    for seed in seeds:
+        if (one := trained(own[seed])) != (another := trained(other[seed])):
+            raise ValueError(f"{compare.rows} is of {one}, {compare.other_rows} of {another}.")
+    gap = student([own[seed].p50 - other[seed].p50 for seed in seeds])
+    means = (fmean(side[seed].p50 for seed in seeds) for side in (own, other))
+    return Measured(
+        gap,
+        f"least load of a head of `{compare.of}` under {compare.own:g} over that under "
+        f"{compare.other:g} ({' and '.join(f'{mean:.2f}' for mean in means)})",
+        False,
+        f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'}",
+        trained(own[seeds[0]]),
+        unit="of balance",
+    )
+
+
+def _weighs(row: Row, of: str, weight: float) -> bool:
+    """Whether a row is the least load of a method under a weight of the balance loss."""
+    if row.metric != "least load" or label(row.name, row.options) != of:
+        return False
+    return float(recipe(row).get("aux_weight", AUX_WEIGHT)) == weight
+
+
 def ratio(compare: Ratio, rows: list[dict[str, Any]]) -> Measured | None:
     """By how many times the method is better; from the 20th to the 80th percentiles of repetitions,
     the worse of one against the better of the other.
@@ -193,9 +236,11 @@ def ratio(compare: Ratio, rows: list[dict[str, Any]]) -> Measured | None:
     )
 
 
-def named(side: str | Mapping[str, Any]) -> str:
-    """A side of a comparison: a label, or the values of its columns."""
-    return side if isinstance(side, str) else ", ".join(str(v) for v in side.values() if v != "")
+def named(side: str | float | Mapping[str, Any]) -> str:
+    """A side of a comparison: a label, a weight, or the values of its columns."""
+    if isinstance(side, str | float):
+        return str(side)
+    return ", ".join(str(v) for v in side.values() if v != "")
 
 
 def last(rows: list[dict[str, Any]], wanted: Mapping[str, Any]) -> dict[str, Any] | None:

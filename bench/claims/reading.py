@@ -14,6 +14,7 @@ A comparison is one of `KINDS`, by its key `kind`:
     loss      losses of two methods, paired by seed: rows of kind perplexity or run
     buckets   losses of one model under two scalings of RoPE, paired by text and positions
     ratio     two timings or sizes
+    load      the least used heads of a router under two weights of its balance loss, by seed
     exact     a function of `bench.claims.exact`, computed when it is asked
 
 Every key that is not known here is an error that names the nearest.
@@ -142,6 +143,23 @@ class Ratio(OfRows):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Load(OfRows):
+    """The load of the least used head of a router under two weights of its balance loss.
+
+    Attributes:
+        of: a method, by label.
+        own, other: the weights.
+        other_rows: where the other's are, which another command makes.
+    """
+
+    units: ClassVar[tuple[str, ...]] = ()
+    of: str
+    own: float
+    other: float
+    other_rows: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Exact(Compare):
     """A function of `bench.claims.exact`."""
 
@@ -149,7 +167,7 @@ class Exact(Compare):
 
 
 KINDS: dict[str, type[Compare]] = {
-    "loss": Loss, "buckets": Buckets, "ratio": Ratio, "exact": Exact,
+    "loss": Loss, "buckets": Buckets, "ratio": Ratio, "load": Load, "exact": Exact,
 }  # fmt: skip
 
 
@@ -344,9 +362,10 @@ def check_check(check: Check, claim: Claim, commands: Mapping[str, Command], whe
                 raise ValueError(f"{where}: {unknown('function', each.function, EXACT)}")
             continue
         assert isinstance(each, OfRows)
-        if each.decides and each.rows not in made:
+        wanted = {each.rows, each.other_rows} if isinstance(each, Load) else {each.rows}
+        if each.decides and (lacking := sorted(wanted - made)):
             raise ValueError(
-                f"{where}: no command of it makes the rows {each.rows!r}; its commands make "
+                f"{where}: no command of it makes the rows {lacking[0]!r}; its commands make "
                 f"{sorted(made)}. Name the command."
             )
         check_effect(each, claim, where)
@@ -374,7 +393,7 @@ def check_effect(compare: OfRows, claim: Claim, where: str) -> None:
     if numbers.unit not in compare.units:
         raise ValueError(
             f"{where}: {compare.effect!r} is in {numbers.unit}; rows of this kind are held against "
-            f"{', '.join(compare.units)}. Leave effect out."
+            f"{', '.join(compare.units) or 'no published number'}. Leave effect out."
         )
     if numbers.other is None:
         raise ValueError(f"{where}: {compare.effect!r} has no `other` to compare with. Give it.")

@@ -15,7 +15,7 @@ from bench import extend, memory, perplexity, report, routing, throughput
 from bench.claims import exact, ledger, reading
 from bench.claims.__main__ import main
 from bench.claims.evidence import Evidence
-from bench.claims.reading import Buckets, Loss, Published, Ratio, read_commands, read_papers
+from bench.claims.reading import Buckets, Load, Loss, Published, Ratio, read_commands, read_papers
 from bench.claims.verdict import CONTRADICTED, OPEN, REPRODUCED, WITHIN_NOISE, combine, judge
 from bench.grid import Plan, method
 from bench.rows import Row, RowFile
@@ -252,6 +252,31 @@ def test_a_ratio_spans_the_percentiles_and_the_last_row_counts(write: Write) -> 
     assert evidence.measure(replace(compare, own={"name": "nope"})) is None
 
 
+def loads(values: list[float], metric: str = "least load", **recipe: object) -> Iterator[Row]:
+    for row in losses("moh:top_k=2", values, **recipe):
+        yield replace(row, mode="train", metric=metric, unit="of balance")
+
+
+def test_loads_under_two_weights_are_paired_by_seed(write: Write) -> None:
+    write(loads([0.7, 0.8, 0.9]), loads([1.1, 1.2, 1.3], "greatest load"), losses("rope", [3.0]))
+    evidence = write(loads([0.1, 0.4], aux_weight=0.0), loads([0.5, 0.5], aux_weight=0.1),
+                     file="cpu/other.jsonl")  # fmt: skip
+    compare = Load(rows="cpu/rows.jsonl", other_rows="cpu/other.jsonl", of="moh:top_k=2", own=0.01,
+                   other=0.0)  # fmt: skip
+    found = evidence.measure(compare)
+    assert found is not None
+    assert found.gap == pytest.approx(student([0.6, 0.4]))
+    assert str(found).startswith("least load of a head of `moh:top_k=2` under 0.01 over that under "
+                                 "0 (0.75 and 0.25): +0.500 (")  # fmt: skip
+    assert str(found).endswith(" of balance")
+    assert found.source == "2 seeds"
+    assert evidence.measure(replace(compare, of="moh")) is None
+    assert evidence.measure(replace(compare, other=0.5)) is None
+    evidence = write(loads([0.1], aux_weight=0.0, lr=0.2), file="cpu/faster.jsonl")
+    with pytest.raises(ValueError, match=r"cpu/rows.jsonl is of .*, cpu/faster.jsonl of "):
+        evidence.measure(replace(compare, other_rows="cpu/faster.jsonl"))
+
+
 # A ledger of made files and rows.
 
 COMMAND = """
@@ -293,6 +318,11 @@ RATIO = (
     'kind = "ratio", rows = "cpu/rows.jsonl", better = "lower", both = { S = 8 }, '
     'own = { name = "carope" }, other = { name = "rope" }'
 )
+LOAD = (
+    'kind = "load", rows = "cpu/rows.jsonl", other_rows = "cpu/other.jsonl", of = "moh", '
+    "own = 0.01, other = 0"
+)
+MADE = LOAD.replace("other.jsonl", "rows.jsonl")
 
 
 @pytest.fixture
@@ -407,6 +437,9 @@ def test_a_premise_that_does_not_hold_is_an_error(
         (LOSS, RATIO.replace("both = { S = 8 }", 'both = { S = "8" }'), "S must be"),
         (LOSS, RATIO.replace("both = { S = 8 }", "both = 8"), "both must be"),
         (LOSS, RATIO.replace('"lower"', '"less"'), "unknown value: 'less'"),
+        (LOSS, LOAD, "no command of it makes the rows 'cpu/other.jsonl'"),
+        (LOSS, LOAD.replace("own = 0.01", 'own = "0.01"'), "own must be float"),
+        (LOSS, f'{MADE}, effect = "size"', "are held against no published number"),
     ],
 )
 def test_files_are_read_strictly(files: Path, old: str, new: str, message: str) -> None:
