@@ -18,7 +18,7 @@ from posenc.cache import Stream
 from posenc.encodings.learned import Learned
 from posenc.zoo import ZOO
 
-from . import routing
+from . import copying, routing
 from .comparison import Gap, gaps_of, label, losses_of, match_of, recipe
 from .roofline import percent_of_roofline
 from .rows import Row, row_of
@@ -419,6 +419,23 @@ def tasks_table(rows: Rows) -> Table:
     return Table(["task", "method", *(f"{times:g}x" for times in at)], lines, note)
 
 
+def copying_table(rows: Rows) -> Table:
+    """Exact match on copy and reverse beside what is published of the same tasks."""
+    lines = copying.beside(scores_of([row_of(row) for row in rows], "exact match"))
+    same, other, tied = copying.agreement(lines)
+    first = recipe(row_of(rows[0]))
+    note = (
+        f"Theirs (three models of 107 M parameters, mean ± standard deviation) / ours (median, "
+        f"least and greatest of the seeds; {first['layers']} layers of width "
+        f"{first['embed_dim']}, {int(first['steps']):,} steps), at the length over the longest of "
+        f"training, theirs and ours. Of {same + other + tied} pairs of methods that are more than "
+        f"{copying.APART:g} apart there, ours have {same} in the same order, {other} in the other, "
+        f"{tied} at a tie."
+    )
+    names = copying.METHODS.values()
+    return Table(["task", "length", *names], [copying.cells(line) for line in lines], note)
+
+
 #: Of rows, by the name in the markers of a page.
 TABLES: dict[str, Callable[[Rows], Table]] = {
     "perplexity": perplexity_table,
@@ -429,6 +446,7 @@ TABLES: dict[str, Callable[[Rows], Table]] = {
     "extend": extend_table,
     "steps": steps_table,
     "tasks": tasks_table,
+    "copying": copying_table,
 }
 
 

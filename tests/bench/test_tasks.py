@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import figures, report, scores, tables, tasks
+from bench import copying, figures, report, scores, tables, tasks
 from bench.grid import method
 from bench.pool import held
 from bench.rows import Row, RowFile, read
@@ -296,6 +296,34 @@ def test_the_report_has_a_table_and_a_plot(tmp_path: Path) -> None:
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Synthetic tasks" in html
     assert (tmp_path / "plots" / "tasks.png").exists()
+
+
+def test_published_shares_stand_beside_those_at_the_nearest_length(tmp_path: Path) -> None:
+    lines = copying.beside(scores.scores_of(rows("exact match"), "exact match"))
+    assert [(line.task, line.length, line.own_length) for line in lines] == [
+        ("cmc", 25, 15), ("cmc", 30, 15), ("mc", 25, 15), ("mc", 28, 15)
+    ]  # fmt: skip
+    assert lines[1].times == "1.5x, 1.5x"
+    assert lines[1].published["t5"] == (0.56, 0.02)
+    assert lines[1].ours.keys() == SHARES.keys() == {"nope", "alibi"}
+    assert copying.cells(lines[1])[2] == "0.17 ± 0.10 / 0.33 (0.07..0.60)"
+    assert copying.cells(lines[1])[3] == "0.56 ± 0.02 / -"
+    assert copying.cells(lines[0])[5] == "0 / -"
+    nope, alibi = (median(lines[2].ours[name]) for name in ("nope", "alibi"))
+    # Of these pairs mc at 25 alone is apart there: .54 against .04.
+    assert copying.agreement(lines) == ((1, 0, 0) if nope > alibi else (0, 1, 0))
+    turned = [line._replace(ours={"nope": [0.1], "alibi": [own]}) for line, own in
+              zip(lines, (0.0, 0.0, 0.2, 0.0), strict=True)]  # fmt: skip
+    assert copying.agreement(turned) == (0, 1, 0)
+    tied = lines[2]._replace(ours={"nope": [0.0], "alibi": [0.0]})
+    assert copying.agreement([tied]) == (0, 0, 1)
+    file = RowFile(tmp_path / "tasks.jsonl", torch.device("cpu"))
+    for row in rows(*scores.METRICS):
+        file.add(row)
+    table = tables.TABLES["copying"](read(tmp_path / "tasks.jsonl"))
+    assert table.header == ["task", "length", *copying.METHODS.values()]
+    assert len(table.lines) == 4
+    assert "Of 1 pairs of methods" in table.note
 
 
 def test_scores_that_cannot_stand_together_are_refused() -> None:
