@@ -59,7 +59,7 @@ def _patch_the_language_once():
 
 
 def _look_up_dtypes_once():
-    """Triton's interpreter builds a table of dtypes whenever it asks for one, a tenth of the time."""
+    """Triton's interpreter builds a table of dtypes whenever it wants one: a tenth of its time."""
     from triton.runtime import interpreter
 
     of_scalar = cache(interpreter._get_np_dtype)
