@@ -45,10 +45,13 @@ from posenc.kernels.common import (
 from posenc.kernels.turns import FULL_UNIT, RADIAN, columns_from, cos_sin, rotate, upper
 
 #: Pairs of features that a program holds. Few warps, because a scan pays for every warp it crosses:
-#: turning 1024 pairs takes 132 instructions a pair with four warps, 110 with two, 81 with one. The
-#: backward pass does not fit the registers of one. Twice as many for features in fp32.
+#: at D = 64 turning 1024 pairs takes 135 instructions a pair with four warps, 112 with two, 81 with
+#: one. The backward pass does not fit the registers of one. Twice as many for features in fp32.
 TILE = 1024
 WARPS = {"sum": 1, "forward": 1, "backward": 2, "later": 1}
+#: Forward at 64 pairs a token, in every dtype: 104 instructions a pair where one warp takes 117 and
+#: spills at D = 100, four take 125.
+WARPS_AT_64 = 2
 #: Tiles that the scan over tiles takes at a time.
 SCAN_ROWS = 32
 UNSPECIALIZED = ["length", "tiles", "heads"]
@@ -385,6 +388,8 @@ def forward(
     batch, heads, length, head_dim = k.shape
     rates = rates_from_log(log_rates)
     sizes = blocks(head_dim, first_power)
+    warps = WARPS["forward"] * (q.element_size() // 2)
+    warps = WARPS_AT_64 if sizes["BLOCK_P"] == 64 else warps
     q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
     k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     tiles = triton.cdiv(length, sizes["ROWS"])
@@ -404,7 +409,7 @@ def forward(
             strided(q), strided(k), strided(q_out), strided(k_out), rates, carries, last,
             phases, length, tiles, heads,
             KEEP=keep, GROUP=q.shape[1] // heads, **sizes,
-            num_warps=WARPS["forward"] * (q.element_size() // 2), **OPTIONS,
+            num_warps=warps, **OPTIONS,
         )  # fmt: skip
     return q_out, k_out, last, phases, rates, carries
 
@@ -619,7 +624,7 @@ def carope_with_phases(
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Named launches that between them use every configuration, for `inspect_sm90`."""
     for dtype in (torch.bfloat16, torch.float32):
-        for dim, key_heads in ((16, 12), (64, 12), (64, 3), (128, 12), (256, 12)):
+        for dim, key_heads in ((16, 12), (64, 12), (64, 3), (100, 12), (128, 12), (256, 12)):
             packed = torch.empty(16, 1024, 12 + key_heads, dim, dtype=dtype, device="meta")
             q, k = packed.transpose(1, 2).split([12, key_heads], 1)
             log_rates = torch.empty(16, key_heads, 1024, dtype=torch.float64, device="meta")
