@@ -349,9 +349,7 @@ def backward(
             )  # fmt: skip
     dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     dk, dv = flash.launch_dkv("dqkv", dy, saved, delta, dq_sum, *rest)
-    dq = rows_by_head(q)
-    torch.mul(dq_sum, scale, out=dq)
-    return dq, dk, dv, delta
+    return flash.scaled(dq_sum, scale, q), dk, dv, delta
 
 
 @torch.library.custom_op("posenc::routed_forward", mutates_args=())
