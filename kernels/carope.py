@@ -21,7 +21,6 @@ end. There are no atomics: the same bits in every run.
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -52,9 +51,33 @@ WARPS = {"sum": 1, "forward": 1, "backward": 2, "later": 1}
 #: Forward at 64 pairs a token, in every dtype: 104 instructions a pair where one warp takes 117 and
 #: spills at D = 100, four take 125.
 WARPS_AT_64 = 2
+#: Rates that a program takes from their logarithms.
+RATES = 256
 #: Tiles that the scan over tiles takes at a time.
 SCAN_ROWS = 32
 UNSPECIALIZED = ["length", "tiles", "heads"]
+
+
+@triton.jit(do_not_specialize=["count", "heads", "length"])
+def rates_kernel(
+    log_rates,
+    log_b,
+    log_h,
+    log_t,
+    rates,
+    count,
+    heads,
+    length,
+    BLOCK: tl.constexpr,
+):
+    """`rates_from_log` of BLOCK numbers."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    b, h, t = n // (heads * length), n // length % heads, n % length
+    at = log_rates + b * log_b + h * log_h + t * log_t
+    log = tl.load(at, mask=n < count, other=0.0).to(tl.float64)
+    rate = (tl.exp(log) * 2.0**62).to(tl.int64)
+    rate = tl.minimum(tl.maximum(rate, 1), 2**62 - 1) * 4
+    tl.store(rates + n, tl.where(log == -float("inf"), 0, rate), mask=n < count)
 
 
 @triton.jit
@@ -368,9 +391,13 @@ def rates_from_log(log_rates: Tensor) -> Tensor:
     exponential in fp64 costs one number a token and head; a rate in fp32 would put a million
     tokens 0.03 rad off.
     """
-    log_rates = log_rates.to(torch.float64, memory_format=torch.contiguous_format)
-    rates = (log_rates.exp() * 2.0**62).to(torch.int64).clamp_(1, 2**62 - 1) * 4
-    return rates.masked_fill_(log_rates == -math.inf, 0)
+    rates = torch.empty(log_rates.shape, dtype=torch.int64, device=log_rates.device)
+    with device_of(rates):
+        rates_kernel[(triton.cdiv(rates.numel(), RATES),)](
+            log_rates, *log_rates.stride(), rates, rates.numel(), *rates.shape[1:],
+            BLOCK=RATES, **OPTIONS,
+        )  # fmt: skip
+    return rates
 
 
 def forward(
