@@ -6,16 +6,17 @@
     dz = -sigmoid(z) f dlog f,  dx = dz W^T,  dW = x^T dz,  dbias = sum of dz
 
 A rate in fp32 puts a million tokens 0.02 rad off, so z needs about twice its digits, and fp64 is
-slow in most GPUs. A group of g columns (8, of fp32 4) is summed as two numbers: every product x w
-is split by fused multiply-adds against a number that is much larger,
+slow in most GPUs. A group of g columns (8, of fp32 4) is summed as two numbers: products x w are
+added by fused multiply-adds to a number that is much larger, and what that rounds away is kept,
 
-    s = top + x w,  t = s - top,  r = x w - t        top = 2 g max|x| max|W|
+    s[j] = s[j-1] + x w,  r[j] = x w - (s[j] - s[j-1])        s[0] = top = 2 g max|x| max|W|
 
-so that t lies on a grid which the group shares and sums exactly, and r is at most 2^-23 top.
+so that all s lie on a grid where their differences are exact, s[g] - top too, and r is at most
+2^-23 top; sum x w = (s[g] - top) + sum r.
 Groups are added with what each addition loses (Knuth's two-sum). For C up to 1024 z is off by
 2^-37 C max|x| max|W| at the very most, if all roundings of r and of the losses fall the same way;
 random ones leave 2^-48 of it, 4e-13 for normed tokens and weights of 0.02 at C = 768. (A group's
-share of the bound is 6 2^-45 top, that of m losses in a sum 2^-23 m (m 2^-21 + m^2 2^-26) top.)
+share of the bound is 10 2^-45 top, that of m losses in a sum 2^-23 m (m 2^-21 + m^2 2^-26) top.)
 
 A row is summed in one order, whatever the number of rows: rates do not depend on how a sequence is
 cut. x and its products with W must stay below 2^122; beyond, rates are NaN.
@@ -71,6 +72,26 @@ def _add(a, a_rest, b, b_rest):
     s = a + b
     of_b = s - a
     return s, a_rest + b_rest + ((a - (s - of_b)) + (b - of_b))
+
+
+@triton.jit
+def _halves(x):
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
+
+
+@triton.jit
+def _columns(x):
+    """The 4 or 8 columns of x, each as large as the rest, in an order of their own: one thread holds
+    them all.
+    """
+    a, b = _halves(x)
+    if x.shape[2] == 4:
+        found = tl.split(a) + tl.split(b)
+    else:
+        a1, a2 = _halves(a)
+        b1, b2 = _halves(b)
+        found = tl.split(a1) + tl.split(a2) + tl.split(b1) + tl.split(b2)
+    return found
 
 
 @triton.jit
@@ -208,13 +229,18 @@ def forward_kernel(
             other=0.0,
         ).to(tl.float32)
         bound = tl.max(tl.abs(x_tile), 2) * (2 * SIZE)
+        x_columns = _columns(x_tile)
         added = ()
         for i in tl.static_range(HEADS):
-            w = tl.load(weight + i * WIDTH + c)[None, :, :]
-            top = (bound * of_heads[i])[:, :, None]
-            back = top - _fused(x_tile, w, top)
-            rest = _fused(x_tile, w, back)
-            added += _add(totals[2 * i], totals[2 * i + 1], -tl.sum(back, 2), tl.sum(rest, 2))
+            w = _columns(tl.load(weight + i * WIDTH + c)[None, :, :])
+            top = bound * of_heads[i]
+            total = top
+            rest = tl.zeros((ROWS, GROUPS), tl.float32)
+            for j in tl.static_range(SIZE):
+                before = total
+                total = _fused(x_columns[j], w[j], before)
+                rest += _fused(x_columns[j], w[j], before - total)
+            added += _add(totals[2 * i], totals[2 * i + 1], total - top, rest)
         totals = added
     for i in tl.static_range(HEADS):
         total, rest = tl.reduce((totals[2 * i], totals[2 * i + 1]), 1, _add)
