@@ -81,9 +81,7 @@ def _halves(x):
 
 @triton.jit
 def _columns(x):
-    """The 4 or 8 columns of x, each as large as the rest, in an order of their own: one thread holds
-    them all.
-    """
+    """The 4 or 8 columns of x, as a tuple and in an order of their own; one thread holds them all."""
     a, b = _halves(x)
     if x.shape[2] == 4:
         found = tl.split(a) + tl.split(b)
