@@ -81,7 +81,7 @@ def _halves(x):
 
 @triton.jit
 def _columns(x):
-    """The 4 or 8 columns of x, as a tuple and in an order of their own; one thread holds them all."""
+    """The 4 or 8 columns of x, in an order of their own; a thread holds all of a row's."""
     a, b = _halves(x)
     if x.shape[2] == 4:
         found = tl.split(a) + tl.split(b)
