@@ -22,6 +22,8 @@ HALF = (*ONE_CORE, "relative bfloat16", "routed bfloat16", "biased_attention bfl
 FEW_QUERIES = ("decode bfloat16", "decode_relative bfloat16")
 #: One number a token and head, as precise as its exponential can be.
 DOUBLE = {"rates_kernel", "log_kernel", "dz_kernel"}
+#: Bytes that are spilled outside of the innermost loops.
+SPILLED = {("relative bfloat16 D=128 no offsets", "dkv_kernel"): 24}
 #: A branch over the tiles that segments empty keeps loads from being started early.
 IN_ORDER = {("biased_attention bfloat16 D=64 table masked", "by_distance_kernel")}
 TUNED_ON = ("3.6.", "3.7.")
@@ -50,7 +52,7 @@ LAUNCHES = [
 @pytest.mark.parametrize(("example", "launch"), LAUNCHES)
 def test_compiled(example, launch):
     report = inspect_sm90.report(example, launch)
-    assert report.spilled == 0
+    assert report.spilled <= SPILLED.get((example, report.kernel), 0)
     assert report.shared <= inspect_sm90.SHARED_LIMIT
     assert (".f64" in report.ptx) == (report.kernel in DOUBLE)
     half, few = example.startswith(HALF), example.startswith(FEW_QUERIES)
@@ -65,7 +67,7 @@ def test_compiled(example, launch):
 
 
 def by_warps(example):
-    """At D=128 these tiles are too few rows for a product of 64; larger ones spill."""
+    """At D=128 these have products of fewer than 64 rows; larger tiles spill."""
     return "D=128" in example and ("atomic" in example or example.startswith("relative"))
 
 
@@ -91,9 +93,7 @@ def test_rows_of_any_length_are_read_whole(example, launch):
 
 
 #: Where larger tiles spill: their products are those of mma.sync, which divides columns too.
-FEW_ROWS = {
-    (relative, "dkv", 128), (flash, "dkv", 256), (flash, "dqkv", 256),
-}  # fmt: skip
+FEW_ROWS = {(flash, "dkv", 256), (flash, "dqkv", 256)}
 
 
 @pytest.mark.parametrize("family", [flash, relative, routed])
