@@ -21,7 +21,6 @@ end. There are no atomics: the same bits in every run.
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -45,13 +44,40 @@ from posenc.kernels.common import (
 from posenc.kernels.turns import FULL_UNIT, RADIAN, columns_from, cos_sin, rotate, upper
 
 #: Pairs of features that a program holds. Few warps, because a scan pays for every warp it crosses:
-#: turning 1024 pairs takes 132 instructions a pair with four warps, 110 with two, 81 with one. The
-#: backward pass does not fit the registers of one. Twice as many for features in fp32.
+#: at D = 64 turning 1024 pairs takes 135 instructions a pair with four warps, 112 with two, 81 with
+#: one. The backward pass does not fit the registers of one. Twice as many for features in fp32.
 TILE = 1024
 WARPS = {"sum": 1, "forward": 1, "backward": 2, "later": 1}
+#: Forward at 64 pairs a token, in every dtype: 104 instructions a pair where one warp takes 117 and
+#: spills at D = 100, four take 125.
+WARPS_AT_64 = 2
+#: Rates that a program takes from their logarithms.
+RATES = 256
 #: Tiles that the scan over tiles takes at a time.
 SCAN_ROWS = 32
 UNSPECIALIZED = ["length", "tiles", "heads"]
+
+
+@triton.jit(do_not_specialize=["count", "heads", "length"])
+def rates_kernel(
+    log_rates,
+    log_b,
+    log_h,
+    log_t,
+    rates,
+    count,
+    heads,
+    length,
+    BLOCK: tl.constexpr,
+):
+    """`rates_from_log` of BLOCK numbers."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    b, h, t = n // (heads * length), n // length % heads, n % length
+    at = log_rates + b * log_b + h * log_h + t * log_t
+    log = tl.load(at, mask=n < count, other=0.0).to(tl.float64)
+    rate = (tl.exp(log) * 2.0**62).to(tl.int64)
+    rate = tl.minimum(tl.maximum(rate, 1), 2**62 - 1) * 4
+    tl.store(rates + n, tl.where(log == -float("inf"), 0, rate), mask=n < count)
 
 
 @triton.jit
@@ -365,9 +391,13 @@ def rates_from_log(log_rates: Tensor) -> Tensor:
     exponential in fp64 costs one number a token and head; a rate in fp32 would put a million
     tokens 0.03 rad off.
     """
-    log_rates = log_rates.to(torch.float64, memory_format=torch.contiguous_format)
-    rates = (log_rates.exp() * 2.0**62).to(torch.int64).clamp_(1, 2**62 - 1) * 4
-    return rates.masked_fill_(log_rates == -math.inf, 0)
+    rates = torch.empty(log_rates.shape, dtype=torch.int64, device=log_rates.device)
+    with device_of(rates):
+        rates_kernel[(triton.cdiv(rates.numel(), RATES),)](
+            log_rates, *log_rates.stride(), rates, rates.numel(), *rates.shape[1:],
+            BLOCK=RATES, **OPTIONS,
+        )  # fmt: skip
+    return rates
 
 
 def forward(
@@ -385,6 +415,8 @@ def forward(
     batch, heads, length, head_dim = k.shape
     rates = rates_from_log(log_rates)
     sizes = blocks(head_dim, first_power)
+    warps = WARPS["forward"] * (q.element_size() // 2)
+    warps = WARPS_AT_64 if sizes["BLOCK_P"] == 64 else warps
     q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
     k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     tiles = triton.cdiv(length, sizes["ROWS"])
@@ -404,7 +436,7 @@ def forward(
             strided(q), strided(k), strided(q_out), strided(k_out), rates, carries, last,
             phases, length, tiles, heads,
             KEEP=keep, GROUP=q.shape[1] // heads, **sizes,
-            num_warps=WARPS["forward"] * (q.element_size() // 2), **OPTIONS,
+            num_warps=warps, **OPTIONS,
         )  # fmt: skip
     return q_out, k_out, last, phases, rates, carries
 
@@ -619,7 +651,7 @@ def carope_with_phases(
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Named launches that between them use every configuration, for `inspect_sm90`."""
     for dtype in (torch.bfloat16, torch.float32):
-        for dim, key_heads in ((16, 12), (64, 12), (64, 3), (128, 12), (256, 12)):
+        for dim, key_heads in ((16, 12), (64, 12), (64, 3), (100, 12), (128, 12), (256, 12)):
             packed = torch.empty(16, 1024, 12 + key_heads, dim, dtype=dtype, device="meta")
             q, k = packed.transpose(1, 2).split([12, key_heads], 1)
             log_rates = torch.empty(16, key_heads, 1024, dtype=torch.float64, device="meta")

@@ -232,6 +232,13 @@ def head_of(x, b, h):
 
 
 @triton.jit
+def rows_at(x, b, h, t, columns):
+    """Where features `columns` of rows t, 64-bit, lie in a `strided`; b or h may differ by row."""
+    start, stride, step = head_of(x, b, h)
+    return (start + t * stride)[:, None] + columns.to(tl.int64)[None, :] * step
+
+
+@triton.jit
 def _pointers(matrix, first, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     # Computed afresh in every turn of a loop: with `first` taken out of the tile's own offsets the
     # compiler keeps those in registers, 30 of them, and half as many programs fit.

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from posenc.kernels.common import (
     OPTIONS,
+    aligned,
     backward_only,
     device_of,
     require_runnable,
@@ -59,10 +60,17 @@ def _chosen(part, q, k, v):
     return chosen
 
 
+@triton.constexpr_function
+def _common_unit(*units):
+    """What divides the rows' strides of several `common.strided`."""
+    return min(units)
+
+
 @triton.jit
-def _head_of(x, b, h):
-    """`common.head_of` of such numbers; nothing is known to divide them."""
-    return x[0] + b * x[1] + h * x[2], x[3], x[4]
+def _head_of(x, b, h, UNIT: tl.constexpr):
+    """`common.head_of` of such numbers."""
+    start = x[0] + b * aligned(x[1], UNIT) + h * aligned(x[2], UNIT)
+    return start, aligned(x[3], UNIT), x[4]
 
 
 @triton.jit
@@ -174,10 +182,12 @@ def forward_kernel(
     taps = _load_taps(weight, part, h, TAPS, D, BLOCK_D)
     shift = _load_bias(bias, part, h, D, BLOCK_D)
     x, y = _chosen(part, q, k, v), _chosen(part, q_out, k_out, v_out)
+    OF_X: tl.constexpr = _common_unit(q[5], k[5], v[5])
+    OF_Y: tl.constexpr = _common_unit(q_out[5], k_out[5], v_out[5])
     begin = tl.program_id(1) * share
     for item in range(begin, tl.minimum(begin + share, items)):
         b = (item // tiles).to(tl.int64)
-        source, target = _head_of(x, b, h), _head_of(y, b, h)
+        source, target = _head_of(x, b, h, OF_X), _head_of(y, b, h, OF_Y)
         before = _past_of(past, part, b, h)
         first = (item % tiles * GROUPS + tl.arange(0, GROUPS)) * STRIP
         window = ()
@@ -237,9 +247,13 @@ def backward_kernel(
     origin = 0 if past is None else -HALO
     x, dx = _chosen(part, q, k, v), _chosen(part, dq, dk, dv)
     dy = _chosen(part, dq_out, dk_out, dv_out)
+    OF_X: tl.constexpr = _common_unit(q[5], k[5], v[5])
+    OF_DX: tl.constexpr = _common_unit(dq[5], dk[5], dv[5])
+    OF_DY: tl.constexpr = _common_unit(dq_out[5], dk_out[5], dv_out[5])
     for item in range(program * share, tl.minimum(program * share + share, items)):
         b = (item // tiles).to(tl.int64)
-        source, upstream, target = _head_of(x, b, h), _head_of(dy, b, h), _head_of(dx, b, h)
+        source, target = _head_of(x, b, h, OF_X), _head_of(dx, b, h, OF_DX)
+        upstream = _head_of(dy, b, h, OF_DY)
         before = _past_of(past, part, b, h)
         dbefore = _past_of(dpast, part, b, h)
         first = origin + (item % tiles * GROUPS + tl.arange(0, GROUPS)) * STRIP
@@ -281,8 +295,8 @@ def backward_kernel(
 def blocks(dim: int, taps: int, dtype: torch.dtype, strip: int) -> dict[str, int]:
     """The compile-time sizes of the kernels."""
     block = triton.next_power_of_2(dim)
-    # Triton takes rows for aligned where D is a multiple of 16; more taps leave too few registers.
-    access = 16 if dim % 16 == 0 and taps <= 4 else 8
+    # What a thread reads at once of rows that lie side by side; more taps leave too few registers.
+    access = 16 if dim * dtype.itemsize % 16 == 0 and taps <= 4 else 8
     held = 32 * NUM_WARPS * access // dtype.itemsize
     return {
         "TAPS": taps,
@@ -567,6 +581,7 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
         (half, 64, 4, False, True, True),
         (half, 16, 2, True, False, False),
         (half, 40, 3, False, True, False),
+        (half, 100, 3, True, False, False),
         (half, 128, 8, True, True, True),
         (single, 64, 3, True, True, True),
         (single, 40, 8, False, True, False),

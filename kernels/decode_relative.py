@@ -23,6 +23,7 @@ from posenc.kernels.common import (
     device_of,
     inference_only,
     require_runnable,
+    rows_at,
     strided,
     tile_options,
 )
@@ -79,8 +80,7 @@ def term_kernel(
         place = first + tl.arange(0, BLOCK_M)
         inside = place < B * T
         b, t = (place // T).to(tl.int64), place % T
-        at = q[0] + b * q[1] + h * q[2] + t.to(tl.int64) * q[3]
-        at = at[:, None] + columns.to(tl.int64)[None, :] * q[4]
+        at = rows_at(q, b, h, t.to(tl.int64), columns)
         q_tile = tl.load(at, mask=inside[:, None] & (columns < D)[None, :], other=0.0)
         s = tl.dot(q_tile, tl.trans(rows), input_precision=PRECISION)
         if own is not None:
@@ -179,7 +179,7 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Named launches that between them use every configuration, for `inspect_sm90`."""
     half, single = torch.bfloat16, torch.float32
     for dtype in (half, single):
-        for dim in (32, 64, 128):
+        for dim in (32, 64, 100, 128):
             q = torch.empty(16, 12, 1, dim, dtype=dtype, device="meta")
             table = torch.empty(12, 4096, dim, device="meta")
             name = f"{str(dtype).removeprefix('torch.')} D={dim}"

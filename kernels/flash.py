@@ -44,7 +44,7 @@ from posenc.kernels.common import (
     strided,
     tile_options,
 )
-from posenc.kernels.flash_backward import delta_kernel, dkv_kernel, dq_kernel
+from posenc.kernels.flash_backward import delta_kernel, dkv_kernel, dq_kernel, scale_kernel
 from posenc.kernels.hooks import LOAD, STORE, Hook
 from posenc.kernels.mask import (
     CAUSAL,
@@ -67,8 +67,8 @@ MAX_HEAD_DIM = 256
 #: `deterministic=None` takes the one-kernel backward for more queries than this. Not measured:
 #: counting (5 products instead of 7, against zeroing and converting dQ) puts the tie near 1400.
 SPLIT_UP_TO = 2048
-#: Rows of a program of the small kernel that only computes delta.
-DELTA_ROWS = 64
+#: Rows of a program of the small kernels before and after the one-kernel backward.
+SMALL_ROWS = 64
 
 
 class Config(NamedTuple):
@@ -363,11 +363,23 @@ def delta_of(o: Tensor, do: Tensor) -> Tensor:
     batch, heads, length, dim = o.shape
     delta = torch.empty(o.shape[:-1], dtype=torch.float32, device=o.device)
     with device_of(o):
-        delta_kernel[(triton.cdiv(length, DELTA_ROWS) * batch * heads,)](
+        delta_kernel[(triton.cdiv(length, SMALL_ROWS) * batch * heads,)](
             strided(o), strided(do), delta, heads, length,
-            D=dim, BLOCK_D=block_of(o), BLOCK_M=DELTA_ROWS, **OPTIONS,
+            D=dim, BLOCK_D=block_of(o), BLOCK_M=SMALL_ROWS, **OPTIONS,
         )  # fmt: skip
     return delta
+
+
+def scaled(sums: Tensor, scale: float, q: Tensor) -> Tensor:
+    """dq of q from its sums, fp32 (B, H, T, D)."""
+    batch, heads, length, dim = q.shape
+    dq = rows_by_head(q)
+    with device_of(q):
+        scale_kernel[(triton.cdiv(length, SMALL_ROWS) * batch * heads,)](
+            strided(sums), strided(dq), heads, length, scale,
+            D=dim, BLOCK_D=block_of(q), BLOCK_M=SMALL_ROWS, **OPTIONS,
+        )  # fmt: skip
+    return dq
 
 
 def backward_atomic(
@@ -427,9 +439,7 @@ def backward(
     if is_split(deterministic, saved.q.shape[2]):
         return backward_split(do, saved, scale, mask=mask, bias=bias)
     dq_sum, dk, dv = backward_atomic(do, saved, scale, mask=mask, bias=bias)
-    dq = rows_by_head(saved.q)
-    torch.mul(dq_sum, scale, out=dq)
-    return dq, dk, dv
+    return scaled(dq_sum, scale, saved.q), dk, dv
 
 
 @torch.library.custom_op("posenc::flash_forward", mutates_args=())

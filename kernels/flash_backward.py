@@ -446,3 +446,23 @@ def delta_kernel(
     do_tile = load_tile(head_of(do, b, h), first, T, BLOCK_M, D, BLOCK_D)
     row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
     tl.store(delta + bh * T + m, row_delta, mask=m < T)
+
+
+@triton.jit(do_not_specialize=["H", "T"])
+def scale_kernel(
+    x,
+    y,
+    H,
+    T,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """y = scale x, both `common.strided`: the sums of the one-kernel backward as dQ."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    first = tl.program_id(0) % tiles * BLOCK_M
+    bh = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = bh // H, bh % H
+    tile = load_tile(head_of(x, b, h), first, T, BLOCK_M, D, BLOCK_D)
+    store_tile(head_of(y, b, h), tile * scale, first, T, BLOCK_M, D, BLOCK_D)

@@ -390,7 +390,7 @@ def polar(
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Named launches that between them use every configuration, for `inspect_sm90`."""
     for dtype in (torch.bfloat16, torch.float32):
-        for dim in (16, 64, 128, 256):
+        for dim in (16, 64, 72, 128, 256):
             packed = torch.empty(16, 1024, 3, 12, dim, dtype=dtype, device="meta")
             q, k, _ = packed.permute(2, 0, 3, 1, 4)
             out = torch.empty(q.shape, dtype=dtype, device="meta")

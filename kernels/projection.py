@@ -14,6 +14,7 @@ pays has to be measured, see `bench.routing`; until then no module takes it.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -22,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posenc.kernels.common import (
+    aligned,
     backward_only,
     block_of,
     device_of,
@@ -59,14 +61,15 @@ def project_kernel(
     H,
     T,
     C,
+    UNIT: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Every row of y, `common.strided`. x: that of (B, 1, T, C). Contiguous: weight (H D, C), bias
-    (H D) or None.
+    """Every row of y, `common.strided`. x: that of (B, 1, T, C). Contiguous: weight (H D, C), of
+    which UNIT divides C, and bias (H D) or None.
     """
     tiles = tl.cdiv(T, BLOCK_M)
     first = tl.program_id(0) % tiles * BLOCK_M
@@ -78,13 +81,15 @@ def project_kernel(
     kept = place < count
     columns = tl.arange(0, BLOCK_D)
 
-    rows = x[0] + b * x[1] + m[:, None] * x[3]
+    start_of_x, stride, step = head_of(x, b, 0)
+    rows = start_of_x + m[:, None] * stride
+    C = aligned(C, UNIT)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     stop = C * (first < count).to(tl.int32)
     for c in range(0, stop, BLOCK_N):
         k = c + tl.arange(0, BLOCK_N)
         inside = kept[:, None] & (k < C)[None, :]
-        x_tile = tl.load(rows + k.to(tl.int64)[None, :] * x[4], mask=inside, other=0.0)
+        x_tile = tl.load(rows + k.to(tl.int64)[None, :] * step, mask=inside, other=0.0)
         own = weight + (h * D + columns)[:, None] * C + k[None, :]
         w_tile = tl.load(own, mask=(columns < D)[:, None] & (k < C)[None, :], other=0.0)
         sums = tl.dot(x_tile, tl.trans(w_tile), sums, input_precision=PRECISION)
@@ -105,7 +110,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) ->
     with device_of(x):
         project_kernel[(triton.cdiv(length, config.block_m) * batch * heads,)](
             strided(x.unsqueeze(1)), weight.contiguous(), bias, routing.order, routing.ranks,
-            strided(y), heads, length, x.shape[2], **tile_options(y, config),
+            strided(y), heads, length, x.shape[2], UNIT=math.gcd(16, x.shape[2]),
+            **tile_options(y, config),
         )  # fmt: skip
     return y
 
@@ -170,9 +176,9 @@ def project_kept(x: Tensor, weight: Tensor, bias: Tensor | None, gates: Tensor) 
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Named launches that between them use every configuration, for `inspect_sm90`."""
     for dtype in (torch.bfloat16, torch.float32):
-        for dim in (32, 64, 80, 256):
-            x = torch.empty(16, 1024, 768, dtype=dtype, device="meta")
-            weight = torch.empty(12 * dim, 768, dtype=dtype, device="meta")
+        for dim, width in ((32, 768), (64, 768), (100, 500), (256, 768)):
+            x = torch.empty(16, 1024, width, dtype=dtype, device="meta")
+            weight = torch.empty(12 * dim, width, dtype=dtype, device="meta")
             gates = torch.empty(16, 12, 1024, device="meta")
             order = torch.empty(16, 12, 1024, dtype=torch.int32, device="meta")
             ranks = torch.empty(16, 12, 1025, dtype=torch.int32, device="meta")

@@ -6,16 +6,17 @@
     dz = -sigmoid(z) f dlog f,  dx = dz W^T,  dW = x^T dz,  dbias = sum of dz
 
 A rate in fp32 puts a million tokens 0.02 rad off, so z needs about twice its digits, and fp64 is
-slow in most GPUs. A group of g columns (8, of fp32 4) is summed as two numbers: every product x w
-is split by fused multiply-adds against a number that is much larger,
+slow in most GPUs. A group of g columns (8, of fp32 4) is summed as two numbers: products x w are
+added by fused multiply-adds to a number that is much larger, and what that rounds away is kept,
 
-    s = top + x w,  t = s - top,  r = x w - t        top = 2 g max|x| max|W|
+    s[j] = s[j-1] + x w,  r[j] = x w - (s[j] - s[j-1])        s[0] = top = 2 g max|x| max|W|
 
-so that t lies on a grid which the group shares and sums exactly, and r is at most 2^-23 top.
+so that all s lie on a grid where their differences are exact, s[g] - top too, and r is at most
+2^-23 top; sum x w = (s[g] - top) + sum r.
 Groups are added with what each addition loses (Knuth's two-sum). For C up to 1024 z is off by
 2^-37 C max|x| max|W| at the very most, if all roundings of r and of the losses fall the same way;
 random ones leave 2^-48 of it, 4e-13 for normed tokens and weights of 0.02 at C = 768. (A group's
-share of the bound is 6 2^-45 top, that of m losses in a sum 2^-23 m (m 2^-21 + m^2 2^-26) top.)
+share of the bound is 10 2^-45 top, that of m losses in a sum 2^-23 m (m 2^-21 + m^2 2^-26) top.)
 
 A row is summed in one order, whatever the number of rows: rates do not depend on how a sequence is
 cut. x and its products with W must stay below 2^122; beyond, rates are NaN.
@@ -31,7 +32,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from posenc.kernels.common import (
     INTERPRETED,
@@ -43,7 +43,7 @@ from posenc.kernels.common import (
     require_runnable,
     strided,
 )
-from posenc.rates import log_rates_of
+from posenc.kernels.mask import check_real
 
 #: Rows of a program, and groups of columns that it takes at a time.
 ROWS, GROUPS = 16, 8
@@ -52,6 +52,8 @@ HEADS = 16
 #: Of the backward pass: rows and columns of a tile; programs that divide the rows, at most.
 BLOCK_M, BLOCK_C = 64, 64
 SPLITS = 64
+#: Of the kernels before and after: columns of W, and numbers (B, H, T), that a program takes.
+COLUMNS, NUMBERS = 1024, 256
 
 EXACT = tl.constexpr(INTERPRETED)
 
@@ -73,6 +75,24 @@ def _add(a, a_rest, b, b_rest):
 
 
 @triton.jit
+def _halves(x):
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
+
+
+@triton.jit
+def _columns(x):
+    """The 4 or 8 columns of x, in an order of their own; a thread holds all of a row's."""
+    a, b = _halves(x)
+    if x.shape[2] == 4:
+        found = tl.split(a) + tl.split(b)
+    else:
+        a1, a2 = _halves(a)
+        b1, b2 = _halves(b)
+        found = tl.split(a1) + tl.split(a2) + tl.split(b1) + tl.split(b2)
+    return found
+
+
+@triton.jit
 def _place(rows, length):
     """Sequence and token of numbered rows, 64-bit."""
     return (rows // length).to(tl.int64), (rows % length).to(tl.int64)
@@ -83,6 +103,88 @@ def rows_of(x, b, t):
     """Pointers to the rows of tokens t of sequences b."""
     start, stride, _ = head_of(x, b, 0)
     return start + t * stride
+
+
+@triton.jit
+def _log1p(y):
+    """log(1 + y) of y >= 0 in fp64: what 1 + y rounds away is put back."""
+    u = 1.0 + y
+    same = u == 1.0
+    return tl.where(same, y, tl.log(u) * (y / tl.where(same, 1.0, u - 1.0)))
+
+
+@triton.jit
+def _expm1(x):
+    """e^x - 1 in fp64, below the overflow of e^x; put right in the same way."""
+    u = tl.exp(x)
+    less = u - 1.0
+    inner = (u != 1.0) & (less != -1.0)
+    ends = tl.where(u == 1.0, x, -1.0)
+    return tl.where(inner, less * (x / tl.log(tl.where(inner, u, 2.0))), ends)
+
+
+@triton.jit
+def _numbers(count, H, length, BLOCK: tl.constexpr):
+    """The program's places in (B, H, T), which exist, and their sequences, heads and tokens."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return n, n < count, n // (H * length), n // length % H, n % length
+
+
+@triton.jit(do_not_specialize=["count", "H", "length"])
+def log_kernel(sums, bias, real, log_rates, count, H, length, BLOCK: tl.constexpr):
+    """log f (B, H, T), fp64, of `forward_kernel`'s sums; -inf where `real`, bool (B, T), is False.
+
+    All contiguous; bias and real may be None.
+    """
+    n, inside, b, h, t = _numbers(count, H, length, BLOCK)
+    z = tl.load(sums + n, mask=inside, other=0.0).to(tl.float64)
+    z += tl.load(sums + count + n, mask=inside, other=0.0).to(tl.float64)
+    if bias is not None:
+        z += tl.load(bias + h, mask=inside, other=0.0).to(tl.float64)
+    softplus = tl.where(z > 0, z, 0.0) + _log1p(tl.exp(-tl.abs(z)))
+    log = -_log1p(softplus)
+    if real is not None:
+        log = tl.where(tl.load(real + b * length + t, mask=inside, other=True), log, -float("inf"))
+    tl.store(log_rates + n, log, mask=inside)
+
+
+@triton.jit(do_not_specialize=["count", "H", "length"])
+def dz_kernel(
+    dlog,
+    dlog_b,
+    dlog_h,
+    dlog_t,
+    log_rates,
+    dz,
+    count,
+    H,
+    length,
+    BLOCK: tl.constexpr,
+):
+    """dz = -sigmoid(z) f dlog f, fp32; 0 where a rate is. Contiguous: log_rates, dz (B, H, T)."""
+    n, inside, b, h, t = _numbers(count, H, length, BLOCK)
+    log = tl.load(log_rates + n, mask=inside, other=0.0)
+    gradient = tl.load(dlog + b * dlog_b + h * dlog_h + t * dlog_t, mask=inside, other=0.0)
+    moves = log != -float("inf")
+    log = tl.where(moves, log, 0.0)
+    slope = tl.exp(log) * _expm1(-_expm1(-log))
+    tl.store(dz + n, tl.where(moves, gradient * slope, 0.0).to(tl.float32), mask=inside)
+
+
+@triton.jit(do_not_specialize=["C", "H", "WIDTH"])
+def weight_kernel(weight, of_c, of_h, by_head, largest, C, H, WIDTH, BLOCK: tl.constexpr):
+    """Row of W^T (.., WIDTH) with zeros where W has nothing, and its largest size; a program each.
+
+    W: (C, H) with any strides.
+    """
+    h = tl.program_id(0).to(tl.int64)
+    most = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, WIDTH, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        w = tl.load(weight + c.to(tl.int64) * of_c + h * of_h, mask=(c < C) & (h < H), other=0.0)
+        tl.store(by_head + h * WIDTH + c, w, mask=c < WIDTH)
+        most = tl.maximum(most, tl.abs(w))
+    tl.store(largest + h, tl.max(most, 0))
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
@@ -125,13 +227,18 @@ def forward_kernel(
             other=0.0,
         ).to(tl.float32)
         bound = tl.max(tl.abs(x_tile), 2) * (2 * SIZE)
+        x_columns = _columns(x_tile)
         added = ()
         for i in tl.static_range(HEADS):
-            w = tl.load(weight + i * WIDTH + c)[None, :, :]
-            top = (bound * of_heads[i])[:, :, None]
-            back = top - _fused(x_tile, w, top)
-            rest = _fused(x_tile, w, back)
-            added += _add(totals[2 * i], totals[2 * i + 1], -tl.sum(back, 2), tl.sum(rest, 2))
+            w = _columns(tl.load(weight + i * WIDTH + c)[None, :, :])
+            top = bound * of_heads[i]
+            total = top
+            rest = tl.zeros((ROWS, GROUPS), tl.float32)
+            for j in tl.static_range(SIZE):
+                before = total
+                total = _fused(x_columns[j], w[j], before)
+                rest += _fused(x_columns[j], w[j], before - total)
+            added += _add(totals[2 * i], totals[2 * i + 1], total - top, rest)
         totals = added
     for i in tl.static_range(HEADS):
         total, rest = tl.reduce((totals[2 * i], totals[2 * i + 1]), 1, _add)
@@ -189,17 +296,22 @@ def backward_kernel(
 
 
 def columns(x: Tensor, weight: Tensor) -> Tensor:
-    """(x W)^T in fp64, (B, H, T), of checked arguments."""
+    """(x W)^T as two numbers that are to be added, fp32 (2, B, H, T), of checked arguments."""
     batch, length, width = x.shape
     heads, rows = weight.shape[1], batch * length
     size = 16 // x.element_size()  # of a group: what a thread reads at once
     groups = triton.cdiv(heads, HEADS)
     together = triton.cdiv(heads, groups)
-    missing = -width % (GROUPS * size), groups * together - heads
-    by_head = F.pad(weight.mT, (0, missing[0], 0, missing[1])).contiguous()
-    largest = torch.linalg.vector_norm(by_head, torch.inf, dim=1)
-    sums = torch.empty((2, batch, heads, length), dtype=torch.float32, device=x.device)
+    single = {"dtype": torch.float32, "device": x.device}
+    padded = triton.cdiv(width, GROUPS * size) * GROUPS * size
+    by_head = torch.empty((groups * together, padded), **single)
+    largest = torch.empty(groups * together, **single)
+    sums = torch.empty((2, batch, heads, length), **single)
     with device_of(x):
+        weight_kernel[(len(largest),)](
+            weight, *weight.stride(), by_head, largest, width, heads, padded,
+            BLOCK=COLUMNS, num_warps=4, **OPTIONS,
+        )  # fmt: skip
         forward_kernel[triton.cdiv(rows, ROWS), groups](
             strided(x.unsqueeze(1)), by_head, largest, sums, rows, length,
             C=width, H=heads, HEADS=together, ROWS=ROWS, GROUPS=GROUPS,
@@ -207,7 +319,33 @@ def columns(x: Tensor, weight: Tensor) -> Tensor:
             # What a sum lost must not be computed as if nothing had been lost.
             enable_fp_fusion=False,
         )  # fmt: skip
-    return sums.sum(0, dtype=torch.float64)
+    return sums
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, real: Tensor | None) -> Tensor:
+    """log f, fp64 (B, H, T), of checked arguments."""
+    sums = columns(x, weight)
+    _, _, heads, length = sums.shape
+    log_rates = torch.empty(sums.shape[1:], dtype=torch.float64, device=x.device)
+    bias = None if bias is None else bias.contiguous()
+    real = None if real is None else real.contiguous()
+    count = log_rates.numel()
+    with device_of(x):
+        log_kernel[(triton.cdiv(count, NUMBERS),)](
+            sums, bias, real, log_rates, count, heads, length, BLOCK=NUMBERS, **OPTIONS
+        )
+    return log_rates
+
+
+def through_rates(dlog: Tensor, log_rates: Tensor) -> Tensor:
+    """dz, fp32 (B, H, T) contiguous."""
+    dz = torch.empty(log_rates.shape, dtype=torch.float32, device=log_rates.device)
+    with device_of(dz):
+        dz_kernel[(triton.cdiv(dz.numel(), NUMBERS),)](
+            dlog, *dlog.stride(), log_rates, dz, dz.numel(), *dz.shape[1:],
+            BLOCK=NUMBERS, **OPTIONS,
+        )  # fmt: skip
+    return dz
 
 
 def backward(
@@ -216,8 +354,7 @@ def backward(
     """dx in x's dtype, contiguous; dW (C, H) and dbias (H) in fp32."""
     batch, length, width = x.shape
     heads, rows = weight.shape[1], batch * length
-    softplus = torch.expm1(-log_rates)
-    dz = (dlog * log_rates.exp() * torch.expm1(-softplus)).float().contiguous()
+    dz = through_rates(dlog, log_rates)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     per_program = triton.cdiv(triton.cdiv(rows, SPLITS), BLOCK_M) * BLOCK_M
     splits = triton.cdiv(rows, per_program)
@@ -233,8 +370,10 @@ def backward(
 
 
 @torch.library.custom_op("posenc::log_rates_forward", mutates_args=())
-def _forward_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return log_rates_of(columns(x, weight), bias)
+def _forward_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, real: Tensor | None = None
+) -> Tensor:
+    return forward(x, weight, bias, real)
 
 
 @torch.library.custom_op("posenc::log_rates_backward", mutates_args=())
@@ -245,7 +384,7 @@ def _backward_op(
 
 
 @_forward_op.register_fake
-def _(x, weight, bias):
+def _(x, weight, bias, real=None):
     shape = (x.shape[0], weight.shape[1], x.shape[1])
     return torch.empty(shape, dtype=torch.float64, device=x.device)
 
@@ -259,7 +398,7 @@ def _(dlog, x, weight, log_rates):
 
 
 def _save(ctx, inputs, output) -> None:
-    x, weight, bias = inputs
+    x, weight, bias, _ = inputs
     ctx.has_bias = bias is not None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, output)
@@ -268,19 +407,23 @@ def _save(ctx, inputs, output) -> None:
 @of_one_output
 def _differentiate(ctx, dlog):
     dx, dw, db = _backward_op(dlog, *ctx.saved_tensors)
-    return dx, dw, db if ctx.has_bias else None
+    return dx, dw, db if ctx.has_bias else None, None
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
 @backward_only
-def log_rates(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def log_rates(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, real: Tensor | None = None
+) -> Tensor:
     """log f of every token and head; differentiable once, in x, weight and bias.
 
     Args:
         x: (B, T, C) in bfloat16, float16 or float32, any strides.
         weight: (C, H) in float32. bias: (H) in float32, or None.
+        real: bool (B, T), False at padding, where log f is -inf and no phase moves; None if all
+            tokens are real.
 
     Returns:
         (B, H, T) in float64, at most 0.
@@ -303,7 +446,8 @@ def log_rates(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
                 f"weight and bias must be float32 on {x.device}; got {given.dtype} on "
                 f"{given.device}. Convert them first."
             )
-    return _forward_op(x, weight, bias)
+    check_real(real, *x.shape[:2], x.device)
+    return _forward_op(x, weight, bias, real)
 
 
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -314,5 +458,6 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
             weight = torch.empty(width, heads, device="meta")
             log = torch.empty(16, heads, 1024, dtype=torch.float64, device="meta")
             name = f"{str(dtype).removeprefix('torch.')} C={width} H={heads}"
-            yield name, functools.partial(columns, x, weight)
+            real = torch.empty(x.shape[:2], dtype=torch.bool, device="meta")
+            yield name, functools.partial(forward, x, weight, weight[0], real)
             yield name, functools.partial(backward, log, x, weight, log)

@@ -5,7 +5,6 @@ Triton. Which description has a kernel, alone or inside the core, is decided her
 """
 
 import importlib.util
-import math
 from typing import Any
 
 import torch
@@ -313,11 +312,8 @@ def _log_rates(rotation: ByRates) -> Tensor:
     from posenc.kernels.rates import log_rates
 
     bias = None if rotation.bias is None else rotation.bias.float()  # casts may have passed by
-    log_f: Tensor = log_rates(rotation.x, rotation.weight.float(), bias)
-    log_f = log_f.expand(-1, rotation.heads, -1)
-    if rotation.real is None:
-        return log_f
-    return log_f.masked_fill(~rotation.real.unsqueeze(1), -math.inf)
+    log_f: Tensor = log_rates(rotation.x, rotation.weight.float(), bias, rotation.real)
+    return log_f.expand(-1, rotation.heads, -1)
 
 
 def _turn_by_rates(rotation: ByRates, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

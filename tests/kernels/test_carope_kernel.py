@@ -203,9 +203,25 @@ def test_extreme_rates(rate, device):
     check(y, oracles.carope_rotate(*(q.cpu().double(),) * 2, exact_phases(log_rates.cpu(), 16))[0])
 
 
-def test_rates_as_fractions():
-    log_rates = torch.tensor([0.0, math.log(0.5), -math.inf], dtype=torch.float64)
-    assert rates_from_log(log_rates).tolist() == [-4, -(2**63), 0]  # unsigned: 2^64 - 4, 2^63, 0
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rates_as_fractions(dtype, device):
+    log_rates = torch.tensor([0.0, math.log(0.5), -math.inf], dtype=torch.float64).to(dtype)
+    rates = rates_from_log(log_rates.to(device).expand(2, 1, 3))
+    half = 2**64 * math.exp(float(log_rates[1]))
+    assert [x % 2**64 for x in rates[1, 0].tolist()] == [
+        2**64 - 4,
+        pytest.approx(half, rel=2**-51),
+        0,
+    ]
+
+
+def test_any_strides_of_the_logarithms(device):
+    log_rates = -torch.rand(5, 2, 3, dtype=torch.float64, device=device).permute(2, 1, 0)
+    rates = rates_from_log(log_rates)
+    assert rates.is_contiguous()
+    for b, h, t in ((0, 1, 0), (2, 0, 4), (1, 1, 3)):
+        unsigned = int(rates[b, h, t]) % 2**64
+        assert unsigned / 2**64 == pytest.approx(math.exp(log_rates[b, h, t]), rel=2**-51)
 
 
 def test_expanded_and_missing_gradients(device):

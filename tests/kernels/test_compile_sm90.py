@@ -20,6 +20,10 @@ ONE_CORE = ("flash bfloat16", "rope_attention bfloat16", "carope_attention bfloa
 HALF = (*ONE_CORE, "relative bfloat16", "routed bfloat16", "biased_attention bfloat16")
 #: The 16 rows of a tile are those of mma.sync; wgmma has 64.
 FEW_QUERIES = ("decode bfloat16", "decode_relative bfloat16")
+#: One number a token and head, as precise as its exponential can be.
+DOUBLE = {"rates_kernel", "log_kernel", "dz_kernel"}
+#: Bytes that are spilled outside of the innermost loops.
+SPILLED = {("relative bfloat16 D=128 no offsets", "dkv_kernel"): 24}
 #: A branch over the tiles that segments empty keeps loads from being started early.
 IN_ORDER = {("biased_attention bfloat16 D=64 table masked", "by_distance_kernel")}
 TUNED_ON = ("3.6.", "3.7.")
@@ -29,6 +33,7 @@ LEFT_OUT = (
     "D=16",
     "D=32",
     "D=40",
+    "D=72",
     "D=80",
     "D=100",
     "float32 D=96",
@@ -47,9 +52,9 @@ LAUNCHES = [
 @pytest.mark.parametrize(("example", "launch"), LAUNCHES)
 def test_compiled(example, launch):
     report = inspect_sm90.report(example, launch)
-    assert report.spilled == 0
+    assert report.spilled <= SPILLED.get((example, report.kernel), 0)
     assert report.shared <= inspect_sm90.SHARED_LIMIT
-    assert ".f64" not in report.ptx
+    assert (".f64" in report.ptx) == (report.kernel in DOUBLE)
     half, few = example.startswith(HALF), example.startswith(FEW_QUERIES)
     if example.startswith(ONE_CORE) and "D=64" in example and report.kernel in TWO_PROGRAMS:
         assert report.registers <= 128 or not triton.__version__.startswith(TUNED_ON)
@@ -62,33 +67,33 @@ def test_compiled(example, launch):
 
 
 def by_warps(example):
-    """At D=128 these tiles are too few rows for a product of 64; larger ones spill."""
+    """At D=128 these have products of fewer than 64 rows; larger tiles spill."""
     return "D=128" in example and ("atomic" in example or example.startswith("relative"))
 
 
 #: Rows of which 16 is no divisor: the compiler is told what is.
 UNEVEN = [
-    pytest.param(name, launch, id=f"{name} {launch.kernel.__name__}")
-    for name, launch in inspect_sm90.launches("flash")
-    if name in ("bfloat16 D=40", "bfloat16 D=80", "bfloat16 D=100")
+    pytest.param(f"{family} {name}", launch, id=f"{family} {name} {launch.kernel.__name__}")
+    for family in ("flash", "carope", "conv", "decode", "decode_relative", "projection")
+    for name, launch in inspect_sm90.launches(family)
+    if name.startswith(tuple(f"bfloat16 D={dim}" for dim in (40, 72, 80, 100)))
+    and "phases" not in name
 ]
 
 
-@pytest.mark.parametrize(("name", "launch"), UNEVEN)
-def test_rows_of_any_length_are_read_whole(name, launch):
-    report = inspect_sm90.report(name, launch)
+@pytest.mark.parametrize(("example", "launch"), UNEVEN)
+def test_rows_of_any_length_are_read_whole(example, launch):
+    report = inspect_sm90.report(example, launch)
     assert "ld.global.b16" not in report.ptx
     if report.products:
         assert "cp.async" in report.ptx
-        # Eight bytes at a time take twice the addresses.
-        most = 32 if (name, report.kernel) == ("bfloat16 D=100", "dq_kernel") else 0
-        assert report.spilled <= most or not triton.__version__.startswith(TUNED_ON)
+    # Eight bytes at a time take twice the addresses.
+    most = 32 if (example, report.kernel) == ("flash bfloat16 D=100", "dq_kernel") else 0
+    assert report.spilled <= most or not triton.__version__.startswith(TUNED_ON)
 
 
 #: Where larger tiles spill: their products are those of mma.sync, which divides columns too.
-FEW_ROWS = {
-    (relative, "dkv", 128), (flash, "dkv", 256), (flash, "dqkv", 256),
-}  # fmt: skip
+FEW_ROWS = {(flash, "dkv", 256), (flash, "dqkv", 256)}
 
 
 @pytest.mark.parametrize("family", [flash, relative, routed])

@@ -50,10 +50,10 @@ def run_rates() -> None:
 def test_more_sequences_than_a_second_dimension_holds(run) -> None:
     with inspect_sm90.caught() as launches:
         run()
-    assert launches
+    # Small kernels take several numbers, or a head of the weights, a program.
+    assert max(launch.grid[0] for launch in launches) >= BATCH
     for launch in launches:
-        first, *others = launch.grid
-        assert first >= BATCH
+        _, *others = launch.grid
         assert others in ([], [1], [HEADS]), launch.kernel.__name__
 
 

@@ -6,7 +6,7 @@ import torch
 import posenc
 from posenc import rates as definition
 from posenc.kernels import rates
-from posenc.kernels.rates import _backward_op, _forward_op, columns, log_rates
+from posenc.kernels.rates import _backward_op, _forward_op, log_rates
 
 DTYPES = (torch.float32, torch.float16)
 SIZES = [(1, 1, 1, 1), (2, 5, 7, 3), (1, 37, 100, 5), (3, 17, 72, 17), (1, 3, 768, 12)]
@@ -16,6 +16,10 @@ def inputs(batch, length, width, heads, dtype, device):
     torch.manual_seed(0)
     x = torch.randn(batch, length, width, device=device).to(dtype)
     return x, torch.randn(width, heads, device=device), torch.randn(heads, device=device)
+
+
+def columns(x, weight):
+    return rates.columns(x, weight).sum(0, dtype=torch.float64)
 
 
 def exact(x, weight):
@@ -121,6 +125,34 @@ def test_any_strides(dtype, device):
         assert dw.shape == weight.shape
 
 
+def test_padding_stands_still(device):
+    x, weight, bias = inputs(2, 9, 40, 3, torch.float32, device)
+    real = torch.ones(9, 2, dtype=torch.bool, device=device).T
+    real[0, :4] = False
+    x.requires_grad_()
+    log, whole = log_rates(x, weight, bias, real), log_rates(x, weight, bias)
+    expected = whole.masked_fill(~real[:, None], -torch.inf)
+    assert torch.equal(log, expected)
+    upstream = torch.randn_like(log)
+    found, wanted = (torch.autograd.grad(y, x, upstream)[0] for y in (log, expected))
+    assert torch.equal(found, wanted)
+    assert not found[0, :4].any()
+
+
+def test_slopes_at_the_ends(device):
+    """f is 1 within 2^-40 to 2^-300, or nearly 0."""
+    _, weight, bias = inputs(1, 1, 2, 4, torch.float32, device)
+    bias = torch.tensor([-30.0, -200.0, 60.0, 2.0**100], device=device).requires_grad_()
+    log = log_rates(torch.zeros(1, 1, 2, device=device), weight, bias)
+    doubled = bias.detach().double().requires_grad_()
+    z = doubled.view(1, 4, 1)
+    expected = -torch.log1p(torch.where(z > 40, z, torch.log1p(z.clamp(max=40).exp())))
+    torch.testing.assert_close(log, expected, rtol=1e-14, atol=0)
+    found = torch.autograd.grad(log.sum(), bias)[0]
+    wanted = torch.autograd.grad(expected.sum(), doubled)[0]
+    torch.testing.assert_close(found.double(), wanted, rtol=2**-22, atol=2**-149)
+
+
 def test_the_weights_gradient_is_the_same_every_time(device):
     x, weight, bias = inputs(2, 97, 70, 5, torch.float32, device)
     weight.requires_grad_()
@@ -157,6 +189,8 @@ def test_operator_contract(device):
     leaves = [z.requires_grad_() for z in inputs(2, 5, 24, 3, torch.float32, device)]
     torch.library.opcheck(_forward_op, tuple(leaves))
     torch.library.opcheck(_forward_op, (*leaves[:2], None))
+    real = torch.ones(2, 5, dtype=torch.bool, device=device)
+    torch.library.opcheck(_forward_op, (*leaves, real))
     x, weight, bias = (z.detach() for z in leaves)
     log = log_rates(x, weight, bias)
     torch.library.opcheck(_backward_op, (torch.ones_like(log), x, weight, log))
@@ -188,6 +222,7 @@ def test_compiles_whole(device):
         ("bias must be", {"bias": torch.zeros(3)}),
         ("must be float32", {"weight": torch.zeros(8, 2, dtype=torch.float64)}),
         ("must be float32", {"bias": torch.zeros(2, dtype=torch.float16)}),
+        ("real must be bool", {"real": torch.ones(1, 4, dtype=torch.bool)}),
         ("float64", {"x": torch.zeros(1, 5, 8, dtype=torch.float64)}),
     ],
 )
