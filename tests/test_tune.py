@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from helpers import close
-from posenc.backends import blockwise, choice, measured, reference
+from posenc import tuned
+from posenc.backends import blockwise, choice, reference
 from posenc.backends.case import Case
 from posenc.backends.measured import Way
 from posenc.tune import __main__ as command
@@ -29,9 +30,9 @@ Runs = Mapping[str, Callable[[], Any]]
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the file goes."""
     monkeypatch.setenv("POSENC_CACHE", str(tmp_path / "cache"))
-    measured.forget()
-    yield measured.path()
-    measured.forget()
+    tuned.forget()
+    yield tuned.path()
+    tuned.forget()
 
 
 def small(*works: Work, directions: tuple[str, ...] = ("train",), **other: Any) -> Plan:
@@ -220,15 +221,15 @@ def test_the_command_writes_shows_and_auto_reads(
     assert capsys.readouterr().out == f"{file}\n"
     assert [path.name for path in file.parent.iterdir()] == ["tuned.json"]
     (entry,) = json.loads(file.read_text())["devices"].values()
-    assert entry["made_with"] == measured.made_with(CPU)
-    measured.forget()
+    assert entry["made_with"] == tuned.made_with(CPU)
+    tuned.forget()
     asked = ask(BY_CONTENT, Sizes(1, 16, 8), "train", torch.float32, CPU)
     assert asked is not None
     best = Way(entry["rows"][0]["ways"][0]["backend"], entry["rows"][0]["ways"][0]["settings"])
     assert choice.chosen(asked.case) == best
     command.main(["--show"])
     shown = capsys.readouterr().out
-    assert shown.startswith(f"{file}\n\n{measured.name_of(CPU)}, 20")
+    assert shown.startswith(f"{file}\n\n{tuned.name_of(CPU)}, 20")
     assert f"relative table, train, float32, S=16 D=8: {best}, {entry['rows'][0]['why']}" in shown
 
 
@@ -245,10 +246,10 @@ def test_entries_of_other_devices_stay_and_a_damaged_file_is_replaced(file: Path
     file.write_text("{")
     command.write(file, CPU, entry)
     devices = json.loads(file.read_text())["devices"] | {"Abacus": entry}
-    file.write_text(json.dumps({"format": measured.FORMAT, "devices": devices}))
+    file.write_text(json.dumps({"format": tuned.FORMAT, "devices": devices}))
     command.write(file, CPU, entry | {"time": "later"})
-    assert measured.entries(file) == {
-        measured.name_of(CPU): entry | {"time": "later"}, "Abacus": entry
+    assert tuned.entries(file) == {
+        tuned.name_of(CPU): entry | {"time": "later"}, "Abacus": entry
     }  # fmt: skip
 
 

@@ -33,12 +33,13 @@ from posenc.backends import (
     skipping,
 )
 from posenc.backends.case import Case
-from posenc.backends.measured import APART, COMMAND, Way
+from posenc.backends.measured import APART, Way
 from posenc.cache import Cache
 from posenc.convolution import DepthwiseConv
 from posenc.errors import unknown
 from posenc.placement import Placement
 from posenc.rotations import Rotation
+from posenc.tuned import COMMAND
 
 IMPLS = ("auto", "reference", "sdpa", "fused")
 EXPLICIT: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "fused": fused}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import posenc
+from posenc import tuned
 from posenc.attention import Attention
 from posenc.backends import fused, measured
 from posenc.machine import cxx_compilers, device_name, has_bfloat16, package_version
@@ -46,7 +47,7 @@ def facts() -> Iterator[tuple[str, str]]:
         yield f"extra {extra}", packages
     yield "cache", cache()
     for device in devices():
-        yield f"posenc tune on {device}", tuned(device)
+        yield f"posenc tune on {device}", measurements(device)
 
 
 def devices() -> list[torch.device]:
@@ -113,10 +114,11 @@ def cache() -> str:
     return f"{CACHE}, {len(files)} files, {size / 2**20:.0f} MiB"
 
 
-def tuned(device: torch.device) -> str:
+def measurements(device: torch.device) -> str:
     """What "auto" takes from the file of `posenc tune`, or why nothing."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
+        tuned.forget()  # what was read before was warned of before
         found = measured.of_file(device.type, device.index)
     if said:
         return str(said[0].message)

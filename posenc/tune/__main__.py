@@ -5,7 +5,7 @@
 
 For each kind of attention, direction, dtype and size, every back end that can compute it, in every
 setting that it has, is compared with the definition in fp64; those that are right are timed side by
-side. One file holds the results, an entry a device (`posenc.backends.measured`): on the next start
+side. One file holds the results, an entry a device (`posenc.tuned`): on the next start
 of Python `auto` reads it. An explicit impl is never affected. To have the constants back, delete
 the file.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from posenc import tuned
 from posenc.backends import measured
 from posenc.files import atomic_file
 from posenc.tune.cases import Plan, plan
@@ -35,7 +36,7 @@ def devices(kind: str | None) -> list[torch.device]:
     found: dict[str, torch.device] = {}
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
-        found.setdefault(measured.name_of(device), device)
+        found.setdefault(tuned.name_of(device), device)
     every = [*found.values(), torch.device("cpu")]
     chosen = [device for device in every if kind in (None, device.type)]
     if not chosen:
@@ -47,12 +48,12 @@ def tune(device: torch.device, plan: Plan) -> dict[str, Any]:
     """Measure a device, with a bar: its entry of the file."""
     from tqdm import tqdm
 
-    name, total = measured.name_of(device), len(list(plan.cells())) * len(plan.lengths)
+    name, total = tuned.name_of(device), len(list(plan.cells())) * len(plan.lengths)
     with torch.random.fork_rng([]):
         bar = tqdm(measure(plan, device), total=total, desc=name, unit="case")
         rows = [row for row in bar if row is not None]
     return {
-        "made_with": measured.made_with(device),
+        "made_with": tuned.made_with(device),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": rows,
     }
@@ -65,11 +66,11 @@ def write(file: Path, device: torch.device, entry: dict[str, Any]) -> None:
         OSError: where it cannot be written.
     """
     try:
-        found = measured.entries(file)
+        found = tuned.entries(file)
     except (FileNotFoundError, ValueError):  # a damaged one has nothing to keep
         found = {}
-    found[measured.name_of(device)] = entry
-    text = json.dumps({"format": measured.FORMAT, "devices": found}, indent=1)
+    found[tuned.name_of(device)] = entry
+    text = json.dumps({"format": tuned.FORMAT, "devices": found}, indent=1)
     with atomic_file(file) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -77,7 +78,7 @@ def write(file: Path, device: torch.device, entry: dict[str, Any]) -> None:
 def shown(file: Path) -> Iterator[str]:
     """The choices of every device, and why."""
     yield str(file)
-    for name, entry in measured.entries(file).items():
+    for name, entry in tuned.entries(file).items():
         versions = ", ".join(f"{key} {value}" for key, value in entry["made_with"].items() if value)
         yield f"\n{name}, {entry['time']}, {versions}"
         for row in entry["rows"]:
@@ -93,13 +94,13 @@ def shown(file: Path) -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, or show."""
     parser = argparse.ArgumentParser(
-        prog=measured.COMMAND, description=(__doc__ or "").splitlines()[0]
+        prog=tuned.COMMAND, description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--quick", action="store_true", help="one length and head dim")
     parser.add_argument("--show", action="store_true", help="print what was measured, and stop")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="all if not given")
     args = parser.parse_args(arguments)
-    file = measured.path()
+    file = tuned.path()
     try:
         if args.show:
             print("\n".join(shown(file)))
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write(file, device, tune(device, plan(device, args.quick)))
         print(file)
     except FileNotFoundError:
-        sys.exit(f"{file} is not there: nothing was measured yet. Run {measured.COMMAND}.")
+        sys.exit(f"{file} is not there: nothing was measured yet. Run {tuned.COMMAND}.")
     except ImportError as error:
         sys.exit(f"posenc.tune shows a bar: {error}. pip install 'posenc[train]'")
     except (OSError, ValueError) as error:
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyError, TypeError) as error:
         if not args.show:
             raise
-        sys.exit(f"{file} is damaged ({error!r}). Measure anew: {measured.COMMAND}.")
+        sys.exit(f"{file} is damaged ({error!r}). Measure anew: {tuned.COMMAND}.")
 
 
 if __name__ == "__main__":
