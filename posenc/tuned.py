@@ -17,7 +17,7 @@ import torch
 
 from posenc.machine import device_name, driver_version, package_version
 
-FORMAT = 1
+FORMAT = 2
 COMMAND = "posenc tune"
 #: Names the folder of the file, where it is not to be `FOLDER`.
 VARIABLE, FOLDER = "POSENC_CACHE", "~/.cache/posenc"
@@ -99,11 +99,18 @@ def entries(file: Path) -> dict[str, Any]:
         raise ValueError(f"expected a file of format {FORMAT} from {COMMAND}")
     devices = content.get("devices")
     if not isinstance(devices, dict) or not all(
-        isinstance(entry, dict) and isinstance(entry.get("made_with"), dict) and "rows" in entry
+        isinstance(entry, dict)
+        and isinstance(entry.get("made_with"), dict)
+        and {"tiles", "rows"} <= entry.keys()
         for entry in devices.values()
     ):
-        raise ValueError("expected made_with and rows of each device")
+        raise ValueError("expected made_with, tiles and rows of each device")
     return devices
+
+
+def described(config: Mapping[str, int | None]) -> str:
+    """Tiles in words."""
+    return " ".join(f"{name}={value}" for name, value in config.items() if value is not None)
 
 
 def name_of(device: torch.device) -> str:

@@ -206,6 +206,10 @@ def test_long_texts_stay_linear_in_memory(monkeypatch: pytest.MonkeyPatch) -> No
 
 # The command and its file
 
+BROKEN = json.dumps(
+    {"format": 2, "devices": {"x": {"made_with": {}, "time": "", "tiles": [], "rows": 3}}}
+)
+
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +245,7 @@ def test_refusals_are_shown(file: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_entries_of_other_devices_stay_and_a_damaged_file_is_replaced(file: Path) -> None:
-    entry = {"made_with": {}, "time": "", "rows": []}
+    entry = {"made_with": {}, "time": "", "tiles": [], "rows": []}
     file.parent.mkdir()
     file.write_text("{")
     command.write(file, CPU, entry)
@@ -256,7 +260,7 @@ def test_entries_of_other_devices_stay_and_a_damaged_file_is_replaced(file: Path
 def test_a_write_that_fails_leaves_the_file_as_it_was(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command.write(file, CPU, {"made_with": {}, "rows": []})
+    command.write(file, CPU, {"made_with": {}, "tiles": [], "rows": []})
     before = file.read_bytes()
 
     def full(*args: Any, **kwargs: Any) -> None:
@@ -264,7 +268,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="no space"):
-        command.write(file, CPU, {"made_with": {}, "rows": [1]})
+        command.write(file, CPU, {"made_with": {}, "tiles": [], "rows": [1]})
     assert file.read_bytes() == before
     assert len(list(file.parent.iterdir())) == 1
 
@@ -284,7 +288,12 @@ def test_one_device_of_each_model(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--show"], None, "nothing was measured yet. Run posenc tune"),
         (["--show"], "{", "tuned.json|Expecting property name"),
-        (["--show"], '{"format": 1, "devices": {"x": {"made_with": {}, "rows": 3}}}', "damaged"),
+        (
+            ["--show"],
+            '{"format": 1, "devices": {}}',
+            "tuned.json cannot be read .expected a file of format 2 from posenc tune.. Measure",
+        ),
+        (["--show"], BROKEN, "damaged"),
         (["--device", "cuda"], None, "--device cuda: torch sees none"),
     ],
 )

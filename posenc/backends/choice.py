@@ -11,7 +11,8 @@
                 sdpa
 Features that fade with the distance (xPos) are folded into q and k before, but for `reference`.
 An explicit choice never falls back: a back end's `reason` is the error; nor is it touched by what
-was measured. Kernels that were not measured where they are to run are left out of `auto`.
+was measured, which for kernels is their tiles alone (`posenc.kernels.tiles`). Kernels that were not
+measured where they are to run are left out of `auto`.
 """
 
 from functools import partial

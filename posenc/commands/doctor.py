@@ -120,9 +120,21 @@ def measurements(device: torch.device) -> str:
         warnings.simplefilter("always")
         tuned.forget()  # what was read before was warned of before
         found = measured.of_file(device.type, device.index)
+        kernels = tiles_of(device)
     if said:
         return str(said[0].message)
-    return f"{len(found)} kinds of call" if found else "nothing was measured"
+    if not found:
+        return "nothing was measured"
+    return f"{len(found)} kinds of call" + (f", tiles of {kernels} kernels" if kernels else "")
+
+
+def tiles_of(device: torch.device) -> int:
+    """How many kernels have others than their constants."""
+    if not fused.runs_on(device):
+        return 0
+    from posenc.kernels import tiles
+
+    return len(tiles.table(device))
 
 
 Call = Callable[[str, torch.device], tuple[str, dict[str, str]]]

@@ -40,7 +40,7 @@ def row(op: str, direction: str, dtype: str, sizes: dict[str, int], *ways: Way) 
 
 
 def entry(*rows: dict[str, Any], **other: str) -> dict[str, Any]:
-    return {"made_with": tuned.made_with(CPU) | other, "rows": list(rows)}
+    return {"made_with": tuned.made_with(CPU) | other, "tiles": [], "rows": list(rows)}
 
 
 def write(file: Path, **devices: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ def test_a_file_of_another_device_is_left_out_with_one_warning(file: Path) -> No
 
 
 def damaged_rows(rows: Any) -> str:
-    entry = {"made_with": tuned.made_with(CPU), "rows": rows}
+    entry = {"made_with": tuned.made_with(CPU), "tiles": [], "rows": rows}
     devices = {tuned.name_of(CPU): entry}
     return json.dumps({"format": tuned.FORMAT, "devices": devices})
 
@@ -127,11 +127,13 @@ def damaged_rows(rows: Any) -> str:
     "damage",
     [
         lambda: "",
-        lambda: '{"format": 1, "devi',
+        lambda: '{"format": 2, "devi',
         lambda: "[]",
-        lambda: '{"format": 1}',
+        lambda: '{"format": 2}',
         lambda: '{"format": 99, "devices": {}}',
-        lambda: '{"format": 1, "devices": {"x": 3}}',
+        lambda: damaged_rows([]).replace('"format": 2', '"format": 1'),
+        lambda: damaged_rows([]).replace('"tiles"', '"tails"'),
+        lambda: '{"format": 2, "devices": {"x": 3}}',
         lambda: damaged_rows(7),
         lambda: damaged_rows([{"op": "plain"}]),
         lambda: damaged_rows([row(*PLAIN, Way("abacus"))]),
