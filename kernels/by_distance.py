@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from posenc.kernels.bias import NO_BIAS, Bias, add_bias, as_columns, decay_at, head_at
 from posenc.kernels.common import block_of, device_of, head_of, load_tile, strided, tile_options
 from posenc.kernels.mask import PLAIN, Arguments, along, hide, lowest_seen, real_keys, real_of
+from posenc.kernels.tiles import config_of
 
 #: As many programs as there are at least, where there is work for them: a few for each processor.
 PROGRAMS = 512
@@ -175,7 +176,8 @@ def gradient(
     """db, fp32 (H, S), of checked arguments; `delta` as by `flash.delta_of`."""
     batch, heads, length, _ = q.shape
     key_length = k.shape[2]
-    config = CONFIGS[q.element_size(), max(32, block_of(q))]
+    key = q.element_size(), max(32, block_of(q))
+    config = config_of("by_distance", CONFIGS, key, q.device)
     block, shift = config.block_m, key_length - length
     over = shift % block  # the distance of the corners nearest to 0
     before = int(over > 0)

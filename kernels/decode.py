@@ -45,6 +45,7 @@ from posenc.kernels.common import (
 from posenc.kernels.flash import Config, add_keys
 from posenc.kernels.mask import CAUSAL, FLOOR, Mask, along, hide
 from posenc.kernels.routed import dropped
+from posenc.kernels.tiles import config_of
 
 #: More queries than this are `posenc.kernels.flash`'s, whose tiles they begin to fill.
 MAX_QUERIES = 16
@@ -248,7 +249,8 @@ def forward(
     groups, keys = k.shape[1:3]
     y = output_like(q, v)
     size, first, pieces = cut(length, keys, window)
-    config = CONFIGS[q.element_size(), max(32, block_of(q), block_of(v))]
+    key = q.element_size(), max(32, block_of(q), block_of(v))
+    config = config_of("decode", CONFIGS, key, q.device)
     single = {"dtype": torch.float32, "device": q.device}
     whole, rows = pieces == 1, batch * heads * length
     parts: tuple[Tensor | None, ...] = (None, None, None)

@@ -29,6 +29,7 @@ from posenc.kernels.common import (
 )
 from posenc.kernels.flash import Config
 from posenc.kernels.skew import load_rows_at
+from posenc.kernels.tiles import config_of
 
 MAX_HEAD_DIM = 128
 #: By bytes of an element, and the head dim rounded up to a power of two (at least 32).
@@ -102,7 +103,8 @@ def forward(
     """The term of checked arguments."""
     batch, heads, length, _ = q.shape
     term = q.new_empty((batch, heads, length, keys), dtype=torch.float32)
-    config = CONFIGS[q.element_size(), max(32, block_of(q))]
+    key = q.element_size(), max(32, block_of(q))
+    config = config_of("decode_relative", CONFIGS, key, q.device)
     distances = keys if window is None else min(window, keys)
     offsets = None if offsets is None else offsets.contiguous()
     with device_of(q):

@@ -62,6 +62,7 @@ from posenc.kernels.mask import (
     real_tile,
     start_of_peak,
 )
+from posenc.kernels.tiles import config_of
 
 MAX_HEAD_DIM = 256
 #: `deterministic=None` takes the one-kernel backward for more queries than this. Not measured:
@@ -290,7 +291,7 @@ def launch(
     kind = "biased " if any_given(*bias) else "masked " if any_given(*mask) else ""
     if (kind + kernel, *sizes) in CONFIGS:
         kernel = kind + kernel
-    config = CONFIGS[kernel, *sizes]
+    config = config_of("flash", CONFIGS, (kernel, *sizes), x.device)
     return config, {**tile_options(x, config), "maxnreg": config.registers}
 
 

@@ -101,9 +101,9 @@ def caught() -> Iterator[list[Launch]]:
         JITFunction.run = original
 
 
-def compiled(launch: Launch) -> triton.compiler.CompiledKernel:
+def compiled(launch: Launch, target: GPUTarget = TARGET) -> triton.compiler.CompiledKernel:
     """Compile as `JITFunction.run` would on the target."""
-    kernel, backend = launch.kernel, make_backend(TARGET)
+    kernel, backend = launch.kernel, make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     kwargs = launch.kwargs | {"debug": False}
     bound, specialization, _ = bind(*launch.args, **kwargs)
@@ -111,7 +111,7 @@ def compiled(launch: Launch) -> triton.compiler.CompiledKernel:
         backend, kwargs, bound, specialization, None
     )
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=TARGET, options=options.__dict__)
+    return triton.compile(source, target=target, options=options.__dict__)
 
 
 def disassembled(cubin: bytes) -> str:

@@ -35,6 +35,7 @@ from posenc.kernels.common import (
 )
 from posenc.kernels.flash import Config
 from posenc.kernels.routed import Routing, is_kept, sort_rows
+from posenc.kernels.tiles import config_of
 
 #: By bytes of an element and the head dim rounded up to a power of two (at least 32): rows of a
 #: tile, and columns of x at a time.
@@ -105,7 +106,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) ->
     batch, heads, length = routing.gates.shape
     dim = weight.shape[0] // heads
     y = torch.empty((batch, length, heads, dim), dtype=x.dtype, device=x.device).transpose(1, 2)
-    config = CONFIGS[x.element_size(), max(32, block_of(y))]
+    key = x.element_size(), max(32, block_of(y))
+    config = config_of("projection", CONFIGS, key, x.device)
     bias = None if bias is None else bias.contiguous()
     with device_of(x):
         project_kernel[(triton.cdiv(length, config.block_m) * batch * heads,)](

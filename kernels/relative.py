@@ -56,6 +56,7 @@ from posenc.kernels.mask import (
 )
 from posenc.kernels.relative_backward import dkv_kernel, dq_kernel
 from posenc.kernels.skew import load_bias, store_bias
+from posenc.kernels.tiles import config_of
 from posenc.scores import add_per_head
 
 PROCESSORS = 132  # of an H100, where no device can be asked
@@ -186,7 +187,8 @@ SHARES_LIMIT = 256 * 2**20
 
 def launch(kernel: str, x: Tensor) -> tuple[Config, dict]:
     """The configuration of a kernel for tensors like x, and the launch's keyword arguments."""
-    config = CONFIGS[kernel, x.element_size(), max(32, block_of(x))]
+    key = kernel, x.element_size(), max(32, block_of(x))
+    config = config_of("relative", CONFIGS, key, x.device)
     block = min(config.block_m, config.block_n)
     own = {"BLOCK": block, "SEGMENT": config.segment, "maxnreg": registers(config)}
     return config, {**tile_options(x, config), **own}

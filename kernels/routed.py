@@ -49,6 +49,7 @@ from posenc.kernels.flash import Config, attend
 from posenc.kernels.flash_backward import dq_of_rows
 from posenc.kernels.hooks import STORE
 from posenc.kernels.mask import CAUSAL, PLAIN, Arguments, Mask, arguments
+from posenc.kernels.tiles import config_of
 
 #: Gates below the smallest normal fp32 number count as 0: their reciprocal may not exist.
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -291,7 +292,8 @@ def sort_rows(gates: Tensor) -> Routing:
 
 def launch(kernel: str, x: Tensor) -> tuple[Config, dict]:
     """The configuration of a kernel for tensors like x, and the launch's keyword arguments."""
-    config = CONFIGS[kernel, x.element_size(), max(32, block_of(x))]
+    key = kernel, x.element_size(), max(32, block_of(x))
+    config = config_of("routed", CONFIGS, key, x.device)
     return config, tile_options(x, config)
 
 

@@ -26,7 +26,13 @@ NAMES = posenc.names()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Files of tests/kernels that compile, which the interpreter cannot.
-COMPILED_ONLY = ["test_compile_sm90.py", "test_grids.py", "test_interpreter.py", "test_sass.py"]
+COMPILED_ONLY = [
+    "test_compile_sm90.py",
+    "test_grids.py",
+    "test_interpreter.py",
+    "test_sass.py",
+    "test_tiles_sm90.py",
+]
 
 #: Names to which causal=False means nothing.
 CAUSAL_ALONE = frozenset({"cope", "path", "xpos"})

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from helpers import close
-from posenc.backends import blockwise, choice, measured, reference
+from posenc import tuned
+from posenc.backends import blockwise, choice, reference
 from posenc.backends.case import Case
 from posenc.backends.measured import Way
 from posenc.tune import __main__ as command
@@ -29,9 +30,9 @@ Runs = Mapping[str, Callable[[], Any]]
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the file goes."""
     monkeypatch.setenv("POSENC_CACHE", str(tmp_path / "cache"))
-    measured.forget()
-    yield measured.path()
-    measured.forget()
+    tuned.forget()
+    yield tuned.path()
+    tuned.forget()
 
 
 def small(*works: Work, directions: tuple[str, ...] = ("train",), **other: Any) -> Plan:
@@ -205,6 +206,10 @@ def test_long_texts_stay_linear_in_memory(monkeypatch: pytest.MonkeyPatch) -> No
 
 # The command and its file
 
+BROKEN = json.dumps(
+    {"format": 2, "devices": {"x": {"made_with": {}, "time": "", "tiles": [], "rows": 3}}}
+)
+
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,15 +225,15 @@ def test_the_command_writes_shows_and_auto_reads(
     assert capsys.readouterr().out == f"{file}\n"
     assert [path.name for path in file.parent.iterdir()] == ["tuned.json"]
     (entry,) = json.loads(file.read_text())["devices"].values()
-    assert entry["made_with"] == measured.made_with(CPU)
-    measured.forget()
+    assert entry["made_with"] == tuned.made_with(CPU)
+    tuned.forget()
     asked = ask(BY_CONTENT, Sizes(1, 16, 8), "train", torch.float32, CPU)
     assert asked is not None
     best = Way(entry["rows"][0]["ways"][0]["backend"], entry["rows"][0]["ways"][0]["settings"])
     assert choice.chosen(asked.case) == best
     command.main(["--show"])
     shown = capsys.readouterr().out
-    assert shown.startswith(f"{file}\n\n{measured.name_of(CPU)}, 20")
+    assert shown.startswith(f"{file}\n\n{tuned.name_of(CPU)}, 20")
     assert f"relative table, train, float32, S=16 D=8: {best}, {entry['rows'][0]['why']}" in shown
 
 
@@ -240,22 +245,22 @@ def test_refusals_are_shown(file: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_entries_of_other_devices_stay_and_a_damaged_file_is_replaced(file: Path) -> None:
-    entry = {"made_with": {}, "time": "", "rows": []}
+    entry = {"made_with": {}, "time": "", "tiles": [], "rows": []}
     file.parent.mkdir()
     file.write_text("{")
     command.write(file, CPU, entry)
     devices = json.loads(file.read_text())["devices"] | {"Abacus": entry}
-    file.write_text(json.dumps({"format": measured.FORMAT, "devices": devices}))
+    file.write_text(json.dumps({"format": tuned.FORMAT, "devices": devices}))
     command.write(file, CPU, entry | {"time": "later"})
-    assert measured.entries(file) == {
-        measured.name_of(CPU): entry | {"time": "later"}, "Abacus": entry
+    assert tuned.entries(file) == {
+        tuned.name_of(CPU): entry | {"time": "later"}, "Abacus": entry
     }  # fmt: skip
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command.write(file, CPU, {"made_with": {}, "rows": []})
+    command.write(file, CPU, {"made_with": {}, "tiles": [], "rows": []})
     before = file.read_bytes()
 
     def full(*args: Any, **kwargs: Any) -> None:
@@ -263,7 +268,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="no space"):
-        command.write(file, CPU, {"made_with": {}, "rows": [1]})
+        command.write(file, CPU, {"made_with": {}, "tiles": [], "rows": [1]})
     assert file.read_bytes() == before
     assert len(list(file.parent.iterdir())) == 1
 
@@ -283,7 +288,12 @@ def test_one_device_of_each_model(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--show"], None, "nothing was measured yet. Run posenc tune"),
         (["--show"], "{", "tuned.json|Expecting property name"),
-        (["--show"], '{"format": 1, "devices": {"x": {"made_with": {}, "rows": 3}}}', "damaged"),
+        (
+            ["--show"],
+            '{"format": 1, "devices": {}}',
+            "tuned.json cannot be read .expected a file of format 2 from posenc tune.. Measure",
+        ),
+        (["--show"], BROKEN, "damaged"),
         (["--device", "cuda"], None, "--device cuda: torch sees none"),
     ],
 )

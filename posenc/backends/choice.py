@@ -11,7 +11,8 @@
                 sdpa
 Features that fade with the distance (xPos) are folded into q and k before, but for `reference`.
 An explicit choice never falls back: a back end's `reason` is the error; nor is it touched by what
-was measured. Kernels that were not measured where they are to run are left out of `auto`.
+was measured, which for kernels is their tiles alone (`posenc.kernels.tiles`). Kernels that were not
+measured where they are to run are left out of `auto`.
 """
 
 from functools import partial
@@ -33,12 +34,13 @@ from posenc.backends import (
     skipping,
 )
 from posenc.backends.case import Case
-from posenc.backends.measured import APART, COMMAND, Way
+from posenc.backends.measured import APART, Way
 from posenc.cache import Cache
 from posenc.convolution import DepthwiseConv
 from posenc.errors import unknown
 from posenc.placement import Placement
 from posenc.rotations import Rotation
+from posenc.tuned import COMMAND
 
 IMPLS = ("auto", "reference", "sdpa", "fused")
 EXPLICIT: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "fused": fused}

@@ -10,36 +10,26 @@ on a device.
     forward    a text, in inference: measured with one
     train      forward and backward: measured with a batch
 
-The file is read at the first call, once a process. An entry that was made with another driver or
-other versions says nothing of this machine, nor does one of another device: it is left out, with
-one warning. So is a file that cannot be read.
+The file is `posenc.tuned`'s.
 """
 
-import json
 import math
-import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from posenc import tuned
 from posenc.backends.case import Case
 from posenc.backends.skipping import runs_eagerly
-from posenc.machine import device_name, driver_version, package_version
 from posenc.rotations import ByContent, ByPosition, ByRates
 from posenc.scores import Bias, ByDistance, Decay, Scores
 
 T = TypeVar("T")
 
-FORMAT = 1
-COMMAND = "posenc tune"
-#: Names the folder of the file, where it is not to be `FOLDER`.
-VARIABLE, FOLDER = "POSENC_CACHE", "~/.cache/posenc"
 #: Turning q and k first, then what computes attention of what comes of it.
 APART = "apart"
 #: What may answer, and the settings that each takes.
@@ -232,7 +222,7 @@ def ranks(
     return table(kind, index).get((op, direction, dtype))
 
 
-_tables: dict[tuple[str, int | None], Table] = {}
+_tables: dict[tuple[str, int | None], Table] = tuned.cache()
 
 
 def table(kind: str, index: int | None) -> Table:
@@ -248,94 +238,14 @@ def take(device: torch.device, rows: Sequence[Mapping[str, Any]]) -> None:
     _tables[device.type, device.index] = ranked(rows)
 
 
-def forget() -> None:
-    """Read the file at the next call."""
-    _tables.clear()
-
-
 def of_file(kind: str, index: int | None) -> Table:
     """`table` by the file; with a warning where that is of no use."""
-    if kind not in ("cpu", "cuda"):
-        return {}
+    entry = tuned.entry(kind, index)
     try:
-        devices = entries(path())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        warn(f"{path()} cannot be read ({error})")
-        return {}
-    device = torch.device(kind) if index is None else torch.device(kind, index)
-    name = name_of(device)
-    if name not in devices:
-        warn(f"{path()} holds no measurements of {name}, but of {', '.join(devices)}")
-        return {}
-    entry, now = devices[name], made_with(device)
-    other = [
-        f"{key} {entry['made_with'].get(key)} (now {value})"
-        for key, value in now.items()
-        if entry["made_with"].get(key) != value
-    ]
-    if other:
-        warn(f"{path()} was measured on {name} with {', '.join(other)}")
-        return {}
-    try:
-        return ranked(entry["rows"])
+        return ranked(entry["rows"]) if entry else {}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        warn(f"{path()} is damaged ({type(error).__name__}: {error})")
+        tuned.warn(f"{tuned.path()} is damaged in its rows ({type(error).__name__}: {error})")
         return {}
-
-
-def warn(what: str) -> None:
-    """Say why impl='auto' takes no measurements, and what to do."""
-    warnings.warn(
-        f"{what}: impl='auto' leaves it out. Measure anew: {COMMAND}. Or delete the file.",
-        stacklevel=2,
-    )
-
-
-# The file
-
-
-def path() -> Path:
-    """Where it lies."""
-    return Path(os.environ.get(VARIABLE) or FOLDER).expanduser() / "tuned.json"
-
-
-def entries(file: Path) -> dict[str, Any]:
-    """What it says of each device.
-
-    Raises:
-        OSError: where it cannot be read.
-        ValueError: where it is none of `posenc.tune`, or of another format.
-    """
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"expected a file of format {FORMAT} from {COMMAND}")
-    devices = content.get("devices")
-    if not isinstance(devices, dict) or not all(
-        isinstance(entry, dict) and isinstance(entry.get("made_with"), dict) and "rows" in entry
-        for entry in devices.values()
-    ):
-        raise ValueError("expected made_with and rows of each device")
-    return devices
-
-
-def name_of(device: torch.device) -> str:
-    """A device in the file: a model, for a processor with its threads."""
-    name = device_name(device)
-    return name if device.type == "cuda" else f"{name}, threads: {torch.get_num_threads()}"
-
-
-def made_with(device: torch.device) -> dict[str, str | None]:
-    """What else must be as it was."""
-    interpreted = " (interpreted)" if os.environ.get("TRITON_INTERPRET") == "1" else ""
-    triton = package_version("triton")
-    return {
-        "driver": driver_version(device),
-        "torch": torch.__version__,
-        "triton": triton and triton + interpreted,
-        "posenc": package_version("posenc"),
-    }
 
 
 def ranked(rows: Sequence[Mapping[str, Any]]) -> Table:

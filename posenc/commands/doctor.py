@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import posenc
+from posenc import tuned
 from posenc.attention import Attention
 from posenc.backends import fused, measured
 from posenc.machine import cxx_compilers, device_name, has_bfloat16, package_version
@@ -46,7 +47,7 @@ def facts() -> Iterator[tuple[str, str]]:
         yield f"extra {extra}", packages
     yield "cache", cache()
     for device in devices():
-        yield f"posenc tune on {device}", tuned(device)
+        yield f"posenc tune on {device}", measurements(device)
 
 
 def devices() -> list[torch.device]:
@@ -113,14 +114,27 @@ def cache() -> str:
     return f"{CACHE}, {len(files)} files, {size / 2**20:.0f} MiB"
 
 
-def tuned(device: torch.device) -> str:
+def measurements(device: torch.device) -> str:
     """What "auto" takes from the file of `posenc tune`, or why nothing."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
+        tuned.forget()  # what was read before was warned of before
         found = measured.of_file(device.type, device.index)
+        kernels = tiles_of(device)
     if said:
         return str(said[0].message)
-    return f"{len(found)} kinds of call" if found else "nothing was measured"
+    if not found:
+        return "nothing was measured"
+    return f"{len(found)} kinds of call" + (f", tiles of {kernels} kernels" if kernels else "")
+
+
+def tiles_of(device: torch.device) -> int:
+    """How many kernels have others than their constants."""
+    if not fused.runs_on(device):
+        return 0
+    from posenc.kernels import tiles
+
+    return len(tiles.table(device))
 
 
 Call = Callable[[str, torch.device], tuple[str, dict[str, str]]]

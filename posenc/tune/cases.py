@@ -146,6 +146,7 @@ class Plan(NamedTuple):
         tokens: of a batch in training; inference is that of one text.
         checked: the longest text that is compared with the definition in fp64.
         rounds, seconds: of the clock, for each candidate and for all.
+        neighbours: how many other tiles of a kernel are tried.
     """
 
     lengths: tuple[int, ...]
@@ -157,6 +158,7 @@ class Plan(NamedTuple):
     seconds: float
     works: tuple[Work, ...] = WORKS
     directions: tuple[str, ...] = ("step", "forward", "train")
+    neighbours: int = 8
 
     def cells(self) -> Iterator[tuple[Work, str, torch.dtype, int]]:
         """Work, direction, dtype and D: what is checked once, and timed at every length."""
@@ -177,7 +179,7 @@ def plan(device: torch.device, quick: bool) -> Plan:
     single, half, brain = torch.float32, torch.float16, torch.bfloat16
     if device.type == "cuda":
         if quick:
-            return Plan((1024,), (64,), (brain,), 16384, 1091, 10, 0.2)
+            return Plan((1024,), (64,), (brain,), 16384, 1091, 10, 0.2, neighbours=3)
         return Plan((128, 512, 2048, 8192), (64, 128), (brain, half, single), 16384, 1091, 10, 0.2)
     if quick:
         return Plan((512,), (64,), (single, brain), 512, 307, 3, 0.1)

@@ -143,8 +143,7 @@ def measure(
     Args:
         clock: times candidates; `take_turns` as planned if None.
     """
-    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else _nothing
-    turns: Clock = clock or partial(take_turns, rounds=plan.rounds, seconds=plan.seconds, wait=wait)
+    turns = clock or planned_clock(plan, device)
     rows: list[dict[str, Any]] = []
     measured.take(device, rows)
     for work, direction, dtype, dim in plan.cells():
@@ -159,6 +158,12 @@ def measure(
             else:
                 row = None
             yield row
+
+
+def planned_clock(plan: Plan, device: torch.device) -> Clock:
+    """`take_turns` as planned."""
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else _nothing
+    return partial(take_turns, rounds=plan.rounds, seconds=plan.seconds, wait=wait)
 
 
 def _nothing() -> None:

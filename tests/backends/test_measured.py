@@ -12,6 +12,7 @@ from torch import Tensor
 
 import posenc
 from helpers import attend, close, counted, randn
+from posenc import tuned
 from posenc.backends import blockwise, choice, measured, reference, sdpa, short
 from posenc.backends.case import consecutive
 from posenc.backends.measured import Way, between, nearest
@@ -28,9 +29,9 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the file would lie; nothing has been read."""
     torch.manual_seed(0)
     monkeypatch.setenv("POSENC_CACHE", str(tmp_path))
-    measured.forget()
-    yield measured.path()
-    measured.forget()
+    tuned.forget()
+    yield tuned.path()
+    tuned.forget()
 
 
 def row(op: str, direction: str, dtype: str, sizes: dict[str, int], *ways: Way) -> dict[str, Any]:
@@ -39,13 +40,13 @@ def row(op: str, direction: str, dtype: str, sizes: dict[str, int], *ways: Way) 
 
 
 def entry(*rows: dict[str, Any], **other: str) -> dict[str, Any]:
-    return {"made_with": measured.made_with(CPU) | other, "rows": list(rows)}
+    return {"made_with": tuned.made_with(CPU) | other, "tiles": [], "rows": list(rows)}
 
 
 def write(file: Path, **devices: dict[str, Any]) -> None:
     """An entry `here` is that of this processor."""
-    named = {measured.name_of(CPU) if key == "here" else key: devices[key] for key in devices}
-    file.write_text(json.dumps({"format": measured.FORMAT, "devices": named}))
+    named = {tuned.name_of(CPU) if key == "here" else key: devices[key] for key in devices}
+    file.write_text(json.dumps({"format": tuned.FORMAT, "devices": named}))
 
 
 def case(length: int = 16, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -77,7 +78,7 @@ def test_what_was_measured_is_explained(file: Path) -> None:
     write(
         file, here=entry(row("bias of distances, window", "forward", "float32", sizes, Way("sdpa")))
     )
-    measured.forget()
+    tuned.forget()
     taken, passed = layer.explain(x)
     assert taken == "sdpa"
     assert passed["blockwise"] == "posenc tune found sdpa faster here"
@@ -86,13 +87,13 @@ def test_what_was_measured_is_explained(file: Path) -> None:
 
 def test_the_file_is_read_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
-    original = measured.entries
-    monkeypatch.setattr(measured, "entries", lambda path: reads.append(path) or original(path))
+    original = tuned.entries
+    monkeypatch.setattr(tuned, "entries", lambda path: reads.append(path) or original(path))
     write(file, here=entry(row(*PLAIN, Way("sdpa"))))
     assert measured.ways(case()) == (Way("sdpa"),)
     file.unlink()
     assert measured.ways(case()) == (Way("sdpa"),)
-    measured.forget()
+    tuned.forget()
     for _ in range(3):
         assert measured.ways(case()) == ()
     assert len(reads) == 2
@@ -117,20 +118,22 @@ def test_a_file_of_another_device_is_left_out_with_one_warning(file: Path) -> No
 
 
 def damaged_rows(rows: Any) -> str:
-    entry = {"made_with": measured.made_with(CPU), "rows": rows}
-    devices = {measured.name_of(CPU): entry}
-    return json.dumps({"format": measured.FORMAT, "devices": devices})
+    entry = {"made_with": tuned.made_with(CPU), "tiles": [], "rows": rows}
+    devices = {tuned.name_of(CPU): entry}
+    return json.dumps({"format": tuned.FORMAT, "devices": devices})
 
 
 @pytest.mark.parametrize(
     "damage",
     [
         lambda: "",
-        lambda: '{"format": 1, "devi',
+        lambda: '{"format": 2, "devi',
         lambda: "[]",
-        lambda: '{"format": 1}',
+        lambda: '{"format": 2}',
         lambda: '{"format": 99, "devices": {}}',
-        lambda: '{"format": 1, "devices": {"x": 3}}',
+        lambda: damaged_rows([]).replace('"format": 2', '"format": 1'),
+        lambda: damaged_rows([]).replace('"tiles"', '"tails"'),
+        lambda: '{"format": 2, "devices": {"x": 3}}',
         lambda: damaged_rows(7),
         lambda: damaged_rows([{"op": "plain"}]),
         lambda: damaged_rows([row(*PLAIN, Way("abacus"))]),

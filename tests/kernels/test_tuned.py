@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from helpers import close
-from posenc.backends import choice, fused, measured, reference
+from posenc import tuned
+from posenc.backends import choice, fused, reference
 from posenc.backends.measured import Way
 from posenc.tune.cases import Plan, Sizes, Work, ask
 from posenc.tune.measure import measure
@@ -17,9 +18,9 @@ from posenc.tune.measure import measure
 @pytest.fixture(autouse=True)
 def _nothing_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("POSENC_CACHE", str(tmp_path))
-    measured.forget()
+    tuned.forget()
     yield
-    measured.forget()
+    tuned.forget()
 
 
 def prefers_kernels(runs: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
