@@ -41,7 +41,7 @@ BOUNDS = {
     "resident": (1, 8),
     "registers": (24, 255),
 }
-POWERS_OF_TWO = ("block_m", "block_n", "segment", "num_warps")
+POWERS_OF_TWO = ("block_m", "block_n", "num_warps")
 
 Config = TypeVar("Config", bound=tuple)
 

@@ -89,9 +89,12 @@ class Checked:
         return self._gate
 
 
-def reason(failure: Exception) -> str:
-    """The first line of what went wrong."""
-    return str(failure).strip().partition("\n")[0] or type(failure).__name__
+def reason(failure: BaseException) -> str:
+    """The first line of what went wrong first. Triton puts the place in the source before it."""
+    while failure.__cause__ is not None:
+        failure = failure.__cause__
+    said = str(getattr(failure, "error_message", None) or failure)
+    return said.strip().partition("\n")[0] or type(failure).__name__
 
 
 def runs(ways: list[Way], asked: Asked) -> dict[str, Callable[[], Any]]:

@@ -257,7 +257,7 @@ TERM = {"block_m": 16, "block_n": 64, "segment": 96, "num_warps": 4, "num_stages
         ([row(Kernel("by_distance", (4, 32)), by_distance.Config(16, 32, 4, 1))], "equal"),
         ([row(Kernel("decode", (4, 32)), config(block_n=256))], "whole tiles: at most 128"),
         ([row(Kernel("decode", (4, 32)), config(block_m=32))], "block_m must be 16"),
-        ([row(Kernel("relative", ("dq", 4, 32)), TERM)], "segment must be a power of two"),
+        ([row(Kernel("relative", ("dq", 4, 32)), TERM)], "segment must be whole tiles"),
         (
             [row(Kernel("relative", ("dq", 4, 32)), TERM | {"segment": 32})],
             "segment must be whole tiles",
