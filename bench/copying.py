@@ -59,6 +59,11 @@ class Beside(NamedTuple):
     ours: dict[str, list[float]]
 
     @property
+    def apart(self) -> float:
+        """How far the two lengths are from each other, over those of training."""
+        return abs(self.length / LONGEST - self.own_length / self.own_longest)
+
+    @property
     def times(self) -> str:
         """The lengths over those of training, theirs and ours."""
         return f"{self.length / LONGEST:g}x, {self.own_length / self.own_longest:g}x"
@@ -69,7 +74,7 @@ def beside(found: Mapping[Asked, Scores]) -> list[Beside]:
     lines = []
     for asked, scores in found.items():
         for (task, length), shares in PUBLISHED.items():
-            lengths = {own for by_length in scores.values() for own in by_length}
+            lengths = {own for name in METHODS for own in scores.get(name, {})}
             # Beyond training: a length that was trained says nothing of the order.
             beyond = [own for own in lengths if own > asked.longest]
             if task != asked.task or not beyond:
@@ -88,10 +93,14 @@ def beside(found: Mapping[Asked, Scores]) -> list[Beside]:
 
 def agreement(lines: Sequence[Beside]) -> tuple[int, int, int]:
     """Of pairs of methods that are `APART` there: how many our medians put in the same order, in
-    the other one, and at a tie.
+    the other one, and at a tie. Of several lengths there that are nearest to one of ours, the
+    nearest counts.
     """
     same = other = tied = 0
-    for line in lines:
+    nearest: dict[tuple[str, int], Beside] = {}
+    for line in sorted(lines, key=lambda line: line.apart):
+        nearest.setdefault((line.task, line.own_length), line)
+    for line in nearest.values():
         for a, b in combinations(line.ours, 2):
             theirs = line.published[a][0] - line.published[b][0]
             own = median(line.ours[a]) - median(line.ours[b])

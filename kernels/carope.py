@@ -389,7 +389,7 @@ def rates_from_log(log_rates: Tensor) -> Tensor:
 
     Between 2^-62 and 1 - 2^-62; 0, at which kernels do not turn at all, for -inf alone. Taking the
     exponential in fp64 costs one number a token and head; a rate in fp32 would put a million
-    tokens 0.03 rad off.
+    tokens 0.03 rad off. An integer has no NaN: that of log f comes through in its gradient alone.
     """
     rates = torch.empty(log_rates.shape, dtype=torch.int64, device=log_rates.device)
     with device_of(rates):

@@ -109,7 +109,7 @@ def rows_of(x, b, t):
 def _log1p(y):
     """log(1 + y) of y >= 0 in fp64: what 1 + y rounds away is put back."""
     u = 1.0 + y
-    same = u == 1.0
+    same = (u == 1.0) | (u == float("inf"))
     return tl.where(same, y, tl.log(u) * (y / tl.where(same, 1.0, u - 1.0)))
 
 

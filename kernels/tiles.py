@@ -169,6 +169,8 @@ def why_not(kernel: Kernel, config: Any) -> str | None:
     m, n = config.block_m, config.block_n
     if kernel.family == "by_distance" and m != n:
         return f"block_m and block_n must be equal; got {m} and {n}"
+    if kernel.family == "relative" and family_of(kernel).registers(config) < BOUNDS["registers"][0]:
+        return f"{config.num_warps} warps of {config.resident} programs leave a thread no registers"
     if kernel.family == "relative" and (config.segment % m or config.segment % n):
         return f"segment must be whole tiles; got {config.segment}, tiles of {m} x {n}"
     if kernel.family in ("decode", "decode_relative") and m != constant(kernel).block_m:

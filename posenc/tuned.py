@@ -6,6 +6,8 @@ driver or other versions says nothing of this machine, nor does one of another d
 out, with one warning. So is a file that cannot be read.
 """
 
+import functools
+import hashlib
 import json
 import os
 import warnings
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 
+import posenc
 from posenc.machine import device_name, driver_version, package_version
 
 FORMAT = 2
@@ -36,10 +39,10 @@ _entries: dict[tuple[str, int | None], Mapping[str, Any]] = cache()
 
 def entry(kind: str, index: int | None) -> Mapping[str, Any]:
     """That of a device, read once a process; {} where there is none that is right for it."""
-    found = _entries.get((kind, index))
-    if found is None:
-        found = _entries[kind, index] = _of_file(kind, index)
-    return found
+    if (kind, index) not in _entries:
+        _entries[kind, index] = {}  # also where the warning is made an error
+        _entries[kind, index] = _of_file(kind, index)
+    return _entries[kind, index]
 
 
 def forget() -> None:
@@ -55,7 +58,7 @@ def _of_file(kind: str, index: int | None) -> Mapping[str, Any]:
         devices = entries(path())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         warn(f"{path()} cannot be read ({error})")
         return {}
     device = torch.device(kind) if index is None else torch.device(kind, index)
@@ -83,8 +86,8 @@ def warn(what: str) -> None:
 
 
 def path() -> Path:
-    """Where it lies."""
-    return Path(os.environ.get(VARIABLE) or FOLDER).expanduser() / "tuned.json"
+    """Where it lies. A user without a home has none but by `VARIABLE`."""
+    return Path(os.path.expanduser(os.environ.get(VARIABLE) or FOLDER)) / "tuned.json"
 
 
 def entries(file: Path) -> dict[str, Any]:
@@ -127,5 +130,13 @@ def made_with(device: torch.device) -> dict[str, str | None]:
         "driver": driver_version(device),
         "torch": torch.__version__,
         "triton": triton and triton + interpreted,
-        "posenc": package_version("posenc"),
+        "posenc": f"{posenc.__version__} {code()}",
     }
+
+
+@functools.cache
+def code() -> str:
+    """A digest of what computes attention, which an editable install changes without a version."""
+    folders = (Path(__file__).parent / name for name in ("kernels", "backends"))
+    files = sorted(path for folder in folders for path in folder.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]

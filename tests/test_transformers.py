@@ -207,6 +207,7 @@ def test_dropouts_of_gpt2(tmp_path: Path) -> None:
         {"tie_word_embeddings": False},
         {"add_cross_attention": True},
         {"activation_function": "relu"},
+        {"attn_pdrop": None},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -178,15 +178,18 @@ def load(
         ValueError: the two were not trained alike.
     """
     own, other = (
-        {row.seed: row for row in map(row_of, held) if _weighs(row, compare.of, weight)}
+        {row.seed: row for row in map(row_of, held) if _weighs(row, compare, weight)}
         for held, weight in ((rows, compare.own), (other_rows, compare.other))
     )
     seeds = sorted(own.keys() & other.keys(), key=str)
     if not seeds:
         return None
     for seed in seeds:
-        if (one := trained(own[seed])) != (another := trained(other[seed])):
-            raise ValueError(f"{compare.rows} is of {one}, {compare.other_rows} of {another}.")
+        if different := sorted(_apart_from_weight(own[seed]) ^ _apart_from_weight(other[seed])):
+            raise ValueError(
+                f"the runs of {compare.rows} and {compare.other_rows} differ in {different}: "
+                "compare runs of one recipe."
+            )
     gap = student([own[seed].p50 - other[seed].p50 for seed in seeds])
     means = (fmean(side[seed].p50 for seed in seeds) for side in (own, other))
     return Measured(
@@ -200,11 +203,20 @@ def load(
     )
 
 
-def _weighs(row: Row, of: str, weight: float) -> bool:
-    """Whether a row is the least load of a method under a weight of the balance loss."""
-    if row.metric != "least load" or label(row.name, row.options) != of:
+def _weighs(row: Row, compare: Load, weight: float) -> bool:
+    """Whether a row is the least load of the method under a weight of the balance loss."""
+    if row.metric != "least load" or label(row.name, row.options) != compare.of:
         return False
-    return float(recipe(row).get("aux_weight", AUX_WEIGHT)) == weight
+    own = float(recipe(row).get("aux_weight", AUX_WEIGHT))
+    return own == weight and match_of(row) == compare.match
+
+
+def _apart_from_weight(row: Row) -> set[str]:
+    """How a run was trained, but for the weight, and the rate that was the best under it."""
+    left_out = {"aux_weight", "baseline"}
+    if "tuned" in recipe(row):
+        left_out |= {"lr", "min_lr"}
+    return {f"{key}={value}" for key, value in recipe(row).items() if key not in left_out}
 
 
 def ratio(compare: Ratio, rows: list[dict[str, Any]]) -> Measured | None:

@@ -18,6 +18,7 @@ from .reading import (
     Claim,
     Compare,
     Exact,
+    Load,
     Loss,
     OfRows,
     Paper,
@@ -74,7 +75,9 @@ class Finding:
         """Its rows."""
         if isinstance(self.found, Measured):
             assert isinstance(self.compare, OfRows)
-            return f"`{self.compare.rows}`, {self.found.source}"
+            files = [self.compare.rows]
+            files += [self.compare.other_rows] if isinstance(self.compare, Load) else []
+            return f"{', '.join(f'`{file}`' for file in files)}, {self.found.source}"
         return "computed in fp64" if isinstance(self.found, Found) else ""
 
     def __str__(self) -> str:

@@ -157,6 +157,7 @@ class Load(OfRows):
     own: float
     other: float
     other_rows: str
+    match: str = "tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,7 +370,7 @@ def check_check(check: Check, claim: Claim, commands: Mapping[str, Command], whe
                 f"{sorted(made)}. Name the command."
             )
         check_effect(each, claim, where)
-        if isinstance(each, Loss) and each.match not in MATCHES:
+        if isinstance(each, Loss | Load) and each.match not in MATCHES:
             raise ValueError(f"{where}: {unknown('match', each.match, MATCHES)}")
         if isinstance(each, Ratio):
             for column, value in (*each.both.items(), *each.own.items(), *each.other.items()):

@@ -123,9 +123,9 @@ def measurements(device: torch.device) -> str:
         kernels = tiles_of(device)
     if said:
         return str(said[0].message)
-    if not found:
-        return "nothing was measured"
-    return f"{len(found)} kinds of call" + (f", tiles of {kernels} kernels" if kernels else "")
+    words = [f"kinds of call: {len(found)}"] if found else []
+    words += [f"kernels with other tiles: {kernels}"] if kernels else []
+    return ", ".join(words) or "nothing was measured"
 
 
 def tiles_of(device: torch.device) -> int:

@@ -243,8 +243,11 @@ def gpt2_config(raw: Mapping[str, Any]) -> GPTConfig:
             f"this GPT-2 has activation_function={activation!r}; "
             f"expected one of {list(activations)}."
         )
-    dropout = raw.get("resid_pdrop", 0.1)
-    of_weights, of_embeddings = raw.get("attn_pdrop", 0.1), raw.get("embd_pdrop", 0.1)
+    dropout, of_weights, of_embeddings = (
+        raw.get(f"{part}_pdrop", 0.1) for part in ("resid", "attn", "embd")
+    )
+    if not isinstance(of_weights, int | float):
+        raise ValueError(f"this GPT-2 has attn_pdrop={of_weights!r}; expected a number.")
     if of_embeddings != dropout:
         warnings.warn(
             f"this GPT-2 has embd_pdrop={of_embeddings} beside resid_pdrop={dropout}; GPT has one "

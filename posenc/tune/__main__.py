@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not args.show:
             sys.exit(str(error))
         sys.exit(f"{file} cannot be read ({error}). Measure anew: {tuned.COMMAND}.")
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         if not args.show:
             raise
         sys.exit(f"{file} is damaged ({error!r}). Measure anew: {tuned.COMMAND}.")

@@ -4,9 +4,12 @@ The machine code is read as `posenc.kernels.inspect_sm90` reads it, so that the 
 where there is no GPU.
 """
 
+import ast
 import os
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -71,31 +74,56 @@ def changes(launches: Sequence[Launch], before: Sequence[Launch]) -> list[Change
 
 def refusal(gpu: Gpu, change: Change) -> str | None:
     """Why a launch is not to be: it does not compile, asks for more shared memory than there is, or
-    spills where the constant's does not.
+    spills. Where the constant's cannot be either, or spills as much, nothing is lost.
     """
-    name = change.launch.kernel.__name__
+    why, spilled = judged(gpu, change.launch)
+    if why is None and not spilled:
+        return None
+    if change.before is not None:
+        why_before, allowed = judged(gpu, change.before)
+        if why_before is not None or (why is None and spilled <= allowed):
+            return None
+    return why or f"{change.launch.kernel.__name__} spills {spilled} bytes a thread"
+
+
+def judged(gpu: Gpu, launch: Launch) -> tuple[str | None, int]:
+    """Why a launch is impossible, None where it is not, and the bytes a thread that it spills."""
+    name = launch.kernel.__name__
     try:
-        result = compiled(change.launch, gpu.target)
+        result = compiled(launch, gpu.target)
         _, spilled = resources(result.asm["cubin"])
     except Exception as failure:  # Triton's, LLVM's or ptxas'
-        return f"{name} does not compile: {reason(failure)}"
+        return f"{name} does not compile: {reason(failure)}", 0
     if result.metadata.shared > gpu.shared:
         return (
             f"{name} takes {result.metadata.shared} bytes of shared memory; a program of this "
             f"device has {gpu.shared}"
-        )
-    if not spilled:
-        return None
-    allowed = 0
-    if change.before is not None:
-        allowed = resources(compiled(change.before, gpu.target).asm["cubin"])[1]
-    return f"{name} spills {spilled} bytes a thread" if spilled > allowed else None
+        ), spilled
+    return None, spilled
+
+
+@contextmanager
+def parsing_in_turn() -> Iterator[None]:
+    """Inside, threads parse one after the other: CPython 3.11 has one depth for the trees of all
+    threads, and raises SystemError where two build some at a time.
+    """
+    parse, lock = ast.parse, threading.Lock()
+
+    def locked(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return parse(*args, **kwargs)
+
+    ast.parse = locked
+    try:
+        yield
+    finally:
+        ast.parse = parse
 
 
 def refusals(gpu: Gpu, candidates: Mapping[Name, Sequence[Change]]) -> dict[Name, str]:
     """The first refusal of each candidate that has one. Compiles on all processors."""
     asked = [(name, change) for name, changes in candidates.items() for change in changes]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with parsing_in_turn(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         answers = list(pool.map(partial(refusal, gpu), [change for _, change in asked]))
     found: dict[Name, str] = {}
     for (name, _), why in zip(asked, answers, strict=True):

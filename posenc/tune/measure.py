@@ -90,11 +90,14 @@ class Checked:
 
 
 def reason(failure: BaseException) -> str:
-    """The first line of what went wrong first. Triton puts the place in the source before it."""
+    """The first line of what went wrong first. Triton puts the place in the source before it, and
+    before what ptxas says the command.
+    """
     while failure.__cause__ is not None:
         failure = failure.__cause__
-    said = str(getattr(failure, "error_message", None) or failure)
-    return said.strip().partition("\n")[0] or type(failure).__name__
+    lines = str(getattr(failure, "error_message", None) or failure).strip().splitlines()
+    fatal = [line for line in lines if line.startswith(("ptxas fatal", "ptxas error"))]
+    return next(iter((*fatal, *lines)), type(failure).__name__)
 
 
 def runs(ways: list[Way], asked: Asked) -> dict[str, Callable[[], Any]]:

@@ -1,6 +1,7 @@
 """What auto takes of measurements: the life of the file, the nearest row, right outputs."""
 
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,6 +129,7 @@ def damaged_rows(rows: Any) -> str:
     [
         lambda: "",
         lambda: '{"format": 2, "devi',
+        lambda: "[" * 100_000,
         lambda: "[]",
         lambda: '{"format": 2}',
         lambda: '{"format": 99, "devices": {}}',
@@ -148,6 +150,29 @@ def test_a_damaged_file_is_left_out_with_one_warning(damage: Any, file: Path) ->
         close(choice.attend(case()), choice.attend(case(), "reference"), 10)  # other numbers
     assert len(seen) == 1
     assert choice.chosen(case()) is None
+
+
+def test_what_was_measured_with_other_code_is_stale(file: Path) -> None:
+    stamp = tuned.made_with(CPU)["posenc"]
+    assert stamp == f"{posenc.__version__} {tuned.code()}"
+    write(file, here=entry(row(*PLAIN, Way("sdpa")), posenc=f"{posenc.__version__} 0123456789ab"))
+    with pytest.warns(UserWarning, match=r"with posenc .* 0123456789ab \(now .*left out"):
+        assert measured.ways(case()) == ()
+
+
+def test_a_warning_that_is_an_error_is_raised_once(file: Path) -> None:
+    file.write_text("{")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="cannot be read"):
+            measured.ways(case())
+        assert measured.ways(case()) == ()
+
+
+def test_a_user_without_a_home_has_no_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("POSENC_CACHE")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as of a uid that has none
+    assert measured.ways(case()) == ()
 
 
 def test_the_nearest_sizes_count_within_a_factor_of_two() -> None:

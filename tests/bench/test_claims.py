@@ -272,8 +272,10 @@ def test_loads_under_two_weights_are_paired_by_seed(write: Write) -> None:
     assert found.source == "2 seeds"
     assert evidence.measure(replace(compare, of="moh")) is None
     assert evidence.measure(replace(compare, other=0.5)) is None
+    assert evidence.measure(replace(compare, match="flops")) is None
+    assert ledger.Finding(compare, found).source == ("`cpu/rows.jsonl`, `cpu/other.jsonl`, 2 seeds")
     evidence = write(loads([0.1], aux_weight=0.0, lr=0.2), file="cpu/faster.jsonl")
-    with pytest.raises(ValueError, match=r"cpu/rows.jsonl is of .*, cpu/faster.jsonl of "):
+    with pytest.raises(ValueError, match=r"and cpu/faster.jsonl differ in \['lr=0.1', 'lr=0.2'\]"):
         evidence.measure(replace(compare, other_rows="cpu/faster.jsonl"))
 
 

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent
 PATHS = sorted(FOLDER.glob("test_*.py"), key=lambda path: -path.stat().st_size)
 FILES = [path.name for path in PATHS if path.name not in COMPILED_ONLY]
 #: A process takes seconds to start: short files share one.
-ALONE, SHARED = 8, 3
+ALONE, SHARED = 9, 5
 GROUPS = [[name] for name in FILES[:ALONE]] + [FILES[ALONE + i :: SHARED] for i in range(SHARED)]
 
 

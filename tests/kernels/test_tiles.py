@@ -262,6 +262,10 @@ TERM = {"block_m": 16, "block_n": 64, "segment": 96, "num_warps": 4, "num_stages
             [row(Kernel("relative", ("dq", 4, 32)), TERM | {"segment": 32})],
             "segment must be whole tiles",
         ),
+        (
+            [row(Kernel("relative", ("dq", 4, 32)), TERM | {"num_warps": 16, "resident": 8})],
+            "16 warps of 8 programs leave a thread no registers",
+        ),
     ],
 )
 def test_tiles_that_cannot_be_are_left_out_with_one_warning(
@@ -308,9 +312,9 @@ def test_a_row_that_keeps_the_constant_takes_whatever_that_is(
 
 def test_doctor_counts_them(device: torch.device, file: Path) -> None:
     write(file, device, row(FORWARD, None))
-    assert doctor.measurements(device) == "1 kinds of call"
+    assert doctor.measurements(device) == "kinds of call: 1"
     write(file, device, row(FORWARD, SMALL))
-    assert doctor.measurements(here(device)) == "1 kinds of call, tiles of 1 kernels"
+    assert doctor.measurements(here(device)) == "kinds of call: 1, kernels with other tiles: 1"
     write(file, device, row(FORWARD, config(block_m=48)))
     assert "damaged in its tiles" in doctor.measurements(here(device))
 
