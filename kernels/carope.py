@@ -35,6 +35,7 @@ from posenc.kernels.common import (
     head_of,
     leave_out,
     load_tile,
+    numbers_of,
     place_of,
     require_runnable,
     rows_by_head,
@@ -71,13 +72,12 @@ def rates_kernel(
     BLOCK: tl.constexpr,
 ):
     """`rates_from_log` of BLOCK numbers."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    b, h, t = n // (heads * length), n // length % heads, n % length
+    n, inside, b, h, t = numbers_of(count, heads, length, BLOCK)
     at = log_rates + b * log_b + h * log_h + t * log_t
-    log = tl.load(at, mask=n < count, other=0.0).to(tl.float64)
+    log = tl.load(at, mask=inside, other=0.0).to(tl.float64)
     rate = (tl.exp(log) * 2.0**62).to(tl.int64)
     rate = tl.minimum(tl.maximum(rate, 1), 2**62 - 1) * 4
-    tl.store(rates + n, tl.where(log == -float("inf"), 0, rate), mask=n < count)
+    tl.store(rates + n, tl.where(log == -float("inf"), 0, rate), mask=inside)
 
 
 @triton.jit

@@ -232,6 +232,13 @@ def head_of(x, b, h):
 
 
 @triton.jit
+def numbers_of(count, H, length, BLOCK: tl.constexpr):
+    """A program's places in numbers (B, H, T), which of them exist, and their b, h and t."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return n, n < count, n // (H * length), n // length % H, n % length
+
+
+@triton.jit
 def rows_at(x, b, h, t, columns):
     """Where features `columns` of rows t, 64-bit, lie in a `strided`; b or h may differ by row."""
     start, stride, step = head_of(x, b, h)

@@ -39,6 +39,7 @@ from posenc.kernels.common import (
     backward_only,
     device_of,
     head_of,
+    numbers_of,
     of_one_output,
     require_runnable,
     strided,
@@ -123,20 +124,13 @@ def _expm1(x):
     return tl.where(inner, less * (x / tl.log(tl.where(inner, u, 2.0))), ends)
 
 
-@triton.jit
-def _numbers(count, H, length, BLOCK: tl.constexpr):
-    """The program's places in (B, H, T), which exist, and their sequences, heads and tokens."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return n, n < count, n // (H * length), n // length % H, n % length
-
-
 @triton.jit(do_not_specialize=["count", "H", "length"])
 def log_kernel(sums, bias, real, log_rates, count, H, length, BLOCK: tl.constexpr):
     """log f (B, H, T), fp64, of `forward_kernel`'s sums; -inf where `real`, bool (B, T), is False.
 
     All contiguous; bias and real may be None.
     """
-    n, inside, b, h, t = _numbers(count, H, length, BLOCK)
+    n, inside, b, h, t = numbers_of(count, H, length, BLOCK)
     z = tl.load(sums + n, mask=inside, other=0.0).to(tl.float64)
     z += tl.load(sums + count + n, mask=inside, other=0.0).to(tl.float64)
     if bias is not None:
@@ -162,7 +156,7 @@ def dz_kernel(
     BLOCK: tl.constexpr,
 ):
     """dz = -sigmoid(z) f dlog f, fp32; 0 where a rate is. Contiguous: log_rates, dz (B, H, T)."""
-    n, inside, b, h, t = _numbers(count, H, length, BLOCK)
+    n, inside, b, h, t = numbers_of(count, H, length, BLOCK)
     log = tl.load(log_rates + n, mask=inside, other=0.0)
     gradient = tl.load(dlog + b * dlog_b + h * dlog_h + t * dlog_t, mask=inside, other=0.0)
     moves = log != -float("inf")

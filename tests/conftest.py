@@ -6,12 +6,24 @@ their own where they want some.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 os.environ["POSENC_CACHE"] = str(Path(__file__).parent / "nothing-measured")
+
+
+@pytest.fixture
+def tuned_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the file of `posenc tune` would lie; nothing has been read."""
+    from posenc import tuned
+
+    monkeypatch.setenv("POSENC_CACHE", str(tmp_path))
+    tuned.forget()
+    yield tuned.path()
+    tuned.forget()
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist

@@ -3,7 +3,6 @@
 import json
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,9 @@ PLAIN = ("plain", "forward", "bfloat16", {"S": 16, "D": 8})
 
 
 @pytest.fixture(autouse=True)
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the file would lie; nothing has been read."""
+def file(tuned_file: Path) -> Path:
     torch.manual_seed(0)
-    monkeypatch.setenv("POSENC_CACHE", str(tmp_path))
-    tuned.forget()
-    yield tuned.path()
-    tuned.forget()
+    return tuned_file
 
 
 def row(op: str, direction: str, dtype: str, sizes: dict[str, int], *ways: Way) -> dict[str, Any]:

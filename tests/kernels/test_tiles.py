@@ -6,7 +6,7 @@ Tiles change how fp32 sums of a row are rounded: outputs of two are within 1e-5 
 import importlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,9 @@ LENGTH, DIM = 70, 16
 
 
 @pytest.fixture(autouse=True)
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[Path]:
-    """Where the file would lie; nothing has been read."""
+def file(tuned_file: Path) -> Path:
     torch.manual_seed(0)
-    monkeypatch.setenv("POSENC_CACHE", str(tmp_path))
-    tuned.forget()
-    yield tuned.path()
-    tuned.forget()
+    return tuned_file
 
 
 def here(device: torch.device) -> torch.device:

@@ -1,14 +1,11 @@
 """The compile-time check of tiles, for an H100 without one: nothing is launched."""
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from posenc import tuned
 from posenc.kernels import flash, inspect_sm90, tiles
 from posenc.kernels.tiles import Kernel
 from posenc.tune import tiles as tuning
@@ -22,12 +19,7 @@ SPILLS = flash.Config(128, 64, 4, 3, 128)
 GOOD = flash.Config(128, 64, 8, 2, 128)
 
 
-@pytest.fixture(autouse=True)
-def _nothing_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("POSENC_CACHE", str(tmp_path))
-    tuned.forget()
-    yield
-    tuned.forget()
+pytestmark = pytest.mark.usefixtures("tuned_file")
 
 
 def launch(family: str, example: str, kernel: str) -> inspect_sm90.Launch:

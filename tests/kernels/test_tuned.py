@@ -1,26 +1,18 @@
 """Kernels as candidates of `posenc.tune`, and as what auto takes."""
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 
 from helpers import close
-from posenc import tuned
 from posenc.backends import choice, fused, reference
 from posenc.backends.measured import Way
 from posenc.tune.cases import Plan, Sizes, Work, ask
 from posenc.tune.measure import measure
 
-
-@pytest.fixture(autouse=True)
-def _nothing_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("POSENC_CACHE", str(tmp_path))
-    tuned.forget()
-    yield
-    tuned.forget()
+pytestmark = pytest.mark.usefixtures("tuned_file")
 
 
 def prefers_kernels(runs: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
