@@ -41,6 +41,16 @@ def label(name: str, options: str) -> str:
     return f"{name}:{options.replace(' ', ',')}" if options else name
 
 
+def common_recipe(row: Row) -> dict[str, str]:
+    """What runs that are compared have in common: the recipe without what the match turns, and
+    without a rate that is the best of the same ones for each.
+    """
+    left_out = {*TURNED.get(match_of(row), ())}
+    if "tuned" in recipe(row):
+        left_out |= {"lr", "min_lr"}
+    return {key: value for key, value in recipe(row).items() if key not in left_out}
+
+
 def losses_of(rows: Sequence[Row]) -> Losses:
     """The losses of one comparison.
 
@@ -50,11 +60,7 @@ def losses_of(rows: Sequence[Row]) -> Losses:
     found: Losses = {}
     first: dict[str, str] = {}
     for row in rows:
-        own = recipe(row)
-        for key in TURNED.get(match_of(row), ()):
-            own.pop(key, None)
-        if "tuned" in own:  # to the best of the same rates
-            del own["lr"], own["min_lr"]
+        own = common_recipe(row)
         first = first or own
         if different := sorted(set(own.items()) ^ set(first.items())):
             words = [f"{key}={value}" for key, value in different]

@@ -10,7 +10,7 @@ from typing import Any
 
 from posenc.routing.moh import AUX_WEIGHT
 
-from ..comparison import bounds_of, gap_of, label, losses_of, match_of, recipe, shown
+from ..comparison import bounds_of, common_recipe, gap_of, label, losses_of, match_of, recipe, shown
 from ..rows import Row, read, row_of
 from ..statistics import Interval, student
 from .reading import Buckets, Load, Loss, OfRows, Ratio
@@ -212,11 +212,9 @@ def _weighs(row: Row, compare: Load, weight: float) -> bool:
 
 
 def _apart_from_weight(row: Row) -> set[str]:
-    """How a run was trained, but for the weight, and the rate that was the best under it."""
-    left_out = {"aux_weight", "baseline"}
-    if "tuned" in recipe(row):
-        left_out |= {"lr", "min_lr"}
-    return {f"{key}={value}" for key, value in recipe(row).items() if key not in left_out}
+    """How a run was trained, but for the weight; each has a baseline among its own runs."""
+    own = common_recipe(row).items()
+    return {f"{key}={value}" for key, value in own if key not in ("aux_weight", "baseline")}
 
 
 def ratio(compare: Ratio, rows: list[dict[str, Any]]) -> Measured | None:

@@ -18,7 +18,6 @@ from .reading import (
     Claim,
     Compare,
     Exact,
-    Load,
     Loss,
     OfRows,
     Paper,
@@ -75,9 +74,8 @@ class Finding:
         """Its rows."""
         if isinstance(self.found, Measured):
             assert isinstance(self.compare, OfRows)
-            files = [self.compare.rows]
-            files += [self.compare.other_rows] if isinstance(self.compare, Load) else []
-            return f"{', '.join(f'`{file}`' for file in files)}, {self.found.source}"
+            files = ", ".join(f"`{file}`" for file in self.compare.files)
+            return f"{files}, {self.found.source}"
         return "computed in fp64" if isinstance(self.found, Found) else ""
 
     def __str__(self) -> str:

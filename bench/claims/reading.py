@@ -103,6 +103,11 @@ class OfRows(Compare):
     effect: str = ""
     tolerance: float = 0.0
 
+    @property
+    def files(self) -> Sequence[str]:
+        """All that it reads."""
+        return (self.rows,)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Loss(OfRows):
@@ -158,6 +163,10 @@ class Load(OfRows):
     other: float
     other_rows: str
     match: str = "tokens"
+
+    @property
+    def files(self) -> Sequence[str]:
+        return (self.rows, self.other_rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,8 +372,7 @@ def check_check(check: Check, claim: Claim, commands: Mapping[str, Command], whe
                 raise ValueError(f"{where}: {unknown('function', each.function, EXACT)}")
             continue
         assert isinstance(each, OfRows)
-        wanted = {each.rows, each.other_rows} if isinstance(each, Load) else {each.rows}
-        if each.decides and (lacking := sorted(wanted - made)):
+        if each.decides and (lacking := [file for file in each.files if file not in made]):
             raise ValueError(
                 f"{where}: no command of it makes the rows {lacking[0]!r}; its commands make "
                 f"{sorted(made)}. Name the command."
