@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -115,7 +115,7 @@ def run(jobs: Sequence[Any_job], *, at_once: int, threads: int) -> list[Any_job]
     failed: list[Any_job] = []
     settled = {job: job.total for job in jobs if job not in waiting}
     total = sum(job.total for job in jobs)
-    context = multiprocessing.get_context("spawn")
+    process_of = process_type(type(job) for job in waiting)
     with StopSignals() as signals:
         bar = Progress(total, sum(settled.values()) + sum(job.steps() for job in waiting))
         try:
@@ -123,7 +123,7 @@ def run(jobs: Sequence[Any_job], *, at_once: int, threads: int) -> list[Any_job]
                 while len(running) < at_once and waiting and not signals.received:
                     job = waiting.pop(0)
                     begins[job] = job.log.stat().st_size if job.log.exists() else 0
-                    running[job] = context.Process(target=work, args=(job, threads))
+                    running[job] = process_of(target=work, args=(job, threads))
                     running[job].start()
                 if signals.received:
                     for process in running.values():
@@ -148,6 +148,19 @@ def run(jobs: Sequence[Any_job], *, at_once: int, threads: int) -> list[Any_job]
         if signals.received and not all(job.done() for job in jobs):
             raise Stopped(signals.received)
     return failed
+
+
+def process_type(kinds: Iterable[type]) -> Callable[..., BaseProcess]:
+    """What makes the processes of jobs of these types.
+
+    They are forks of one that has imported what the jobs need, which takes seconds, and computes
+    nothing. Where there are no forks each imports it anew.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn").Process
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["posenc.training.main", *{kind.__module__ for kind in kinds}])
+    return context.Process
 
 
 def work(job: Job, threads: int) -> None:

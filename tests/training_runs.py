@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -111,6 +113,37 @@ def start(argv: Sequence[str], *, processes: int = 0, **options: Any) -> "subpro
         stderr=subprocess.PIPE,
         **options,
     )
+
+
+def ranks(argv: Sequence[str], folder: Path, code: int = 0) -> tuple[str, str]:
+    """Output and errors of two processes that share the work as those of torchrun do, which end
+    with the exit code expected. They are forks of one that has imported what they need.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_runs"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    files = folder / "out.txt", folder / "err.txt"
+    processes = [
+        context.Process(target=_rank, args=(list(argv), rank, port, *files)) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    out, err = (file.read_text() for file in files)
+    assert [process.exitcode for process in processes] == [code, code], (out, err)
+    return out, err
+
+
+def _rank(argv: list[str], rank: int, port: int, *files: Path) -> None:
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in (own | place).items()})
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.exit(train.main(argv))
 
 
 def finished(process: "subprocess.Popen[str]", code: int = 0) -> tuple[str, str]:

@@ -1,8 +1,7 @@
 """Biases in the flash core against the fp64 definition: outputs and every gradient.
 
-Tolerance: twice the error of the definition in the kernel's dtype, whose biases are exact and whose
-logits are fp32, and four roundings of the largest entry; both errors are against fp64. Masks:
-test_masks.py.
+Tolerance: `helpers.as_exact`, beside the definition in the kernel's dtype, whose biases are exact
+and whose logits are fp32. Masks: test_masks.py.
 """
 
 import math
@@ -11,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from helpers import outputs_and_gradients, replayed
+from helpers import as_exact, outputs_and_gradients, replayed
 from posenc.kernels import biased_attention as kernels
 from posenc.kernels import by_distance, flash
 from posenc.kernels.biased_attention import biased_attention
@@ -82,13 +81,7 @@ def check(inputs, do, deterministic=True, parts=("decay", "table")):
     actual = outputs_and_gradients(kernel, inputs, do)
     plain = outputs_and_gradients(written, inputs, do)
     exact = outputs_and_gradients(written, [x.double() for x in inputs], do.double())
-    names = ("o", "dq", "dk", "dv", *parts)
-    for name, a, p, e in zip(names, actual, plain, exact, strict=True):
-        assert (a.shape, a.dtype) == (p.shape, p.dtype)
-        size = e.abs().max().clamp(min=1.0)
-        allowed = 2 * (p.double() - e).abs().max() + 4 * torch.finfo(do.dtype).eps * size
-        error = (a.double() - e).abs().max()
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+    as_exact(actual, plain, exact, terms=max(inputs[1].shape[2:]))
 
 
 @pytest.mark.parametrize(

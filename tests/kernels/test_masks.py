@@ -1,8 +1,7 @@
 """Windows, segments and padding in the kernels, against definitions in fp64 that are written here
 and form every logit: outputs, also of padded rows, and every gradient.
 
-Tolerance: twice the error of the definition in the kernel's dtype, and four roundings of the
-largest entry; both errors are against fp64.
+Tolerance: `helpers.as_exact`, beside the definition in the kernel's dtype.
 """
 
 import math
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import outputs_and_gradients
+from helpers import as_exact, outputs_and_gradients
 from posenc.kernels import by_distance, carope, carope_attention, flash, routed
 from posenc.kernels.biased_attention import biased_attention
 from posenc.kernels.common import INTERPRETED
@@ -137,12 +136,7 @@ def check(kernel: Callable, definition: Callable, inputs: list[Tensor], do: Tens
     actual = outputs_and_gradients(kernel, inputs, do)
     plain = outputs_and_gradients(definition, inputs, do)
     exact = outputs_and_gradients(definition, [x.double() for x in inputs], do.double())
-    for place, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
-        assert (a.shape, a.dtype) == (p.shape, p.dtype)
-        size = e.abs().max().clamp(min=1.0)
-        allowed = 2 * (p.double() - e).abs().max() + 4 * torch.finfo(do.dtype).eps * size
-        wrong = (a.double() - e).abs().max()
-        assert wrong <= allowed, f"number {place}: error {wrong:.2e}, allowed {allowed:.2e}"
+    as_exact(actual, plain, exact, terms=max(inputs[1].shape[2:]))
 
 
 class Case(NamedTuple):

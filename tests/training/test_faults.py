@@ -11,15 +11,9 @@ import time
 import pytest
 
 from posenc.training import checkpoint as checkpoints
-from training_runs import finished, flags, losses, resumed, run, start, train, write_text
+from training_runs import finished, flags, losses, resumed, run, start, train
 
 KILLS = 4
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_text(tmp_path / "text.txt")
-    return tmp_path
 
 
 def wait_until(condition, process: "subprocess.Popen[str]") -> None:

@@ -10,17 +10,16 @@ import posenc
 from posenc.models.gpt import GPT
 from posenc.training import initial
 from posenc.training.cli import parse
-from training_runs import checkpoint, flags, losses, run, train, write_text
+from training_runs import checkpoint, flags, losses, run, train
 
 SIZES = ("layers", "heads", "embed_dim", "context", "vocab_size", "tokenizer", "attention")
 
 
 @pytest.fixture
-def folder(tmp_path):
-    write_text(tmp_path / "text.txt")
-    run(flags(tmp_path))
+def folder(folder):
+    run(flags(folder))
     initial.read.cache_clear()
-    yield tmp_path
+    yield folder
     initial.read.cache_clear()
 
 

@@ -10,21 +10,15 @@ from training_runs import (
     finished,
     flags,
     losses,
+    ranks,
     resumed,
     rows,
     run,
     start,
     train,
-    write_text,
 )
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_text(tmp_path / "text.txt")
-    return tmp_path
 
 
 def evaluations(folder):
@@ -45,7 +39,7 @@ def test_two_processes_train_as_one(folder, mode, changes):
     run(flags(folder, **changes))
     expected = losses(folder), evaluations(folder), [row.get("grad_norm") for row in rows(folder)]
     shutil.rmtree(folder / "run")
-    out, _ = finished(start(flags(folder, parallel=mode, **changes), processes=2))
+    out, _ = ranks(flags(folder, parallel=mode, **changes), folder)
     assert losses(folder) == pytest.approx(expected[0], rel=1e-5)
     assert evaluations(folder) == pytest.approx(expected[1], rel=1e-5)
     norms = [row["grad_norm"] for row in rows(folder) if "loss" in row]
@@ -60,7 +54,7 @@ def test_a_router_trains_nearly_as_one(folder):
     run(flags(folder, **changes))
     expected = losses(folder)
     shutil.rmtree(folder / "run")
-    finished(start(flags(folder, parallel="ddp", **changes), processes=2))
+    ranks(flags(folder, parallel="ddp", **changes), folder)
     assert losses(folder) == pytest.approx(expected, rel=1e-3)
     summary = json.loads((folder / "run/summary.json").read_text())
     assert [layer["tokens"] for layer in summary["routing"]] == [160, 160]  # half of them
@@ -79,7 +73,7 @@ def test_a_run_moves_between_numbers_of_processes(folder, capsys):
     out, _ = finished(start([*again, "--steps", "4"], processes=2))
     changed = "launched otherwise than before: parallel {}, processes {}."
     assert out.count(changed.format("ddp (was none)", "2 (was 1)")) == 1
-    finished(start([*again, "--steps", "6", "--parallel", "fsdp"], processes=2))
+    ranks([*again, "--steps", "6", "--parallel", "fsdp"], folder)
     (path,) = (folder / "run/checkpoints").iterdir()
     assert len(list(path.glob("*.safetensors"))) == 2
     assert train.main([*again, "--steps", "8"]) == 0
@@ -115,6 +109,6 @@ def wait_for_steps(folder, process):
 
 @pytest.mark.parametrize("changes", [{"parallel": "none"}, {"parallel": "ddp", "batch_size": 3}])
 def test_bad_input_is_said_once(folder, changes):
-    _, err = finished(start(flags(folder, **changes), processes=2), code=1)
+    _, err = ranks(flags(folder, **changes), folder, code=2)
     assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1
     assert not (folder / "run").exists()

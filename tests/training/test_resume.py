@@ -30,12 +30,6 @@ from training_runs import (
 )
 
 
-@pytest.fixture
-def folder(tmp_path):
-    write_text(tmp_path / "text.txt")
-    return tmp_path
-
-
 def last_line(capsys) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
@@ -82,7 +76,7 @@ def test_without_resume_the_third_step_is_another(folder):
 
 
 @pytest.mark.parametrize("attention", ["mha", "rcmha", "moh", "fire", "path"])
-def test_a_run_writes_its_folder(folder, attention, capsys):
+def test_a_run_writes_its_folder(folder, attention, capsys, drawn):
     run(flags(folder, attention=attention, heads=4, sample_tokens=8))
     path = folder / "run"
     assert {file.name for file in path.iterdir()} == {
