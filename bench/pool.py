@@ -123,8 +123,9 @@ def run(jobs: Sequence[Any_job], *, at_once: int, threads: int) -> list[Any_job]
                 while len(running) < at_once and waiting and not signals.received:
                     job = waiting.pop(0)
                     begins[job] = job.log.stat().st_size if job.log.exists() else 0
-                    running[job] = process_of(target=work, args=(job, threads))
-                    running[job].start()
+                    process = process_of(target=work, args=(job, threads))
+                    process.start()
+                    running[job] = process
                 if signals.received:
                     for process in running.values():
                         process.terminate()
@@ -153,19 +154,27 @@ def run(jobs: Sequence[Any_job], *, at_once: int, threads: int) -> list[Any_job]
 def process_type(kinds: Iterable[type]) -> Callable[..., BaseProcess]:
     """What makes the processes of jobs of these types.
 
-    They are forks of one that has imported what the jobs need, which takes seconds, and computes
-    nothing. Where there are no forks each imports it anew.
+    On Linux they are forks of one that has imported what the jobs need, which takes seconds, and
+    computes nothing. Elsewhere, where libraries do not bear forks, each imports it anew.
     """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    if sys.platform != "linux":
         return multiprocessing.get_context("spawn").Process
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["posenc.training.main", *{kind.__module__ for kind in kinds}])
+    needed = ["posenc.training.main", *{module_of(kind) for kind in kinds}]
+    context.set_forkserver_preload([f"{__package__}.deaf", *needed])
     return context.Process
+
+
+def module_of(kind: type) -> str:
+    """Where a type is from, also where that is the module that python -m runs."""
+    started = sys.modules["__main__"].__spec__
+    return started.name if kind.__module__ == "__main__" and started else kind.__module__
 
 
 def work(job: Job, threads: int) -> None:
     """Do a job, with what it says in its log."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the pool, which hears it too, says when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(threads)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("a", encoding="utf-8") as log:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from posenc.rates import log_rates
 
 #: Layers alone that a length known beforehand may take another way: tables, sums and scans over it.
 FIXED = ("rope", "carope", "rmha", "moh", "cope", "fox", "path")
+#: Models that ONNX's exporter traces itself, as the docs say: path's triangular system is solved
+#: another way there. The others' graphs are there already, and take half of the time.
+FROM_MODEL = ("rope", "moh", "path")
 #: Batch and length of the ids.
 DYNAMIC = ({0: Dim("batch", min=1, max=64), 1: Dim("length", min=2, max=16)},)
 
@@ -29,7 +33,6 @@ def ids(batch: int, length: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.filterwarnings("ignore")  # the exporter's own
 def test_a_graph_computes_and_trains_as_the_model_at_any_length(name: str) -> None:
     model, inputs = tiny_gpt(name, torch.float32, layers=1), [ids(2, 12), ids(3, 5), ids(1, 16)]
     program = export(model, (inputs[0],), dynamic_shapes=DYNAMIC)
@@ -38,17 +41,17 @@ def test_a_graph_computes_and_trains_as_the_model_at_any_length(name: str) -> No
     for x, logits in zip(inputs, expected, strict=True):
         close(graph(x).logits, logits, 1e-5)
     for part in (model, graph):
-        part(inputs[0]).logits.square().sum().backward()
+        part(inputs[-1]).logits.square().sum().backward()
     gradients = dict(graph.named_parameters())
     for key, parameter in model.named_parameters():
         if parameter.grad is not None:
             close(gradients[key].grad, parameter.grad, 1e-5)
-    if name != "path":
-        same_in_onnxruntime(program, inputs, expected)
-    elif torch.__version__ < "2.13":
+    if name == "path" and torch.__version__ < "2.13":
         pytest.skip("torch 2.11 decomposes no scan over a number of tokens that is not known")
-    else:  # its triangular system is solved another way where the exporter of ONNX traces
+    if name in FROM_MODEL:
         same_in_onnxruntime(model, inputs, expected, dynamic_shapes=DYNAMIC)
+    else:
+        same_in_onnxruntime(program, inputs, expected)
 
 
 def same_in_onnxruntime(
@@ -60,7 +63,8 @@ def same_in_onnxruntime(
     """onnxruntime gives what is expected of each input."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    with contextlib.redirect_stdout(io.StringIO()):  # its progress
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own, and its progress
         program = torch.onnx.export(model, (inputs[0],), dynamo=True, dynamic_shapes=dynamic_shapes)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
     (entry,) = session.get_inputs()
@@ -69,7 +73,6 @@ def same_in_onnxruntime(
 
 
 @pytest.mark.parametrize("name", FIXED)
-@pytest.mark.filterwarnings("ignore")  # the exporter's own
 def test_onnxruntime_gives_a_layer_s_output_at_a_fixed_length(name: str) -> None:
     layer, x = build(name, dtype=torch.float32), randn(2, 12, WIDTH, dtype=torch.float32)
     same_in_onnxruntime(layer, [x], [layer(x)])

@@ -120,18 +120,26 @@ def ranks(argv: Sequence[str], folder: Path, code: int = 0) -> tuple[str, str]:
     with the exit code expected. They are forks of one that has imported what they need.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_runs"])
+    context.set_forkserver_preload(["posenc.training.main"])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     files = folder / "out.txt", folder / "err.txt"
+    for file in files:
+        file.touch()
     processes = [
-        context.Process(target=_rank, args=(list(argv), rank, port, *files)) for rank in (0, 1)
+        context.Process(target=_rank, args=(list(argv), rank, port, *files), daemon=True)
+        for rank in (0, 1)
     ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
     out, err = (file.read_text() for file in files)
     assert [process.exitcode for process in processes] == [code, code], (out, err)
     return out, err

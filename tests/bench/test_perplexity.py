@@ -353,15 +353,16 @@ def test_an_interrupted_grid_goes_on(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.perplexity", *words], cwd=ROOT, stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, text=True,
+        stdout=subprocess.DEVNULL, text=True, start_new_session=True,
     )  # fmt: skip
     cells = [tmp_path / "grid" / "tokens" / name for name in ("rope-s0", "mha-s0")]
     end = time.monotonic() + 120
-    while not all((cell / "metrics.jsonl").exists() for cell in cells):
+    metrics = [cell / "metrics.jsonl" for cell in cells]
+    while not all(path.exists() and path.stat().st_size for path in metrics):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # all of its processes hear it, as of `timeout`
     _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "stopped; the same command goes on from here" in said

@@ -31,15 +31,15 @@ IN_ORDER = {("biased_attention bfloat16 D=64 table masked", "by_distance_kernel"
 TUNED_ON = ("3.6.", "3.7.")
 #: Examples whose loops are those of others; the command takes all. Small heads are the loops of
 #: larger ones with fewer registers, odd ones those of the next power of two; fp32's masks are
-#: bf16's, and so are its ways of reading phases, tables and rates; interleaved pairs and grouped
-#: phases are turned before the masks, of which D=64 has all.
+#: bf16's, and so are its ways of reading phases, tables and rates; interleaved pairs, grouped
+#: phases and decays are masked beside, and decoding has every part at once.
 LEFT_OUT = (
     r"D=(16|32|40|72|80|100)\b",
     r"float32 .*(D=96|D=128|D=256|masked|atomic|interleaved|grouped|phases|decay|no offsets)",
     r"float32 .*(straight through|C=100|C=4096|H=1$)",
     r"rope_attention bfloat16 D=64 interleaved( atomic)?$",
-    r"carope_attention bfloat16 (D=64 grouped|D=96)$",
-    r"biased_attention bfloat16 D=64 (decay|table)( atomic)?$",
+    r"carope_attention bfloat16 D=64 grouped$",
+    r"biased_attention bfloat16 D=64 (decay( atomic)?|table atomic)$",
     r"carope bfloat16 (D=128|D=256) phases",
     r"decode bfloat16 D=64 (masked|bias|gates)",
 )

@@ -107,8 +107,12 @@ def wait_for_steps(folder, process):
     raise AssertionError("no steps in two minutes")
 
 
-@pytest.mark.parametrize("changes", [{"parallel": "none"}, {"parallel": "ddp", "batch_size": 3}])
-def test_bad_input_is_said_once(folder, changes):
-    _, err = ranks(flags(folder, **changes), folder, code=2)
+@pytest.mark.parametrize("launched", [True, False])
+def test_bad_input_is_said_once(folder, launched):
+    """The launcher ends all processes once one has failed; alone each ends by itself."""
+    if launched:
+        _, err = finished(start(flags(folder, parallel="none"), processes=2), code=1)
+    else:
+        _, err = ranks(flags(folder, parallel="ddp", batch_size=3), folder, code=2)
     assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1
     assert not (folder / "run").exists()
