@@ -164,16 +164,20 @@ def perplexity_table(rows: Rows) -> Table:
     losses = {length: mean_losses(rows, "tokens", "windows", length) for length in at}
     sizes = {label(row.name, row.options): row.p50 for row in own if row.metric == "parameters"}
     found = {match: gaps(rows, match, "windows", at[0]) for match in matches(rows)}
+    scored = [row for row in own if (row.mode, row.metric) == ("windows", "loss")]
+    recipes = {label(row.name, row.options): recipe(row) for row in scored}
+    tried = recipe(scored[0]).get("tuned", "").replace(",", ", ")
     lines = []
     for name in losses[at[0]]:
         cells = [f"`{name}`", f"{sizes[name]:,.0f}"]
+        cells += [recipes[name]["lr"]] if tried else []
         for length in at:
             loss = losses[length].get(name)
             cells.append("-" if loss is None else f"{math.exp(loss):.2f}")
         lines.append([*cells, *(gap_cell(by_name.get(name)) for by_name in found.values())])
     of = baseline(rows)
     titles = [f"loss - {of}'s at {at[0]}, equal {match}" for match in found]
-    seeds = len({row.seed for row in own if (row.mode, row.metric) == ("windows", "loss")})
+    seeds = len({row.seed for row in scored})
     note = (
         f"Windows side by side; perplexity = exp(mean loss of {seeds} seeds); trained at {at[0]} "
         f"tokens, - where a table of positions ends there. Differences in nats, paired by seed, "
@@ -181,7 +185,11 @@ def perplexity_table(rows: Rows) -> Table:
         f"after Holm's correction for all methods of the column, and the bootstrap over seeds and "
         f"text leaves 0 out. {measured_on(rows)}."
     )
-    return Table(["method", "parameters", *(f"at {n}" for n in at), *titles], lines, note)
+    head = ["method", "parameters"]
+    if tried:
+        head.append("learning rate")
+        note += f" Learning rates: the best of {tried}, by other text."
+    return Table([*head, *(f"at {n}" for n in at), *titles], lines, note)
 
 
 TIMED_AT = 1024  # tokens

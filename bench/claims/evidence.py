@@ -194,8 +194,7 @@ def load(
     means = (fmean(side[seed].p50 for seed in seeds) for side in (own, other))
     return Measured(
         gap,
-        f"least load of a head of `{compare.of}` under {compare.own:g} over that under "
-        f"{compare.other:g} ({' and '.join(f'{mean:.2f}' for mean in means)})",
+        f"{compare.what} ({' and '.join(f'{mean:.2f}' for mean in means)})",
         False,
         f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'}",
         trained(own[seeds[0]]),

@@ -18,6 +18,7 @@ from .reading import (
     Claim,
     Compare,
     Exact,
+    Load,
     Loss,
     OfRows,
     Paper,
@@ -81,6 +82,8 @@ class Finding:
     def __str__(self) -> str:
         if self.found is None:
             assert isinstance(self.compare, OfRows)
+            if isinstance(self.compare, Load):
+                return f"{self.compare.what}: no rows"
             return f"`{named(self.compare.own)}` over `{named(self.compare.other)}`: no rows"
         return self.found.words if isinstance(self.found, Found) else str(self.found)
 

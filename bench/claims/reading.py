@@ -168,6 +168,13 @@ class Load(OfRows):
     def files(self) -> Sequence[str]:
         return (self.rows, self.other_rows)
 
+    @property
+    def what(self) -> str:
+        """What is compared."""
+        return (
+            f"least load of a head of `{self.of}` under {self.own:g} over that under {self.other:g}"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exact(Compare):

@@ -583,8 +583,8 @@ def test_the_committed_ledger_is_whole() -> None:
         assert verdicts[name] == "not runnable as stated"
     assert (verdicts["CA7"], verdicts["CM4"]) == ("contradicted", "reproduced")
     for entry in ledger.entries(scale="mini"):
-        for each in entry.findings:  # methods join the grid one by one; all else has been measured
-            assert isinstance(each.compare, Loss) or each.found is not None
+        for each in entry.findings:  # what is trained joins one by one; all else has been measured
+            assert isinstance(each.compare, Loss | Load) or each.found is not None
     for entry in entries.values():  # a verdict has an interval and evidence
         for each in entry.findings:
             assert each.found is None or each.source

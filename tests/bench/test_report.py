@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from bench import answer, figures, report, tables
+from bench.comparison import recipe
 from bench.roofline import percent_of_roofline, work
-from bench.rows import read
+from bench.rows import read, row_of
 from bench.statistics import student
 from measured_rows import (
     GAPS,
@@ -113,6 +114,18 @@ def test_the_perplexity_table(folder: Path) -> None:
     assert first.count("|") == rule.count("|")
     assert "<code>rope</code>" in table.html()
     assert "<b>-0.200</b> (" in table.html()
+
+
+def test_the_perplexity_table_names_rates_that_were_chosen(folder: Path) -> None:
+    rows = read(folder / "perplexity.jsonl")
+    for row in rows:
+        row["recipe"] = f"{row['recipe']} tuned=0.1,0.2"
+    trial = dict(rows[0], mode="tune", recipe=rows[0]["recipe"].replace("lr=", "lr=9"))
+    table = tables.perplexity_table([*rows, trial])
+    assert list(table.header[1:3]) == ["parameters", "learning rate"]
+    rates = {recipe(row_of(row))["lr"] for row in rows}
+    assert {line[2] for line in table.lines} == rates
+    assert table.note.endswith("Learning rates: the best of 0.1, 0.2, by other text.")
 
 
 def test_the_throughput_table_shows_auto_and_peers(folder: Path) -> None:
