@@ -27,9 +27,10 @@ from posenc.scores import Scores, add_per_head
 ROWS = 96
 #: Logits of a block, over all of its heads: 4 MB in fp32.
 SPACE = 1 << 20
-#: Rows of a product come in such multiples, and keys in those: otherwise MKL adds up in another
-#: order, and rounding would tell a row how many come after it.
-ROW_STEP, KEY_STEP = 16, 192
+#: Rows of a product come in such multiples, keys in those, and no product adds up more keys than
+#: the last: otherwise MKL adds up in another order, and rounding would tell a row how many come
+#: after it. Of more than 384 keys some processors add up each half by itself.
+ROW_STEP, KEY_STEP, KEYS = 16, 192, 384
 
 
 #: Where nothing was measured, skipping what gates drop pays from so many queries x features of a
@@ -302,6 +303,15 @@ def _product(a: Tensor, b: Tensor, space: Tensor) -> Tensor:
     return torch.bmm(a, b, out=space[: math.prod(shape)].view(shape))
 
 
+def _sum_of_products(weights: Tensor, values: Tensor) -> Tensor:
+    """weights (N, rows, keys) @ values (N, keys, D)."""
+    first, *others = zip(weights.split(KEYS, -1), values.split(KEYS, 1), strict=True)
+    made = torch.bmm(*first)
+    for part in others:
+        made.baddbmm_(*part)
+    return made
+
+
 class _Kept(torch.autograd.Function):
     """Shared heads as they are, then attention of heads of which some rows are dropped.
     Differentiable once.
@@ -329,7 +339,7 @@ class _Kept(torch.autograd.Function):
             for b, group in _groups(q, k, v, gates, scale, most):
                 made = group.query.new_empty(*group.query.shape[:-1], v.shape[-1])
                 for block, seen, weights in group.blocks(space, most):
-                    made[block] = weights @ group.values[seen]
+                    made[block] = _sum_of_products(weights, group.values[seen])
                 group.put(y[b, n:], made.mul_(group.gates))
         return y
 
