@@ -160,15 +160,10 @@ def process_type(kinds: Iterable[type]) -> Callable[..., BaseProcess]:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn").Process
     context = multiprocessing.get_context("forkserver")
-    needed = ["posenc.training.main", *{module_of(kind) for kind in kinds}]
-    context.set_forkserver_preload([f"{__package__}.deaf", *needed])
+    # What python -m runs as __main__ each imports anew, quickly: all that it needs is there.
+    needed = {kind.__module__ for kind in kinds} - {"__main__"}
+    context.set_forkserver_preload([f"{__package__}.deaf", "posenc.training.main", *needed])
     return context.Process
-
-
-def module_of(kind: type) -> str:
-    """Where a type is from, also where that is the module that python -m runs."""
-    started = sys.modules["__main__"].__spec__
-    return started.name if kind.__module__ == "__main__" and started else kind.__module__
 
 
 def work(job: Job, threads: int) -> None:
