@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -398,6 +399,13 @@ def test_an_interrupted_grid_goes_on(
         more = [] if "--rows" in source else SCORING
         assert perplexity.main([*source, *more]) == 0
         assert capfd.readouterr().out.splitlines()[-3:] == printed.splitlines()[-3:]
+
+    # Nor are its weights needed: a grid carried to another machine without them goes on.
+    for cell in cells:
+        shutil.rmtree(cell / "model")
+        shutil.rmtree(cell / "checkpoints")
+    assert perplexity.main(words) == 0
+    assert capfd.readouterr().out == printed
 
     # Other text under the same name; another grid; a row file of somebody else's.
     text = (tmp_path / "text.txt").read_text()
