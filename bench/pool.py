@@ -160,7 +160,8 @@ def process_type(kinds: Iterable[type]) -> Callable[..., BaseProcess]:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn").Process
     context = multiprocessing.get_context("forkserver")
-    # What python -m runs as __main__ each imports anew, quickly: all that it needs is there.
+    # Not __main__: each process runs it anew, and where it had been imported under its own name,
+    # Python would warn of that in every one. What takes long, torch and the trainer, is there.
     needed = {kind.__module__ for kind in kinds} - {"__main__"}
     context.set_forkserver_preload([f"{__package__}.deaf", "posenc.training.main", *needed])
     return context.Process

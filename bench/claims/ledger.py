@@ -1,7 +1,7 @@
 """Claims, their verdicts, and what they rest on."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,7 +206,7 @@ def lines(found: Sequence[Entry]) -> Iterator[str]:
         if entry.check.commands:
             yield f"    commands   {', '.join(entry.check.commands)}"
         yield ""
-    yield from recipes(found)
+    yield from recipes(each for entry in found for each in entry.findings)
     known = read_commands()
     for name in dict.fromkeys(name for entry in found for name in entry.check.commands):
         yield from ("", f"{name}: {known[name].about}", f"    {known[name].command}")
@@ -227,14 +227,19 @@ def shared_deviations(entry: Entry) -> Sequence[str]:
     return entry.paper.deviations if entry.scale == "mini" and by_loss else ()
 
 
-def recipes(found: Sequence[Entry]) -> list[str]:
+def recipes(findings: Iterable[Finding]) -> list[str]:
     """How the rows of each file came about, once."""
     return list(dict.fromkeys(
         f"{each.compare.rows}: {each.found.recipe}"
-        for entry in found
-        for each in entry.findings
+        for each in findings
         if isinstance(each.found, Measured) and isinstance(each.compare, OfRows)
     ))  # fmt: skip
+
+
+def shown(entry: Entry) -> list[Finding]:
+    """What a table has of an entry: what decides, all of it where nothing can."""
+    everything = entry.claim.not_runnable or entry.verdict == OPEN
+    return [each for each in entry.findings if each.compare.decides or everything]
 
 
 def table(found: Sequence[Entry]) -> Table:
@@ -242,16 +247,15 @@ def table(found: Sequence[Entry]) -> Table:
     body = []
     for entry in found:
         claim = entry.claim
-        everything = claim.not_runnable or entry.verdict == OPEN
-        shown = [each for each in entry.findings if each.compare.decides or everything]
-        here = [one_line(entry, each, alone=len(shown) == 1) for each in shown]
+        findings = shown(entry)
+        here = [one_line(entry, each, alone=len(findings) == 1) for each in findings]
         if claim.not_runnable:
             here = [claim.not_runnable, *(f"ran instead: {words}" for words in here)]
             if not entry.findings:
                 here.append("nothing was run instead")
         if entry.check.none:
             here.append(entry.check.none)
-        sources = dict.fromkeys(each.source for each in shown if each.source)
+        sources = dict.fromkeys(each.source for each in findings if each.source)
         body.append([
             claim.id,
             f"{claim.claim} ({claim.where})",
@@ -284,7 +288,7 @@ def note(found: Sequence[Entry]) -> str:
         "Positive, or above 1 time, is in the claim's favour; h is half of the published effect; "
         "95% intervals paired by seed, widened to the bootstrap over seeds and text where rows "
         "have one; not corrected for the number of claims",
-        *recipes(found),
+        *recipes(each for entry in found for each in shown(entry)),
     ]
     for paper in {entry.paper.name: entry.paper for entry in found}.values():
         if any(shared_deviations(entry) for entry in found if entry.paper is paper):

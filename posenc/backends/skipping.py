@@ -27,10 +27,15 @@ from posenc.scores import Scores, add_per_head
 ROWS = 96
 #: Logits of a block, over all of its heads: 4 MB in fp32.
 SPACE = 1 << 20
-#: Rows of a product come in such multiples, keys in those, and no product adds up more keys than
-#: the last: otherwise MKL adds up in another order, and rounding would tell a row how many come
-#: after it. Of more than 384 keys some processors add up each half by itself.
-ROW_STEP, KEY_STEP, KEYS = 16, 192, 384
+# MKL adds up in an order that depends on the sizes of the whole product. These keep it, so that the
+# rounding of an output does not tell how many tokens come after it (gradients are not so kept).
+#: Rows of a product are a multiple of this.
+ROW_STEP = 16
+#: Keys of a block are a multiple of this, or all there are.
+KEY_STEP = 192
+#: Of weights and values no more keys are added up in one product. Of 385 to 767 keys a Xeon with
+#: AMX (MKL of torch 2.13) adds up each half by itself; MKL for AVX2 alone does not.
+KEYS_AT_ONCE = 384
 
 
 #: Where nothing was measured, skipping what gates drop pays from so many queries x features of a
@@ -303,9 +308,10 @@ def _product(a: Tensor, b: Tensor, space: Tensor) -> Tensor:
     return torch.bmm(a, b, out=space[: math.prod(shape)].view(shape))
 
 
-def _sum_of_products(weights: Tensor, values: Tensor) -> Tensor:
-    """weights (N, rows, keys) @ values (N, keys, D)."""
-    first, *others = zip(weights.split(KEYS, -1), values.split(KEYS, 1), strict=True)
+def _weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """weights (N, rows, keys) @ values (N, keys, D), some keys after the others: KEYS_AT_ONCE."""
+    parts = weights.split(KEYS_AT_ONCE, -1), values.split(KEYS_AT_ONCE, 1)
+    first, *others = zip(*parts, strict=True)
     made = torch.bmm(*first)
     for part in others:
         made.baddbmm_(*part)
@@ -339,7 +345,7 @@ class _Kept(torch.autograd.Function):
             for b, group in _groups(q, k, v, gates, scale, most):
                 made = group.query.new_empty(*group.query.shape[:-1], v.shape[-1])
                 for block, seen, weights in group.blocks(space, most):
-                    made[block] = _sum_of_products(weights, group.values[seen])
+                    made[block] = _weighted(group.values[seen], weights)
                 group.put(y[b, n:], made.mul_(group.gates))
         return y
 

@@ -88,7 +88,7 @@ def early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip from lengths that are quick to test, in blocks of which there are several."""
     for module, constants in (
         (skipping, {"SKIP_FROM": 8 * D, "SKIP_TOKEN_FROM": 24}),
-        (skipping, {"ROWS": 5, "ROW_STEP": 2, "KEY_STEP": 4}),
+        (skipping, {"ROWS": 5, "ROW_STEP": 2, "KEY_STEP": 4, "KEYS_AT_ONCE": 8}),
     ):
         for name, value in constants.items():
             monkeypatch.setattr(module, name, value)
@@ -199,6 +199,7 @@ def test_output_and_gradients_are_those_of_the_oracle(
         monkeypatch.setattr(skipping, "ROWS", rows)
         monkeypatch.setattr(skipping, "ROW_STEP", 2)
         monkeypatch.setattr(skipping, "KEY_STEP", 4)
+        monkeypatch.setattr(skipping, "KEYS_AT_ONCE", 8)
     values = gates_for(select((2, 4, length)), always)
     check(*inputs(2, 4, length, key_length, 5), values, always, 1e-10)
 
@@ -208,7 +209,7 @@ def test_output_and_gradients_are_those_of_the_oracle(
     sizes=st.tuples(*(st.integers(1, n) for n in (2, 4, 9, 5))),
     past=st.integers(0, 6),
     always=st.integers(0, 4),
-    blocks=st.tuples(*(st.integers(1, n) for n in (5, 6, 5))),
+    blocks=st.tuples(*(st.integers(1, n) for n in (5, 6, 5, 5))),
     share=st.sampled_from([0.1, 0.4, 0.9]),
     seed=st.integers(0, 2**31),
 )
@@ -216,7 +217,7 @@ def test_any_shape_and_block(
     sizes: tuple[int, int, int, int],
     past: int,
     always: int,
-    blocks: tuple[int, int, int],
+    blocks: tuple[int, int, int, int],
     share: float,
     seed: int,
 ) -> None:
@@ -224,7 +225,8 @@ def test_any_shape_and_block(
     torch.manual_seed(seed)
     values = gates_for(torch.rand(batch, heads, length) < share, always)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in zip(("ROWS", "ROW_STEP", "KEY_STEP"), blocks, strict=True):
+        names = ("ROWS", "ROW_STEP", "KEY_STEP", "KEYS_AT_ONCE")
+        for name, value in zip(names, blocks, strict=True):
             patch.setattr(skipping, name, value)
         check(*inputs(batch, heads, length, length + past, dim), values, always, 1e-10)
 
@@ -721,7 +723,7 @@ def test_layers_whose_projections_are_whole(options: dict[str, Any], projected: 
 def block_ends(module: posenc.Attention, x: Tensor) -> list[int]:
     """The tokens at which blocks of kept rows, and of keys, end."""
     values = module.router(x, None)[0]
-    ends = {skipping.KEY_STEP, 4 * skipping.KEY_STEP, 192, 256, 384, 512, x.shape[1] - 1}
+    ends = {*range(0, x.shape[1], skipping.KEY_STEP), 256, 512, x.shape[1] - 1}
     for head in (module.router.shared, module.num_heads - 1):
         rows = values[0, head].nonzero().flatten()
         ends |= set(rows[skipping.ROWS - 1 :: skipping.ROWS].tolist())
@@ -740,7 +742,7 @@ def test_causal_to_the_bit(
     projected: list[str],
 ) -> None:
     """Of equal tokens from t on, most heads keep none: blocks and products before t get smaller."""
-    length = 601
+    length = 961  # more than 2 KEYS_AT_ONCE
     module = (wide_layer if wide else layer)(dtype=dtype)
     x = randn(1, length, module.embed_dim, dtype=dtype)
     with torch.no_grad():
